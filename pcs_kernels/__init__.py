@@ -1,0 +1,18 @@
+"""Fused kernels for personalizing text-to-image diffusion models; torch is the only need.
+
+Every function has a pure-torch reference, a Triton kernel and a native CPU kernel behind one call;
+`python -m pcs_kernels` prints which of them this machine runs, and why not the others.
+"""
+
+
+from ._dispatch import BackendUnavailable as BackendUnavailable
+from ._dispatch import backend as backend
+from .cross_attention import cross_attention as cross_attention
+from .frozen_conv import frozen_conv2d as frozen_conv2d
+from .frozen_conv import frozen_linear as frozen_linear
+from .geglu import geglu as geglu
+from .group_norm_silu import group_norm_silu as group_norm_silu
+from .lowrank_residual import lowrank_residual as lowrank_residual
+from .self_attention import self_attention as self_attention
+
+__version__ = "0.1.0"

@@ -1,0 +1,118 @@
+"""Which implementation of an op runs, and why the others do not.
+
+Every op has up to three implementations, each a module with the same functions: `reference` (pure torch),
+`triton` and `native` (C++). CUDA tensors try triton, then reference; CPU tensors native, then reference; any
+other device takes the reference. `with backend("triton")` or PCS_BACKEND=triton forces one; a forced
+implementation never falls back: it raises with its reason. "sdpa" and "xformers" name self_attention's outside
+providers and leave the other ops to choose for themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "triton", "native")
+PROVIDERS = ("sdpa", "xformers")
+ORDER = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
+NEEDS = {"triton": "the triton package is not installed; mend: pip install triton"}
+
+LIBRARY = torch.library.Library("pcs_kernels", "DEF")
+OPS: dict[str, Op] = {}
+
+_forced: str = ""
+
+
+class BackendUnavailable(RuntimeError):
+    """A forced backend cannot do this call; the message is its reason."""
+
+
+class Op:
+    """The implementations of one op, loaded when first asked for."""
+
+    def __init__(self, name: str, package: str, order: dict[str, tuple[str, ...]] | None = None) -> None:
+        self.name = name
+        self.package = package
+        self.order = order or ORDER
+        self._modules: dict[str, ModuleType | str] = {}
+        OPS[name] = self
+
+    def module(self, backend_name: str) -> ModuleType | str:
+        """The implementation module, or one sentence why it cannot be loaded."""
+        found = self._modules.get(backend_name)
+        if found is None:
+            found = self._load(backend_name)
+            self._modules[backend_name] = found
+        return found
+
+    def _load(self, backend_name: str) -> ModuleType | str:
+        suffix = "reference" if backend_name == "reference" else f"{backend_name}_impl"
+        try:
+            return importlib.import_module(f"{self.package}.{suffix}")
+        except ImportError as error:
+            return NEEDS.get(backend_name) if error.name == backend_name else f"{backend_name} cannot load: {error}"
+
+    def why_not(self, backend_name: str, *args: Any) -> str | None:
+        """None when `backend_name` can run this call, else the reason in one sentence."""
+        module = self.module(backend_name)
+        if isinstance(module, str):
+            return module
+        return None if backend_name == "reference" else module.reason(*args)
+
+    def select(self, forced: str, device_type: str, *args: Any) -> ModuleType:
+        """The module that runs this call. `args` are what the implementation's `reason` looks at."""
+        if forced:
+            reason = self.why_not(forced, *args)
+            if reason is not None:
+                raise BackendUnavailable(f"{self.name}: backend {forced!r} cannot run this call: {reason}")
+            return self.module(forced)  # type: ignore[return-value]
+        for candidate in self.order.get(device_type, ("reference",)):
+            if self.why_not(candidate, *args) is None:
+                return self.module(candidate)  # type: ignore[return-value]
+        raise BackendUnavailable(f"{self.name}: no backend can run on device {device_type!r}")
+
+
+def _valid(name: str, source: str) -> str:
+    if name not in BACKENDS + PROVIDERS:
+        raise ValueError(f"{source} is {name!r}; choose one of {', '.join(BACKENDS + PROVIDERS)}")
+    return name
+
+
+if os.environ.get("PCS_BACKEND"):
+    _forced = _valid(os.environ["PCS_BACKEND"], "the environment variable PCS_BACKEND")
+
+
+def forced_backend() -> str:
+    """The backend that `backend(...)` or PCS_BACKEND forces now, or "" for automatic choice."""
+    return _forced if _forced in BACKENDS else ""
+
+
+def forced_provider() -> str:
+    """The outside provider of self_attention that is forced now, or ""."""
+    return _forced if _forced in PROVIDERS else ""
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend inside the `with`, for the whole process (autograd runs backwards on other threads)."""
+    global _forced
+    before = _forced
+    _forced = _valid(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register a torch.library op: its schema, its implementation on every device, its fake."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pcs_kernels::{name}", fake, lib=LIBRARY)

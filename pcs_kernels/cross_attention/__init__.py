@@ -1,0 +1,1 @@
+from .op import cross_attention as cross_attention

@@ -1,0 +1,1 @@
+from .op import lowrank_residual as lowrank_residual

@@ -1,0 +1,1 @@
+from .op import self_attention as self_attention
