@@ -1,0 +1,205 @@
+"""Launching Triton kernels: what each GPU architecture allows, and the launches of a call without a GPU.
+
+Every Triton implementation calls `launch`. Under `recording(arch)` nothing runs: each launch is kept as an `AotCase`,
+specialised exactly as Triton's JIT would, so that the ahead-of-time tests compile what a real call would compile.
+Nothing here asks a GPU anything at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+KIB = 1024
+# shared memory one thread block may use: the CUDA programming guide's table of technical specifications
+SHARED_LIMIT = {
+    75: 64 * KIB,
+    80: 163 * KIB,
+    86: 99 * KIB,
+    89: 99 * KIB,
+    90: 227 * KIB,
+    100: 227 * KIB,
+    120: 99 * KIB,
+}
+MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+AOT_ARCHS = (80, 86, 89, 90, 100, 120)
+MIN_DOT_ARCH = 80
+
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel specialisation: what triton.compile needs, named for a reader."""
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list]
+    options: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        """Equal for equal machine code: the name is left out."""
+        parts = (self.fn.__name__, self.signature, self.constexprs, sorted(self.attrs), self.options)
+        return repr(parts)
+
+
+@dataclass
+class _Recorder:
+    arch: int
+    cases: list[AotCase] = field(default_factory=list)
+
+
+_recorder: _Recorder | None = None
+
+
+def known_arch(capability: int) -> int:
+    """The tabled architecture whose limits hold for `capability` (87 -> 86, 103 -> 100)."""
+    return max((arch for arch in SHARED_LIMIT if arch <= capability), default=min(SHARED_LIMIT))
+
+
+@functools.lru_cache(maxsize=None)
+def _cuda_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return known_arch(10 * major + minor)
+
+
+def current_arch(device: torch.device) -> int:
+    """80, 86, ...: of a CUDA device; of the recording; 80 for the interpreter."""
+    if _recorder is not None:
+        return _recorder.arch
+    if device.type == "cuda":
+        return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
+    return 80
+
+
+def unavailable(x: Tensor, dots: bool) -> str | None:
+    """Why Triton cannot take tensors like x at all, in one sentence; None when it can."""
+    if x.device.type == "meta" and _recorder is not None:
+        return arch_reason(_recorder.arch, dots)
+    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
+        return "triton needs a CUDA tensor; set TRITON_INTERPRET=1 before the import to interpret on the CPU"
+    if x.dtype not in _DTYPES:
+        return f"the triton kernels take float32, float16 and bfloat16, not {x.dtype}; cast, or use the reference"
+    if x.device.type == "cpu":
+        if dots and x.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 matrices wrongly; interpret in float32 or float16"
+        return None
+    return arch_reason(current_arch(x.device), dots)
+
+
+def arch_reason(arch: int, dots: bool) -> str | None:
+    """Why an architecture cannot run the kernels (those with matrix products when `dots`), or None."""
+    if dots and arch < MIN_DOT_ARCH:
+        return (
+            f"sm_{arch} is unsupported: Triton has no tensor-core path below sm_{MIN_DOT_ARCH}, so matrix products"
+            " would run on plain arithmetic; use the reference"
+        )
+    return None
+
+
+def type_name(dtype: torch.dtype) -> str:
+    return _TYPE_NAMES[dtype]
+
+
+def blocks(total: int, block: int) -> int:
+    return -(-total // block)
+
+
+def pow2(n: int) -> int:
+    """The least power of two >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def split_width(width: int, least: int = 16) -> tuple[int, int]:
+    """width covered by a power of two and a smaller one: 40 -> (32, 16), 77 -> (64, 16), 64 -> (64, 0)."""
+    if width <= least:
+        return least, 0
+    first = 1 << (width.bit_length() - 1)
+    rest = width - first
+    second = max(pow2(rest), least) if rest else 0
+    return (first, second) if second < first else (2 * first, 0)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
+) -> None:
+    """Run (or record) one kernel; `args` in the kernel's order, then its constexprs by name."""
+    if _recorder is not None:
+        _recorder.cases.append(_specialise(kernel, args, constexprs, num_warps, num_stages))
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    run = functools.partial(kernel[grid], *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run()
+    else:
+        run()
+
+
+def _specialise(kernel: Any, args: tuple, constexprs: dict, num_warps: int, num_stages: int) -> AotCase:
+    """What Triton's JIT makes of these arguments: 1 and None are constants, multiples of 16 are marked."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list] = {}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
+    for i, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = values[name]
+        special = not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + type_name(value.dtype)
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return AotCase(kernel.__name__, kernel, signature, constants, attrs, options)
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[AotCase]]:
+    """Inside, launches on meta tensors are kept as AotCases for `arch` and nothing runs."""
+    global _recorder
+    before, _recorder = _recorder, _Recorder(arch)
+    try:
+        yield _recorder.cases
+    finally:
+        _recorder = before
+
+
+def record(arch: int, label: str, call: Callable[[], Any]) -> list[AotCase]:
+    """The cases of one call, named `kernel label`."""
+    with recording(arch) as cases:
+        call()
+    return [
+        AotCase(f"{c.name} {label}", c.fn, c.signature, c.constexprs, c.attrs, c.options) for c in cases
+    ]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,132 @@
+"""Ahead-of-time compilation of every Triton kernel, and the budget of registers, spills and shared memory.
+
+`python tests/triton_budget.py` compiles all ops for all architectures and rewrites triton_budget.json;
+`python tests/triton_budget.py geglu 80` only prints one op's numbers for one architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+OPS = (
+    "geglu",
+    "group_norm_silu",
+    "cross_attention",
+    "self_attention",
+    "lowrank_residual",
+    "adamw8bit",
+    "frozen_conv",
+)
+BUDGET = Path(__file__).with_name("triton_budget.json")
+FIELDS = ("registers", "spill", "shared")
+
+
+@functools.lru_cache(maxsize=None)
+def cases_of(op: str, arch: int) -> list:
+    """The op's distinct specialisations: shapes that lead to the same code appear once."""
+    distinct: dict[str, object] = {}
+    for case in importlib.import_module(f"pcs_kernels.{op}.triton_impl").aot_cases(arch):
+        distinct.setdefault(case.key, case)
+    return list(distinct.values())
+
+
+def labels_of(op: str, arch: int) -> list[str]:
+    """One unique name for each case: a second kernel of the same name and shape gets #2."""
+    seen: dict[str, int] = {}
+    labels = []
+    for case in cases_of(op, arch):
+        seen[case.name] = seen.get(case.name, 0) + 1
+        labels.append(case.name if seen[case.name] == 1 else f"{case.name} #{seen[case.name]}")
+    return labels
+
+
+def compile_case(job: tuple[str, int, int]) -> dict[str, int]:
+    """Registers and stack a thread, shared bytes a block, of case number `index`."""
+    op, arch, index = job
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    case = cases_of(op, arch)[index]
+    source = ASTSource(case.fn, case.signature, case.constexprs, case.attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return {"registers": registers, "spill": stack, "shared": compiled.metadata.shared}
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, f"cuobjdump printed no resource usage: {text!r}"
+    return int(found[1]), int(found[2])
+
+
+def measure(jobs: list[tuple[str, int, int]]) -> list[dict[str, int]]:
+    """All jobs on the cores of this machine, in fresh processes."""
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 8), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_case, jobs))
+
+
+def jobs_for(ops: tuple[str, ...], archs: tuple[int, ...]) -> list[tuple[str, int, int]]:
+    return [(op, arch, i) for op in ops for arch in archs for i in range(len(cases_of(op, arch)))]
+
+
+def table(jobs: list[tuple[str, int, int]], results: list[dict[str, int]]) -> dict[str, dict[str, dict[str, list[int]]]]:
+    """op -> kernel and shape -> sm_xx -> [registers, spill, shared]."""
+    numbers: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for (op, arch, index), result in zip(jobs, results, strict=True):
+        label = labels_of(op, arch)[index]
+        numbers.setdefault(op, {}).setdefault(label, {})[f"sm_{arch}"] = [result[f] for f in FIELDS]
+    return numbers
+
+
+def write(numbers: dict) -> None:
+    """One line a kernel and shape, so that a change of one number is a change of one line."""
+    lines = ['{', f' "fields": {json.dumps(FIELDS)},', ' "ops": {']
+    for i, (op, kernels) in enumerate(numbers.items()):
+        lines.append(f'  {json.dumps(op)}: {{')
+        rows = [f"   {json.dumps(name)}: {json.dumps(by_arch)}" for name, by_arch in kernels.items()]
+        lines.append(",\n".join(rows))
+        lines.append("  }" + ("," if i + 1 < len(numbers) else ""))
+    text = "\n".join([*lines, " }", "}"]) + "\n"
+    json.loads(text)
+    temporary = BUDGET.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, BUDGET)
+
+
+def main() -> None:
+    from pcs_kernels._launch import AOT_ARCHS
+
+    ops = (sys.argv[1],) if len(sys.argv) > 1 else OPS
+    archs = (int(sys.argv[2]),) if len(sys.argv) > 2 else AOT_ARCHS
+    jobs = jobs_for(ops, archs)
+    numbers = table(jobs, measure(jobs))
+    if len(sys.argv) == 1:
+        write(numbers)
+    for op, kernels in numbers.items():
+        for name, by_arch in kernels.items():
+            print(f"{op:18} {name:56}", *(f"{arch} {values}" for arch, values in by_arch.items()))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()
