@@ -1,0 +1,184 @@
+"""The UNet's projections and norms: torch's modules and names, our ops.
+
+A frozen weight goes through the frozen ops and keeps nothing; a trained one through torch's; one with low-rank residuals
+attached through `lowrank_residual`. Which of them a layer is, is read from the layer at every call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pcs_kernels
+
+Masks = Tensor | dict[str, Tensor] | None
+
+
+@dataclass(eq=False)
+class LowRank:
+    """A low-rank residual on one projection: scale * (x down^T) up^T, or a stack of them with an index per sample.
+
+    `key` names the concept it belongs to: a mask meant for that concept alone is given under this name.
+    """
+
+    down: Tensor  # [R, C_in] or [K, R, C_in]
+    up: Tensor  # [C_out, R] or [K, C_out, R]
+    scale: float = 1.0
+    index: Tensor | None = None  # [B] into the K of a stack
+    key: str = ""
+
+    def mask_of(self, masks: Masks) -> Tensor | None:
+        return masks.get(self.key) if isinstance(masks, dict) else masks
+
+    def __call__(self, x: Tensor, masks: Masks) -> Tensor:
+        """The residual alone, for the second and further concepts on a projection."""
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if self.index is not None:
+            down, up = down[self.index], up[self.index]
+        y = (x @ down.mT) @ up.mT * self.scale
+        mask = self.mask_of(masks)
+        return y if mask is None else y * mask[..., None].to(y.dtype)
+
+
+def trained(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
+def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
+    """A linear layer, or a 1x1 convolution, on tokens x [B, N, C_in], with the residuals attached to it."""
+    if layer.residuals:
+        first, *rest = layer.residuals
+        weight, bias = _cast(layer, x)
+        y = pcs_kernels.lowrank_residual(
+            x, weight, bias, first.down, first.up, first.mask_of(masks), first.scale, first.index
+        )
+        for residual in rest:
+            y = y + residual(x, masks)
+        return y
+    if trained(layer):
+        weight, bias = _cast(layer, x)
+        return F.linear(x, weight.flatten(1), bias)
+    return pcs_kernels.frozen_linear(x, layer.matrix(), layer.bias)
+
+
+def _cast(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weights in x's dtype: a trained one may be a float32 master in a bfloat16 network."""
+    bias = layer.bias
+    return layer.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """torch's Linear on our ops; `residuals` holds the LowRank ones attached to it."""
+
+    def __init__(self, c_in: int, c_out: int, bias: bool = True) -> None:
+        super().__init__(c_in, c_out, bias)
+        self.residuals: list[LowRank] = []
+
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor, masks: Masks = None) -> Tensor:
+        return project(self, x, masks)
+
+
+class Conv2d(nn.Conv2d):
+    """torch's square Conv2d on our ops; a 1x1 one can be used as a projection of tokens."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2)
+        self.residuals: list[LowRank] = []
+        self._matrix: tuple[tuple[int, int], Tensor] | None = None
+
+    def matrix(self) -> Tensor:
+        """A frozen 1x1 weight as [C_out, C_in]: one tensor for as long as the weight is the same, so it packs once."""
+        weight = self.weight
+        seen = (weight.untyped_storage()._cdata, weight._version)
+        if self._matrix is None or self._matrix[0] != seen:
+            self._matrix = (seen, weight.detach().flatten(1))
+        return self._matrix[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if trained(self):
+            weight, bias = _cast(self, x)
+            return F.conv2d(x, weight, bias, self.stride, self.padding)
+        return pcs_kernels.frozen_conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's GroupNorm, with or without the SiLU that follows it."""
+
+    def forward(self, x: Tensor, activation: str | None = "silu") -> Tensor:
+        return pcs_kernels.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, activation)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = _cast(self, x)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Stack:
+    """Frozen layers that read the same input, as one product.
+
+    Their weights become views of one matrix, so it costs no memory; a weight that was replaced or written to since is
+    stacked again. Layers that train or carry residuals are computed one by one.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = list(layers)
+        self.widths = [layer.out_features for layer in layers]
+        self._seen: list[tuple[int, int]] = []
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def _refresh(self) -> None:
+        tensors = [p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None]
+        seen = [(p.untyped_storage()._cdata, p._version) for p in tensors]
+        if seen == self._seen:
+            return
+        self._weight = _joined([layer.weight for layer in self.layers])
+        self._bias = _joined([layer.bias for layer in self.layers]) if self.layers[0].bias is not None else None
+        self._seen = [(p.untyped_storage()._cdata, p._version) for p in tensors]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Each layer's product with x, in the order of the layers."""
+        if any(trained(layer) or layer.residuals for layer in self.layers):
+            return [layer(x) for layer in self.layers]
+        self._refresh()
+        return list(pcs_kernels.frozen_linear(x, self._weight, self._bias).split(self.widths, dim=-1))
+
+
+def _joined(parameters: list[nn.Parameter]) -> Tensor:
+    """One tensor holding all of them in order; each parameter becomes a view of its part."""
+    joined = torch.cat([p.detach() for p in parameters])
+    for p, part in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
+        p.data = part
+    return joined
+
+
+def sinusoid(t: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """The sinusoidal embedding of t [B] in fp32 -> [B, width]."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - freq_shift))
+    halves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(halves, dim=-1), (0, width % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(c_in, c_out)
+        self.linear_2 = Linear(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))

@@ -1,0 +1,149 @@
+"""What a training step keeps, and what it computes once more: the mechanism under the memory plans.
+
+`rebuilt(fn, *inputs, then=use)` is `use(fn(*inputs))`, exactly, with other memory: what `use` would keep of fn's results
+is computed again from fn's inputs when the backward asks for it. With `whole=True` so is everything fn itself keeps.
+One second run serves every tensor asked for; what is kept in its stead are the inputs, through save_for_backward.
+
+Units of C x N kept by a transformer block with frozen weights:
+
+    eager, A   17   what the ops keep; A rebuilds normalised and gated values where a trained weight needs them
+    B           9   A, and the feed-forward's projection is computed again
+    C           3   the block's input, its hidden state and the self-attention's output; the rest is computed again
+    checkpoint  1   the block's input; all of it is computed again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+PLANS = ("eager", "A", "B", "C", "checkpoint")
+
+
+def checked_plan(plan: object) -> str:
+    """The plan's name, or one sentence saying which there are."""
+    if plan not in PLANS:
+        raise ValueError(f"the memory plan {plan!r} is unknown; choose one of {', '.join(PLANS)}")
+    return str(plan)
+
+
+class _Keep(torch.autograd.Function):
+    """A node outside the graph whose saved tensors are a second run's inputs: counted and version-checked like any."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise AssertionError("the node that keeps a second run's inputs is never part of a backward")
+
+
+class _Enough(Exception):
+    """Everything that was asked for has been found: the second run may stop."""
+
+
+class _SecondRun:
+    """Runs fn(*inputs) again, once, when a tensor that was not kept is asked for."""
+
+    def __init__(self, fn: Callable[..., Any], inputs: tuple[Tensor, ...], whole: bool) -> None:
+        self.fn = fn
+        self.whole = whole
+        self.needs = [t.requires_grad for t in inputs]
+        self.kept = _Keep.apply(torch.empty(0, requires_grad=True), *inputs).grad_fn
+        self.packed = 0  # tensors that fn saved in its first run
+        self.uses = 0  # times that `then` saved one of fn's results
+        self.uses_left = 0
+        self.saved: dict[int, Tensor] = {}
+        self.results: list[Tensor] | None = None
+
+    def pack_inside(self, tensor: Tensor) -> Any:
+        if isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        self.packed += 1
+        return self, self.packed - 1
+
+    def run(self) -> None:
+        self.saved.clear()
+        self.uses_left = self.uses
+        inputs = [t.detach().requires_grad_(needs) for t, needs in zip(self.kept.saved_tensors, self.needs, strict=True)]
+        if not self.whole:
+            with torch.no_grad():
+                self.results = _as_list(self.fn(*inputs))
+            return
+
+        def pack(tensor: Tensor) -> Any:
+            if isinstance(tensor, torch.nn.Parameter):
+                return tensor
+            self.saved[len(self.saved)] = tensor.detach()
+            if not self.uses and len(self.saved) == self.packed:
+                raise _Enough
+            return None
+
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(pack, lambda packed: packed):
+                results = _as_list(self.fn(*inputs))
+            self.results = [r.detach() if isinstance(r, Tensor) else r for r in results] if self.uses else None
+        except _Enough:
+            pass
+
+    def take_inside(self, position: int) -> Tensor:
+        if position not in self.saved:
+            self.run()
+        return self.saved.pop(position)
+
+    def take_result(self, position: int) -> Tensor:
+        if self.results is None:
+            self.run()
+        result = self.results[position]  # type: ignore[index]
+        self.uses_left -= 1
+        if self.uses_left == 0:
+            self.results = None
+        return result
+
+
+def _as_list(results: Any) -> list[Any]:
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+def _unpack_inside(packed: Any) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed[0].take_inside(packed[1])
+
+
+def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], whole: bool = False) -> Any:
+    """then(fn(*inputs)), keeping `inputs` rather than fn's results (and, if `whole`, rather than what fn saves)."""
+    if not torch.is_grad_enabled():
+        return then(*_as_list(fn(*inputs)))
+    second = _SecondRun(fn, inputs, whole)
+    if whole:
+        with saved_tensors_hooks(second.pack_inside, _unpack_inside):
+            results = _as_list(fn(*inputs))
+    else:
+        results = _as_list(fn(*inputs))
+    storages = {r.untyped_storage()._cdata: i for i, r in enumerate(results) if isinstance(r, Tensor)}
+
+    def pack(tensor: Tensor) -> Any:
+        position = storages.get(tensor.untyped_storage()._cdata)
+        if position is None or isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        second.uses += 1
+        return second, position, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        run, position, size, stride, offset = packed
+        return run.take_result(position).as_strided(size, stride, offset)
+
+    with saved_tensors_hooks(pack, unpack):
+        return then(*results)
+
+
+def direct(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], whole: bool = False) -> Any:
+    """then(fn(*inputs)), keeping whatever the ops keep: the eager plan's `rebuilt`."""
+    return then(*_as_list(fn(*inputs)))
