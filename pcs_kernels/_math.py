@@ -68,8 +68,8 @@ def sum_partials_kernel(
         mine = inside
         if HAS_OWNER:
             mine = inside & (tl.load(owner_ptr + s // per_owner) == j)
-        total += tl.load(part_ptr + s * n.to(tl.int64) + i, mask=mine, other=0.0)
-    tl.store(out_ptr + j * n.to(tl.int64) + i, total.to(out_ptr.dtype.element_ty), mask=inside)
+        total += tl.load(part_ptr + s * tl.cast(n, tl.int64) + i, mask=mine, other=0.0)
+    tl.store(out_ptr + j * tl.cast(n, tl.int64) + i, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def sum_partials(part: Tensor, out: Tensor, owner: Tensor | None = None) -> Tensor:
@@ -104,3 +104,75 @@ def empty_like_heads_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor
     """[B, H, N, D] whose memory is [B, N, H, D], so that .transpose(1, 2).reshape(B, N, H * D) is a view."""
     batch, heads, rows, width = x.shape
     return x.new_empty((batch, rows, heads, width), dtype=dtype or x.dtype).transpose(1, 2)
+
+
+def common_align(*tensors: Tensor | None) -> int:
+    """8 when every row of these tensors starts on a multiple of 8 elements, so 16-byte loads are possible; else 1."""
+    wide = all(s % 8 == 0 for t in tensors if t is not None for s in t.stride()[:-1])
+    return 8 if wide else 1
+
+
+def strides(x: Tensor | None, align: int) -> tuple[int, ...]:
+    """The strides but the last, in units of `align`: the kernel multiplies them back and so knows the alignment."""
+    return (0, 0, 0) if x is None else tuple(s // align for s in x.stride()[:-1])
+
+
+# A head width D is covered by two power-of-two parts, D0 and D1 (40 = 32 + 16, 80 = 64 + 16), D1 = 0 where one will do.
+
+
+@triton.jit
+def load_parts(base, rows, n_rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """The rows' [R, D0] and [R, D1] parts, 0 outside; the second repeats the first where D1 is 0."""
+    at = base + rows[:, None].to(tl.int64) * stride
+    inside = (rows < n_rows)[:, None]
+    d = tl.arange(0, D0)[None, :]
+    if D0 > D:
+        first = tl.load(at + d, mask=inside & (d < D), other=0.0)
+    else:
+        first = tl.load(at + d, mask=inside, other=0.0)
+    second = first
+    if D1 > 0:
+        e = D0 + tl.arange(0, D1)[None, :]
+        if D0 + D1 > D:
+            second = tl.load(at + e, mask=inside & (e < D), other=0.0)
+        else:
+            second = tl.load(at + e, mask=inside, other=0.0)
+    return first, second
+
+
+@triton.jit
+def store_parts(base, rows, n_rows, stride, first, second, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    at = base + rows[:, None].to(tl.int64) * stride
+    inside = (rows < n_rows)[:, None]
+    d = tl.arange(0, D0)[None, :]
+    tl.store(at + d, first.to(base.dtype.element_ty), mask=inside & (d < D))
+    if D1 > 0:
+        e = D0 + tl.arange(0, D1)[None, :]
+        tl.store(at + e, second.to(base.dtype.element_ty), mask=inside & (e < D))
+
+
+@triton.jit
+def rows_dot(a0, a1, b0, b1, D1: tl.constexpr):
+    """a b^T over both parts of the width."""
+    product = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    if D1 > 0:
+        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_product(a, b0, b1, sum0, sum1, D1: tl.constexpr):
+    """sum + a b for both parts of b's width."""
+    sum0 = tl.dot(a, b0, sum0, input_precision="ieee")
+    if D1 > 0:
+        sum1 = tl.dot(a, b1, sum1, input_precision="ieee")
+    return sum0, sum1
+
+
+@triton.jit
+def zero_parts(R: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    first = tl.zeros([R, D0], tl.float32)
+    second = first
+    if D1 > 0:
+        second = tl.zeros([R, D1], tl.float32)
+    return first, second

@@ -82,7 +82,7 @@ def gn_combine_kernel(
         count = tl.minimum(per_split, pixels - split * per_split).to(tl.float32)
         mean = tl.load(part_mean_ptr + base + split * channels + i % width, mask=i < splits * width, other=0.0)
         total += tl.where(i < splits * width, count * mean, 0.0)
-    size = pixels.to(tl.float32) * width.to(tl.float32)
+    size = tl.cast(pixels, tl.float32) * tl.cast(width, tl.float32)
     center = tl.sum(total, 0) / size
     spread = tl.zeros([BLOCK], tl.float32)
     for start in range(0, splits * width, BLOCK):
@@ -186,7 +186,7 @@ def gn_bwd_combine_kernel(
         weight, _ = _affine(weight_ptr, weight_ptr, group * width + i % width, inside, HAS_WEIGHT, False)
         sums += weight * tl.load(sum_ptr + at, mask=inside, other=0.0)
         dots += weight * tl.load(dot_ptr + at, mask=inside, other=0.0)
-    size = pixels.to(tl.float32) * width.to(tl.float32)
+    size = tl.cast(pixels, tl.float32) * tl.cast(width, tl.float32)
     tl.store(mean_sum_ptr + pid, tl.sum(sums, 0) / size)
     tl.store(mean_dot_ptr + pid, tl.sum(dots, 0) / size)
 

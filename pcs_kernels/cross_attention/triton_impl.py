@@ -1,0 +1,180 @@
+"""Cross-attention with captured maps in Triton.
+
+B batch, H heads, N queries, T tokens (<= 320), D head width, G captured groups. The forward is one kernel; with a
+capture its programs loop over the heads and write each map once. The backward recomputes P: one kernel over query
+tiles (dq, and each row's lse and delta), one over blocks of tokens and splits of the queries (dk, dv), then the
+splits are added in order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._launch import (
+    MULTIPROCESSORS,
+    AotCase,
+    blocks,
+    current_arch,
+    launch,
+    meta,
+    pow2,
+    record,
+    split_width,
+    unavailable,
+)
+from .._math import common_align, empty_like_heads_last, strides, sum_partials
+from .triton_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel, cross_fwd_kernel
+
+MAX_TOKENS = 320
+MAX_WIDTH = 256
+LOG2E = math.log2(math.e)
+
+
+def launch_config(
+    batch: int, heads: int, queries: int, tokens: int, width: int, arch: int, kernel: str, half: bool = True
+) -> dict[str, int]:
+    """Tiles of `kernel`: "forward", "capture", "rows" or "tokens"; smaller where few queries would leave a GPU idle."""
+    d0, d1 = split_width(width)
+    config = {"D": width, "D0": d0, "D1": d1, "num_warps": 8 if width > 64 and kernel in ("capture", "tokens") else 4}
+    if kernel == "tokens":
+        block = 32 if width > 64 or not half else 64
+        return config | {"BLOCK_N": block, "BLOCK_T": 32 if tokens > 16 else 16, "num_stages": 2}
+    t0, t1 = split_width(tokens)
+    block = 64 if tokens <= 80 and half else 32 if tokens <= 160 and half else 16
+    programs = batch * (1 if kernel == "capture" else heads)
+    while block > 16 and programs * blocks(queries, block) < MULTIPROCESSORS[arch]:
+        block //= 2
+    return config | {"T0": t0, "T1": t1, "BLOCK_N": block, "num_stages": 1}
+
+
+def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: object) -> str | None:
+    why = unavailable(q, dots=True)
+    if why is None and q.shape[-1] > MAX_WIDTH:
+        why = f"head width {q.shape[-1]} is above {MAX_WIDTH}; use the reference"
+    if why is None and k.shape[2] > MAX_TOKENS:
+        why = f"{k.shape[2]} tokens are above {MAX_TOKENS}; use self_attention, which takes any number of keys"
+    return why
+
+
+def _unit_width(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _config(q: Tensor, k: Tensor, kernel: str, align: int) -> dict[str, int]:
+    arch = current_arch(q.device)
+    half = q.dtype != torch.float32
+    return launch_config(*q.shape[:3], k.shape[2], q.shape[3], arch, kernel, half) | {"ALIGN": align}
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = _unit_width(q), _unit_width(k), _unit_width(v)
+    batch, heads, queries, _ = q.shape
+    tokens = k.shape[2]
+    groups = 0 if capture is None else capture.shape[1]
+    align = common_align(q, k, v)
+    config = _config(q, k, "forward" if capture is None else "capture", align)
+    block_g = min(pow2(max(groups, 1)), 16)
+    tiles = blocks(queries, config["BLOCK_N"])
+    programs = batch * tiles * (heads if capture is None else 1)
+    out = empty_like_heads_last(q)
+    maps = q.new_empty((batch, groups, queries), dtype=torch.float32)
+    launch(
+        cross_fwd_kernel, (programs, blocks(max(groups, 1), block_g)), q, k, v,
+        q if capture is None else capture.contiguous(), out, maps, queries, tokens, heads, groups, tiles,
+        scale * LOG2E, *strides(q, align), *strides(k, align), *strides(v, align),
+        CAPTURE=capture is not None, BLOCK_G=block_g, **config,
+    )  # fmt: skip
+    return out, maps
+
+
+def backward(
+    dout: Tensor | None, dmaps: Tensor | None, q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float,
+    need_q: bool, need_k: bool, need_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, dout = _unit_width(q), _unit_width(k), _unit_width(v), _unit_width(dout)
+    if capture is None or dmaps is None:
+        capture = dmaps = None
+    else:
+        capture, dmaps = capture.contiguous(), dmaps.contiguous()
+    batch, heads, queries, _ = q.shape
+    tokens = k.shape[2]
+    align = common_align(q, k, v, dout)
+    config = _config(q, k, "rows", align)
+    groups = 0 if capture is None else capture.shape[1]
+    layout = *strides(q, align), *strides(k, align), *strides(v, align), *strides(dout, align)
+    given = {"HAS_DOUT": dout is not None, "HAS_DMAPS": dmaps is not None}
+    # a kernel's pointer must be some tensor even where its flags say that it is not read
+    inputs = q, k, v, *(q if t is None else t for t in (dout, capture, dmaps))
+    dq = empty_like_heads_last(q) if need_q else q.new_empty(0)
+    rows = q.new_empty((2, batch, heads, queries), dtype=torch.float32) if need_k or need_v else None
+    lse, delta = (None, None) if rows is None else (rows[0], rows[1])
+    tiles = blocks(queries, config["BLOCK_N"])
+    if need_q or rows is not None:
+        launch(
+            cross_bwd_rows_kernel, (batch * heads * tiles,), *inputs, dq, lse, delta,
+            queries, tokens, heads, groups, tiles, float(scale), scale * LOG2E, *layout,
+            NEED_Q=need_q, SAVE_ROWS=rows is not None, **given, **config,
+        )  # fmt: skip
+    if rows is None:
+        return dq, q.new_empty(0), q.new_empty(0)
+    config = _config(q, k, "tokens", align)
+    columns = blocks(tokens, config["BLOCK_T"])
+    splits, per_split = _splits(batch * heads * columns, queries, config["BLOCK_N"], current_arch(q.device))
+    shape = (splits, batch, tokens, heads, q.shape[3])
+    dtype = q.dtype if splits == 1 else torch.float32
+    dk = q.new_empty(shape, dtype=dtype) if need_k else None
+    dv = q.new_empty(shape, dtype=dtype) if need_v else None
+    launch(
+        cross_bwd_tokens_kernel, (batch * heads * splits, columns), *inputs, lse, delta, dk, dv,
+        queries, tokens, heads, batch, groups, splits, per_split, float(scale), scale * LOG2E, *layout,
+        NEED_K=need_k, NEED_V=need_v, **given, **config,
+    )  # fmt: skip
+    return dq, _add_splits(dk, k), _add_splits(dv, v)
+
+
+def _splits(programs: int, queries: int, block: int, arch: int) -> tuple[int, int]:
+    """(splits, queries in each): about two programs a multiprocessor."""
+    wanted = max(1, min(blocks(2 * MULTIPROCESSORS[arch], programs), blocks(queries, block)))
+    per_split = block * blocks(blocks(queries, wanted), block)
+    return blocks(queries, per_split), per_split
+
+
+def _add_splits(part: Tensor | None, like: Tensor) -> Tensor:
+    if part is None:
+        return like.new_empty(0)
+    if part.shape[0] == 1:
+        return part[0].transpose(1, 2)
+    return sum_partials(part, like.new_empty(part.shape[1:])).transpose(1, 2)
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """Every attention resolution of the three models; k and v as a projection leaves them."""
+    shapes = (
+        ("SD1.5 64x64", 8, 4096, 40, 77),
+        ("SD1.5 32x32", 8, 1024, 80, 77),
+        ("SD1.5 16x16", 8, 256, 160, 77),
+        ("SD1.5 8x8", 8, 64, 160, 77),
+        ("SD2.1 96x96", 5, 9216, 64, 77),
+        ("SDXL 64x64", 10, 4096, 64, 77),
+        ("SDXL 32x32 long prompt", 20, 1024, 64, 154),
+    )
+    cases = []
+    for label, heads, n, d, t in shapes:
+        cases += _recorded(arch, f"{label} bf16", heads, n, d, t, torch.bfloat16)
+    return cases + _recorded(arch, "SD1.5 64x64 fp16", 8, 4096, 40, 77, torch.float16)
+
+
+def _recorded(arch: int, label: str, heads: int, n: int, d: int, t: int, dtype: torch.dtype) -> list[AotCase]:
+    q = meta(1, n, heads, d, dtype=dtype).transpose(1, 2)
+    k = meta(1, t, heads, d, dtype=dtype).transpose(1, 2)
+    capture, dmaps = meta(1, 2, t, dtype=torch.float32), meta(1, 2, n, dtype=torch.float32)
+    cases = record(arch, label, lambda: forward(q, k, k, None, 0.1))
+    cases += record(arch, f"{label} capture", lambda: forward(q, k, k, capture, 0.1))
+    cases += record(arch, label, lambda: backward(q, None, q, k, k, None, 0.1, True, True, True))
+    cases += record(arch, f"{label} dq only", lambda: backward(q, None, q, k, k, None, 0.1, True, False, False))
+    return cases + record(
+        arch, f"{label} capture", lambda: backward(q, dmaps, q, k, k, capture, 0.1, True, True, True)
+    )
