@@ -196,9 +196,7 @@ def record(arch: int, label: str, call: Callable[[], Any]) -> list[AotCase]:
     """The cases of one call, named `kernel label`."""
     with recording(arch) as cases:
         call()
-    return [
-        AotCase(f"{c.name} {label}", c.fn, c.signature, c.constexprs, c.attrs, c.options) for c in cases
-    ]
+    return [AotCase(f"{c.name} {label}", c.fn, c.signature, c.constexprs, c.attrs, c.options) for c in cases]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

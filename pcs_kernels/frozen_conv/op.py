@@ -32,14 +32,14 @@ def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, le
 def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
     _check_weights(x, weight, bias, 4, "[O, C, kh, kw]")
     check.rank("x", x, 4, "[B, C, H, W]")
-    torch._check(
+    check.require(
         x.shape[1] == weight.shape[1],
         lambda: f"x has {x.shape[1]} channels but weight takes {weight.shape[1]}: {tuple(weight.shape)}",
     )
-    torch._check_value(stride >= 1, lambda: f"stride must be at least 1, not {stride}")
-    torch._check_value(padding >= 0, lambda: f"padding must not be negative: {padding}")
+    check.require(stride >= 1, lambda: f"stride must be at least 1, not {stride}")
+    check.require(padding >= 0, lambda: f"padding must not be negative: {padding}")
     for letter, size, kernel in (("H", x.shape[2], weight.shape[2]), ("W", x.shape[3], weight.shape[3])):
-        torch._check(
+        check.require(
             size + 2 * padding >= kernel,
             lambda: f"x is smaller than the kernel of weight: {letter} = {size} + 2 x {padding} < {kernel}",
         )
@@ -47,8 +47,8 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_weights(x, weight, bias, 2, "[O, C]")
-    torch._check(x.dim() >= 1, lambda: "x must be [..., C], not a scalar")
-    torch._check(
+    check.require(x.dim() >= 1, lambda: "x must be [..., C], not a scalar")
+    check.require(
         x.shape[-1] == weight.shape[1],
         lambda: f"x has {x.shape[-1]} channels last but weight takes {weight.shape[1]}: {tuple(weight.shape)}",
     )
@@ -116,7 +116,11 @@ define(
     _conv_backward,
     _conv_backward_fake,
 )
-define("frozen_linear_forward(Tensor x, Tensor weight, Tensor? bias, bool pack, str backend) -> Tensor", _linear, _linear_fake)
+define(
+    "frozen_linear_forward(Tensor x, Tensor weight, Tensor? bias, bool pack, str backend) -> Tensor",
+    _linear,
+    _linear_fake,
+)
 define(
     "frozen_linear_backward(Tensor dy, Tensor weight, bool pack, str backend) -> Tensor",
     _linear_backward,
@@ -153,10 +157,12 @@ class _FrozenLinear(torch.autograd.Function):
 
 def _must_be_frozen(function: str, mend: str, **parameters: Tensor | None) -> None:
     for name, p in parameters.items():
-        torch._check_value(
+        check.require(
             not (isinstance(p, Tensor) and p.requires_grad),
-            lambda: f"{name} requires a gradient, which {function} never computes; mend: {name}.requires_grad_(False), "
-            f"or {mend} to train it",
+            lambda: (
+                f"{name} requires a gradient, which {function} never computes; mend: {name}.requires_grad_(False), "
+                f"or {mend} to train it"
+            ),
         )
 
 

@@ -16,8 +16,8 @@ OP = Op("geglu", __package__)
 
 def _check_x(x: Tensor) -> None:
     check.floating("x", x)
-    torch._check(x.dim() >= 1, lambda: "x must be [..., 2F], not a scalar")
-    torch._check(x.shape[-1] % 2 == 0, lambda: f"x must have an even last dimension [..., 2F], not {tuple(x.shape)}")
+    check.require(x.dim() >= 1, lambda: "x must be [..., 2F], not a scalar")
+    check.require(x.shape[-1] % 2 == 0, lambda: f"x must have an even last dimension [..., 2F], not {tuple(x.shape)}")
     check.not_empty("x", x)
 
 

@@ -17,13 +17,13 @@ OP = Op("group_norm_silu", __package__)
 
 def _check_call(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     check.floating("x", x)
-    torch._check(x.dim() >= 3, lambda: f"x must be [B, C, *spatial], not of shape {tuple(x.shape)}")
+    check.require(x.dim() >= 3, lambda: f"x must be [B, C, *spatial], not of shape {tuple(x.shape)}")
     check.not_empty("x", x)
-    torch._check_value(
+    check.require(
         groups > 0 and x.shape[1] % groups == 0, lambda: f"groups = {groups} must divide the {x.shape[1]} channels of x"
     )
     check.finite("eps", eps)
-    torch._check_value(eps >= 0, lambda: f"eps must not be negative: {eps}")
+    check.require(eps >= 0, lambda: f"eps must not be negative: {eps}")
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None:
             check.floating(name, p)
@@ -108,9 +108,7 @@ def group_norm_silu(
     activation: str | None = "silu",
 ) -> Tensor:
     """GroupNorm of x [B, C, *spatial] in `groups` groups, then SiLU (activation="silu") or nothing (None)."""
-    torch._check_value(
-        activation in ("silu", None), lambda: f'activation must be "silu" or None, not {activation!r}'
-    )
+    check.require(activation in ("silu", None), lambda: f'activation must be "silu" or None, not {activation!r}')
     silu = activation == "silu"
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias)):
         return _GroupNormSilu.apply(x, groups, weight, bias, eps, silu, forced_backend())

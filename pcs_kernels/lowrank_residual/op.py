@@ -20,13 +20,13 @@ OP = Op("lowrank_residual", __package__)
 
 def _check_call(x, weight, bias, down, up, mask, scale, index) -> None:
     check.floating("x", x)
-    torch._check(x.dim() >= 2, lambda: f"x must be [..., C_in] with at least two dimensions, not {tuple(x.shape)}")
+    check.require(x.dim() >= 2, lambda: f"x must be [..., C_in] with at least two dimensions, not {tuple(x.shape)}")
     check.not_empty("x", x)
     check.floating("weight", weight)
     check.rank("weight", weight, 2, "[C_out, C_in] or [C_out, C_in, 1, 1]")
     check.not_empty("weight", weight)
     c_out, c_in = weight.shape
-    torch._check(
+    check.require(
         x.shape[-1] == c_in, lambda: f"x has {x.shape[-1]} channels last but weight takes {c_in}: {tuple(weight.shape)}"
     )
     check.same("weight", weight, "x", x)
@@ -61,7 +61,7 @@ def _check_index(index: Tensor | None, concepts: int) -> None:
     if index is None or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     low, high = int(index.min()), int(index.max())
-    torch._check_index(
+    check.require_index(
         low >= 0 and high < concepts,
         lambda: f"index holds {low if low < 0 else high}, outside the {concepts} concepts of down and up",
     )
@@ -146,7 +146,7 @@ def lowrank_residual(
     """x W^T + bias + mask * scale * (x down^T) up^T on x [..., C_in]; with `index` [B] each sample has its own adapter."""
     check.tensor("weight", weight)
     if weight.dim() == 4:
-        torch._check(
+        check.require(
             tuple(weight.shape[2:]) == (1, 1), lambda: f"weight must be a 1x1 convolution, not {tuple(weight.shape)}"
         )
         weight = weight.flatten(1)

@@ -105,7 +105,7 @@ def xformers_reason(device_type: str) -> str | None:
 
 
 def _provider(device_type: str, dtype: torch.dtype, width: int) -> str:
-    """"sdpa", "xformers" or "op" (one of this package's own backends)."""
+    """ "sdpa", "xformers" or "op" (one of this package's own backends)."""
     if forced_backend():
         return "op"
     if forced_provider():
@@ -144,7 +144,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     reason = xformers_reason(q.device.type)
-    torch._check(reason is None, lambda: f"self_attention: {reason}")
+    check.require(reason is None, lambda: f"self_attention: {reason}")
     from xformers.ops import memory_efficient_attention
 
     out = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)

@@ -1,0 +1,88 @@
+// What self- and cross-attention share: views of [B, H, N, D] tensors and the shuffles between tile layouts.
+#pragma once
+#include <cmath>
+
+#include "gemm.h"
+#include "parallel.h"
+#include "ops.h"
+
+namespace PCS_ISA {
+
+
+// dst[0..n) = src * factor, converted.
+template <class T>
+PCS_INLINE void write_row(T* dst, const float* src, int64_t n, float factor) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load(src + i) * factor);
+  if (i < n) store_n(dst + i, load(src + i) * factor, int(n - i));
+}
+
+// Rows [depth, columns] of E, row stride ld, as a packed B operand (rows of k in, steps of KS out); a missing last
+// row of a pair is zero.
+template <class E>
+void pack_tile(E* out, const E* rows, int64_t ld, int64_t columns, int64_t depth) {
+  for (int64_t j = 0; j < columns; j += NR) {
+    const int64_t width = round_up(std::min<int64_t>(NR, columns - j), W);
+    for (int64_t k = 0; k < depth; k += KS<E>) {
+      const E* row = rows + k * ld + j;
+      if constexpr (sizeof(E) == 2) {
+        const uint16_t* low = reinterpret_cast<const uint16_t*>(row);
+        for (int64_t c = 0; c < width; c += W) {
+          vh a, b = {};
+          std::memcpy(&a, low + c, sizeof a);
+          if (k + 1 < depth) std::memcpy(&b, low + ld + c, sizeof b);
+          vu pairs = __builtin_convertvector(a, vu) | (__builtin_convertvector(b, vu) << 16);
+          std::memcpy(out + c * 2, &pairs, sizeof pairs);
+        }
+      } else {
+        std::memcpy(out, row, width * sizeof(E));
+      }
+      out += width * KS<E>;
+    }
+  }
+}
+
+// dst rows (n of them, D wide) = the transpose of src [D, ld].
+template <class T>
+void write_transposed(T* dst, int64_t stride, const float* src, int64_t ld, int64_t n, int64_t D) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t d = 0; d < D; d++) dst[i * stride + d] = from_float<T>(src[d * ld + i]);
+}
+
+template <class E, class T>
+void copy_transposed(E* dst, int64_t ld, const T* src, int64_t stride, int64_t n, int64_t D) {
+  for (int64_t d = 0; d < D; d++) {
+    for (int64_t i = 0; i < n; i++) dst[d * ld + i] = convert<E, T>(src[i * stride + d]);
+    for (int64_t i = n; i < ld; i++) dst[d * ld + i] = E{};
+  }
+}
+
+// The query side of one backward block in the layouts its products want. `lanes` queries, padded with zeros.
+template <class T>
+struct QueryBlock {
+  using E = typename Packed<T>::type;
+  Buffer<E> as_columns, as_rows;
+  QueryBlock(int64_t D, int64_t block)
+      : as_columns(packed_size<E>(block, D)), as_rows(packed_size<E>(D, block)) {}
+  void pack(const T* source, int64_t stride, int64_t lanes, int64_t D) {
+    pack_rows_as_columns<E, T>(as_columns.get(), source, stride, lanes, D);
+    pack_rows<E, T>(as_rows.get(), source, stride, D, lanes);
+  }
+};
+
+// The key side of one head: k and v as rows of A, k transposed for dq.
+template <class T>
+struct KeySide {
+  using E = typename Packed<T>::type;
+  int64_t depth, ld;  // D and M padded to whole steps
+  Buffer<E> k, v, k_transposed;
+  KeySide(int64_t M, int64_t D)
+      : depth(round_up(D, KS<E>)), ld(round_up(M, KS<E>)), k(M * depth), v(M * depth), k_transposed(D * ld) {}
+  void load(const T* ks, int64_t k_stride, const T* vs, int64_t v_stride, int64_t M, int64_t D) {
+    copy_rows<E, T>(k.get(), depth, ks, k_stride, M, D);
+    copy_rows<E, T>(v.get(), depth, vs, v_stride, M, D);
+    copy_transposed<E, T>(k_transposed.get(), ld, ks, k_stride, M, D);
+  }
+};
+
+}  // namespace PCS_ISA

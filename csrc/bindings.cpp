@@ -1,0 +1,125 @@
+// The table of native functions; the GIL is released while they run. One such module is built for each instruction set.
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace PCS_ISA;
+
+namespace {
+
+// A [B, H, N, D] tensor as Python passes it: (address, stride of b, of h, of n), address 0 where absent.
+Heads heads(const py::tuple& t) {
+  return {t[0].cast<intptr_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+}
+AttentionShape attention_shape(const py::tuple& t) {
+  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<int64_t>()};
+}
+NormShape norm_shape(const py::tuple& t) {
+  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<bool>()};
+}
+AdamW adamw(const py::tuple& t) {
+  const bool stochastic = !t[8].is_none();
+  return {t[0].cast<double>(), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<double>(), t[4].cast<double>(),
+          t[5].cast<int64_t>(), t[6].cast<int64_t>(), t[7].cast<double>(), stochastic,
+          stochastic ? t[8].cast<int64_t>() : 0, t[9].cast<bool>()};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(PCS_MODULE, m) {
+  m.def("use_openmp", [](intptr_t gomp) { gomp_parallel = reinterpret_cast<gomp_parallel_fn>(gomp); });
+
+  m.def("self_attention_forward", [](int dtype, py::tuple q, py::tuple k, py::tuple v, py::tuple out, intptr_t lse,
+                                     py::tuple shape, float scale, int threads) {
+    const auto Q = heads(q), K = heads(k), V = heads(v), O = heads(out);
+    const auto s = attention_shape(shape);
+    py::gil_scoped_release release;
+    self_attention_forward(DType(dtype), Q, K, V, O, lse, s, scale, threads);
+  });
+  m.def("self_attention_backward",
+        [](int dtype, py::tuple dout, py::tuple q, py::tuple k, py::tuple v, py::tuple out, intptr_t lse, py::tuple dq,
+           py::tuple dk, py::tuple dv, py::tuple shape, float scale, int threads) {
+          const auto dO = heads(dout), Q = heads(q), K = heads(k), V = heads(v), O = heads(out), dQ = heads(dq),
+                     dK = heads(dk), dV = heads(dv);
+          const auto s = attention_shape(shape);
+          py::gil_scoped_release release;
+          self_attention_backward(DType(dtype), dO, Q, K, V, O, lse, dQ, dK, dV, s, scale, threads);
+        });
+
+  m.def("cross_attention_forward",
+        [](int dtype, py::tuple q, py::tuple k, py::tuple v, py::tuple out, intptr_t capture, intptr_t maps, int64_t G,
+           py::tuple shape, float scale, int threads) {
+          const auto Q = heads(q), K = heads(k), V = heads(v), O = heads(out);
+          const auto s = attention_shape(shape);
+          py::gil_scoped_release release;
+          cross_attention_forward(DType(dtype), Q, K, V, O, capture, maps, G, s, scale, threads);
+        });
+  m.def("cross_attention_backward",
+        [](int dtype, py::tuple dout, intptr_t dmaps, py::tuple q, py::tuple k, py::tuple v, intptr_t capture,
+           int64_t G, py::tuple dq, py::tuple dk, py::tuple dv, py::tuple shape, float scale, int threads) {
+          const auto dO = heads(dout), Q = heads(q), K = heads(k), V = heads(v), dQ = heads(dq), dK = heads(dk),
+                     dV = heads(dv);
+          const auto s = attention_shape(shape);
+          py::gil_scoped_release release;
+          cross_attention_backward(DType(dtype), dO, dmaps, Q, K, V, capture, G, dQ, dK, dV, s, scale, threads);
+        });
+
+  m.def("geglu_forward", [](int dtype, intptr_t x, intptr_t y, int64_t rows, int64_t F, int threads) {
+    py::gil_scoped_release release;
+    geglu_forward(DType(dtype), x, y, rows, F, threads);
+  });
+  m.def("geglu_backward", [](int dtype, intptr_t dy, intptr_t x, intptr_t dx, int64_t rows, int64_t F, int threads) {
+    py::gil_scoped_release release;
+    geglu_backward(DType(dtype), dy, x, dx, rows, F, threads);
+  });
+
+  m.def("group_norm_silu_forward",
+        [](int dtype, intptr_t x, intptr_t y, py::tuple shape, intptr_t weight, intptr_t bias, intptr_t mean,
+           intptr_t rstd, float eps, bool silu, int threads) {
+          const auto s = norm_shape(shape);
+          py::gil_scoped_release release;
+          group_norm_silu_forward(DType(dtype), x, y, s, weight, bias, mean, rstd, eps, silu, threads);
+        });
+  m.def("group_norm_silu_backward",
+        [](int dtype, intptr_t dy, intptr_t x, py::tuple shape, intptr_t mean, intptr_t rstd, intptr_t weight,
+           intptr_t bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias, int threads) {
+          const auto s = norm_shape(shape);
+          py::gil_scoped_release release;
+          group_norm_silu_backward(DType(dtype), dy, x, s, mean, rstd, weight, bias, silu, dx, dweight, dbias, threads);
+        });
+
+  m.def("adamw8bit_knows", &adamw8bit_knows);
+  m.def("adamw8bit_step",
+        [](int param_type, int grad_type, intptr_t param, intptr_t grad, intptr_t state1, intptr_t state2,
+           intptr_t absmax1, intptr_t absmax2, int64_t n, py::tuple settings, int threads) {
+          const auto s = adamw(settings);
+          py::gil_scoped_release release;
+          adamw8bit_step(DType(param_type), DType(grad_type), param, grad, state1, state2, absmax1, absmax2, n, s,
+                         threads);
+        });
+  m.def("adamw32bit_step", [](int param_type, int grad_type, intptr_t param, intptr_t grad, intptr_t exp_avg,
+                              intptr_t exp_avg_sq, int64_t n, py::tuple settings, int threads) {
+    const auto s = adamw(settings);
+    py::gil_scoped_release release;
+    adamw32bit_step(DType(param_type), DType(grad_type), param, grad, exp_avg, exp_avg_sq, n, s, threads);
+  });
+
+  m.def("packed_bytes", [](int dtype, int64_t columns, int64_t depth) { return packed_bytes(DType(dtype), columns, depth); });
+  m.def("low_rank_width", &low_rank_width);
+  m.def("pack_operand", [](int dtype, intptr_t out, intptr_t source, int64_t columns, int64_t depth,
+                           bool rows_are_columns, int threads) {
+    py::gil_scoped_release release;
+    pack_operand(DType(dtype), out, source, columns, depth, rows_are_columns, threads);
+  });
+  m.def("lowrank_residual", [](int dtype, py::tuple a, py::tuple shape, float scale, int threads) {
+    const LowrankArguments arguments{a[0].cast<intptr_t>(), a[1].cast<intptr_t>(), a[2].cast<intptr_t>(),
+                                     a[3].cast<intptr_t>(), a[4].cast<intptr_t>(), a[5].cast<intptr_t>(),
+                                     a[6].cast<intptr_t>(), a[7].cast<intptr_t>(), a[8].cast<intptr_t>()};
+    const LowrankShape s{shape[0].cast<int64_t>(), shape[1].cast<int64_t>(), shape[2].cast<int64_t>(),
+                         shape[3].cast<int64_t>(), shape[4].cast<int64_t>()};
+    py::gil_scoped_release release;
+    lowrank_residual(DType(dtype), arguments, s, scale, threads);
+  });
+}

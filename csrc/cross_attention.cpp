@@ -1,0 +1,252 @@
+// Cross-attention over at most a few hundred text tokens: all scores of a query fit in the cache, so the softmax is a
+// single pass. The maps of chosen tokens are summed over the heads on the way; the backward recomputes P.
+#include "attention.h"
+#include "ops.h"
+
+namespace PCS_ISA {
+namespace {
+
+constexpr int64_t BQ = 4 * MR;     // queries of a forward tile
+constexpr int64_t LANES = NR;      // queries of a backward block
+constexpr int64_t SPLIT = 256;     // queries that share one partial sum of dk and dv
+
+template <class T>
+struct Forward {
+  using E = typename Packed<T>::type;
+  const Heads &q, &k, &v, &out;
+  const float* capture;  // [B, G, M]
+  float* maps;           // [B, G, N]
+  int64_t G;
+  AttentionShape s;
+  float scale;
+  int64_t depth = round_up(s.D, KS<E>), width = round_up(s.D, W), tokens = round_up(s.M, W);
+  int64_t k_size = packed_size<E>(s.M, s.D), v_size = packed_size<E>(s.D, s.M);
+  Buffer<E> packed_k{s.B * s.H * k_size}, packed_v{s.B * s.H * v_size};
+
+  void pack(int64_t bh) {
+    const int64_t b = bh / s.H, h = bh % s.H;
+    pack_rows_as_columns<E, T>(packed_k.get() + bh * k_size, k.at<T>(b, h, 0), k.row, s.M, s.D);
+    pack_rows<E, T>(packed_v.get() + bh * v_size, v.at<T>(b, h, 0), v.row, s.D, s.M);
+  }
+
+  void rows(int64_t b, int64_t i) {
+    const int64_t n = std::min(BQ, s.N - i);
+    Buffer<E> query(BQ * depth), p(BQ * tokens);
+    Buffer<float> scores(BQ * tokens), mean(capture ? BQ * tokens : 1);
+    if (capture) std::fill(mean.get(), mean.get() + BQ * tokens, 0.0f);
+    float total[BQ];
+    const float to_log2 = scale * LOG2E;
+    for (int64_t h = 0; h < s.H; h++) {
+      const int64_t bh = b * s.H + h;
+      const T* source = q.at<T>(b, h, i);
+      const E* a = query.get();
+      int64_t lda = depth;
+      if constexpr (std::is_same_v<E, T>) {  // whole steps are read where they lie
+        if (s.D % KS<E> == 0) a = source, lda = q.row;
+      }
+      if (a == query.get()) copy_rows<E, T>(query.get(), depth, source, q.row, n, s.D);
+      gemm<E>(n, s.M, depth, a, lda, packed_k.get() + bh * k_size, zero_init,
+              [&](int64_t r, int64_t c, vf x) { store(scores.get() + r * tokens + c, x * to_log2); });
+      for (int64_t r = 0; r < n; r++) {
+        float* row = scores.get() + r * tokens;
+        total[r] = softmax_row(row, p.get() + r * tokens);
+        if (capture) {
+          const float share = 1.0f / (total[r] * float(s.H));
+          float* sums = mean.get() + r * tokens;
+          for (int64_t c = 0; c < tokens; c += W) store(sums + c, load(sums + c) + load(row + c) * share);
+        }
+      }
+      gemm<E>(n, s.D, s.M, p.get(), tokens, packed_v.get() + bh * v_size, zero_init,
+              [&](int64_t r, int64_t c, vf x) {
+                T* to = out.at<T>(b, h, i + r) + c;
+                const vf o = x / total[r];
+                if (c + W <= s.D)
+                  store(to, o);
+                else
+                  store_n(to, o, int(s.D - c));
+              });
+    }
+    for (int64_t g = 0; g < G; g++)
+      for (int64_t r = 0; r < n; r++) maps[(b * G + g) * s.N + i + r] = captured(b, g, mean.get() + r * tokens);
+  }
+
+  // row becomes 2^(row - max), rounded to p as well; returns its sum. Padding is zero.
+  float softmax_row(float* row, E* p) {
+    for (int64_t c = s.M; c < tokens; c++) row[c] = -INFINITY;
+    vf best = load(row);
+    for (int64_t c = W; c < tokens; c += W) best = vmax(load(row + c), best);
+    const float top = reduce_max(best);
+    vf sums = {};
+    for (int64_t c = 0; c < tokens; c += W) {
+      const vf e = exp2(load(row + c) - top);
+      sums += e;
+      store(row + c, e);
+      store(p + c, e);
+    }
+    return sum(sums);
+  }
+
+  float captured(int64_t b, int64_t g, const float* mean) const {
+    const float* weights = capture + (b * G + g) * s.M;
+    vf sums = {};
+    int64_t c = 0;
+    for (; c + W <= s.M; c += W) sums += load(mean + c) * load(weights + c);
+    if (c < s.M) sums += load_n(mean + c, int(s.M - c)) * load_n(weights + c, int(s.M - c));
+    return sum(sums);
+  }
+};
+
+template <class T>
+struct Backward {
+  using E = typename Packed<T>::type;
+  const Heads *dout, &q, &k, &v, *dq, *dk, *dv;  // null where not given or not needed
+  const float *dmaps, *capture;
+  int64_t G;
+  AttentionShape s;
+  float scale;
+  int64_t splits = (s.N + SPLIT - 1) / SPLIT, width = round_up(s.D, W), part = s.M * width;
+  Buffer<float> dk_parts{dk ? s.B * s.H * splits * part : 1}, dv_parts{dv ? s.B * s.H * splits * part : 1};
+
+  float* part_of(const Buffer<float>& parts, int64_t b, int64_t h, int64_t split) const {
+    return parts.get() + ((b * s.H + h) * splits + split) * part;
+  }
+
+  void run(int64_t b, int64_t split) {
+    KeySide<T> keys(s.M, s.D);
+    QueryBlock<T> queries(s.D, LANES), douts(s.D, LANES);
+    for (int64_t h = 0; h < s.H; h++) {
+      keys.load(k.at<T>(b, h, 0), k.row, v.at<T>(b, h, 0), v.row, s.M, s.D);
+      for (const Buffer<float>* parts : {dk ? &dk_parts : nullptr, dv ? &dv_parts : nullptr})
+        if (parts) std::fill(part_of(*parts, b, h, split), part_of(*parts, b, h, split) + part, 0.0f);
+      const int64_t end = std::min(s.N, (split + 1) * SPLIT);
+      for (int64_t i = split * SPLIT; i < end; i += LANES)
+        queries_block(b, h, i, std::min(LANES, end - i), split, keys, queries, douts);
+    }
+  }
+
+  void queries_block(int64_t b, int64_t h, int64_t i, int64_t n, int64_t split, KeySide<T>& keys,
+                     QueryBlock<T>& queries, QueryBlock<T>& douts) {
+    queries.pack(q.at<T>(b, h, i), q.row, n, s.D);
+    if (dout) douts.pack(dout->at<T>(b, h, i), dout->row, n, s.D);
+    Buffer<float> p(s.M * LANES), dp(s.M * LANES);
+    Buffer<E> rows(s.M * LANES);
+    const float to_log2 = scale * LOG2E;
+    gemm<E>(s.M, n, keys.depth, keys.k.get(), keys.depth, queries.as_columns.get(), zero_init,
+            [&](int64_t r, int64_t c, vf x) { store(p.get() + r * LANES + c, x * to_log2); });
+    softmax_lanes(p.get(), n);
+    if (dv && dout) {
+      for (int64_t x = 0; x < s.M * LANES; x += W) store(rows.get() + x, load(p.get() + x));
+      accumulate(n, rows.get(), douts.as_rows.get(), part_of(dv_parts, b, h, split));
+    }
+    if (!dq && !dk) return;
+    maps_gradient(b, i, n, dp.get());
+    if (dout)
+      gemm<E>(s.M, n, keys.depth, keys.v.get(), keys.depth, douts.as_columns.get(),
+              [&](int64_t r, int64_t c) { return load(dp.get() + r * LANES + c); },
+              [&](int64_t r, int64_t c, vf x) { store(dp.get() + r * LANES + c, x); });
+    softmax_gradient(p.get(), dp.get(), rows.get(), n);
+    if (dk) accumulate(n, rows.get(), queries.as_rows.get(), part_of(dk_parts, b, h, split));
+    if (dq) {
+      Buffer<E> packed(round_up(s.M, KS<E>) * LANES);
+      Buffer<float> transposed(s.D * LANES);
+      pack_tile<E>(packed.get(), rows.get(), LANES, n, s.M);
+      gemm<E>(s.D, n, s.M, keys.k_transposed.get(), keys.ld, packed.get(), zero_init,
+              [&](int64_t r, int64_t c, vf x) { store(transposed.get() + r * LANES + c, x); });
+      write_transposed(dq->at<T>(b, h, i), dq->row, transposed.get(), LANES, n, s.D);
+    }
+  }
+
+  void softmax_lanes(float* p, int64_t n) const {
+    for (int64_t c = 0; c < n; c += W) {
+      vf top = load(p + c), total = {};
+      for (int64_t r = 1; r < s.M; r++) top = vmax(load(p + r * LANES + c), top);
+      for (int64_t r = 0; r < s.M; r++) {
+        const vf e = exp2(load(p + r * LANES + c) - top);
+        store(p + r * LANES + c, e);
+        total += e;
+      }
+      const vf share = 1.0f / total;
+      for (int64_t r = 0; r < s.M; r++) store(p + r * LANES + c, load(p + r * LANES + c) * share);
+    }
+    for (int64_t c = n; c < LANES; c++)  // unused lanes must not feed the products
+      for (int64_t r = 0; r < s.M; r++) p[r * LANES + c] = 0.0f;
+  }
+
+  // dp = what the maps' gradient asks of P: sum over g of capture[g, r] dmaps[g, n] / H.
+  void maps_gradient(int64_t b, int64_t i, int64_t n, float* dp) const {
+    std::fill(dp, dp + s.M * LANES, 0.0f);
+    if (!dmaps) return;
+    for (int64_t g = 0; g < G; g++) {
+      const float *row = dmaps + (b * G + g) * s.N + i, *weights = capture + (b * G + g) * s.M;
+      for (int64_t r = 0; r < s.M; r++) {
+        const float w = weights[r] / float(s.H);
+        if (w != 0.0f)
+          for (int64_t c = 0; c < n; c++) dp[r * LANES + c] += w * row[c];
+      }
+    }
+  }
+
+  void softmax_gradient(const float* p, const float* dp, E* ds, int64_t n) const {
+    for (int64_t c = 0; c < LANES; c += W) {
+      vf delta = {};
+      if (c < n)
+        for (int64_t r = 0; r < s.M; r++) delta += load(p + r * LANES + c) * load(dp + r * LANES + c);
+      for (int64_t r = 0; r < s.M; r++) {
+        const int64_t x = r * LANES + c;
+        store(ds + x, c < n ? load(p + x) * (load(dp + x) - delta) * scale : vf{});
+      }
+    }
+  }
+
+  void accumulate(int64_t n, const E* a, const E* b, float* into) {
+    gemm<E>(s.M, s.D, n, a, LANES, b, [&](int64_t r, int64_t c) { return load(into + r * width + c); },
+            [&](int64_t r, int64_t c, vf x) { store(into + r * width + c, x); });
+  }
+
+  void reduce(int64_t b, int64_t h) {
+    for (auto [parts, to] : {std::pair{&dk_parts, dk}, std::pair{&dv_parts, dv}}) {
+      if (!to) continue;
+      float* first = part_of(*parts, b, h, 0);
+      for (int64_t split = 1; split < splits; split++)
+        for (int64_t x = 0; x < part; x += W) store(first + x, load(first + x) + load(first + split * part + x));
+      for (int64_t j = 0; j < s.M; j++) write_row(to->template at<T>(b, h, j), first + j * width, s.D, 1.0f);
+    }
+  }
+};
+
+template <class T>
+void forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, const float* capture, float* maps,
+             int64_t G, AttentionShape s, float scale, int threads) {
+  Forward<T> job{q, k, v, out, capture, maps, G, s, scale};
+  const int64_t tiles = (s.N + BQ - 1) / BQ;
+  parallel_for(s.B * s.H, threads, [&](int64_t bh) { job.pack(bh); });
+  parallel_for(s.B * tiles, threads, [&](int64_t t) { job.rows(t / tiles, t % tiles * BQ); });
+}
+
+template <class T>
+void backward(const Heads* dout, const float* dmaps, const Heads& q, const Heads& k, const Heads& v,
+              const float* capture, int64_t G, const Heads* dq, const Heads* dk, const Heads* dv, AttentionShape s,
+              float scale, int threads) {
+  Backward<T> job{dout, q, k, v, dq, dk, dv, dmaps, capture, G, s, scale};
+  parallel_for(s.B * job.splits, threads, [&](int64_t t) { job.run(t / job.splits, t % job.splits); });
+  parallel_for(s.B * s.H, threads, [&](int64_t bh) { job.reduce(bh / s.H, bh % s.H); });
+}
+
+}  // namespace
+
+void cross_attention_forward(DType dtype, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+                             intptr_t capture, intptr_t maps, int64_t G, AttentionShape s, float scale, int threads) {
+  auto run = dtype == BFLOAT16 ? forward<bf16> : forward<float>;
+  run(q, k, v, out, pointer<float>(capture), pointer<float>(maps), G, s, scale, threads);
+}
+
+void cross_attention_backward(DType dtype, const Heads& dout, intptr_t dmaps, const Heads& q, const Heads& k,
+                              const Heads& v, intptr_t capture, int64_t G, const Heads& dq, const Heads& dk,
+                              const Heads& dv, AttentionShape s, float scale, int threads) {
+  auto given = [](const Heads& x) { return x.address ? &x : nullptr; };
+  auto run = dtype == BFLOAT16 ? backward<bf16> : backward<float>;
+  run(given(dout), pointer<float>(dmaps), q, k, v, pointer<float>(capture), G, given(dq), given(dk), given(dv), s,
+      scale, threads);
+}
+
+}  // namespace PCS_ISA

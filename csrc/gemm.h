@@ -1,0 +1,210 @@
+// Small matrix products in registers: C[M, N] = A[M, K] B[K, N] with B packed into panels of NV vectors.
+//
+// E is the element of the packed operands. float: one multiply-add a step. bf16 (AVX512-BF16 only): a step takes two
+// neighbours in k, so A rows hold pairs and a panel holds [k / 2][columns][2].
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "vec.h"
+
+namespace PCS_ISA {
+
+constexpr int MR = 6;                     // rows of a register tile
+constexpr int NV = W == 16 ? 4 : 2;       // vectors of a register tile: MR * NV accumulators fit the register file
+constexpr int NR = NV * W;                // columns of a full panel
+
+#if defined(__AVX512BF16__)
+template <class T>
+struct Packed {
+  using type = T;  // bf16 stays bf16
+};
+#else
+template <class T>
+struct Packed {
+  using type = float;
+};
+#endif
+
+template <class E>
+constexpr int KS = sizeof(E) == 2 ? 2 : 1;  // k per step
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class E>
+PCS_INLINE vf fma_step(vf acc, const E* a, vf b);
+template <>
+PCS_INLINE vf fma_step<float>(vf acc, const float* a, vf b) {
+  return acc + *a * b;
+}
+#if defined(__AVX512BF16__)
+template <>
+PCS_INLINE vf fma_step<bf16>(vf acc, const bf16* a, vf b) {
+  int32_t pair;
+  std::memcpy(&pair, a, 4);
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+}
+#endif
+
+// acc[ROWS][VECS] += A B over `steps` steps; b advances VECS vectors.
+template <int ROWS, int VECS, class E>
+PCS_INLINE void micro(vf (&acc)[ROWS][VECS], int64_t steps, const E* a, int64_t lda, const E* b) {
+  const float* panel = reinterpret_cast<const float*>(b);
+  for (int64_t k = 0; k < steps; k++) {
+    vf column[VECS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v++) column[v] = load(panel + v * W);
+    panel += VECS * W;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; v++) acc[r][v] = fma_step<E>(acc[r][v], a + r * lda + k * KS<E>, column[v]);
+    }
+  }
+}
+
+// One product of a tile: `steps` steps over the rows of `a` and one packed panel `b`.
+template <class E>
+struct Product {
+  const E* a;
+  int64_t lda;
+  const E* b;
+  int64_t steps;
+};
+
+// One tile of the sum of two products (the second may have no steps): starts from what `init(row, column)` gives and
+// hands each finished vector to `done(row, column, vector)`.
+template <int ROWS, int VECS, class E, class Init, class Done>
+PCS_INLINE void tile(int64_t row, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
+  vf acc[ROWS][VECS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v++) acc[r][v] = init(row + r, v * W);
+  micro<ROWS, VECS, E>(acc, p.steps, p.a + row * p.lda, p.lda, p.b);
+  if (p2.steps) micro<ROWS, VECS, E>(acc, p2.steps, p2.a + row * p2.lda, p2.lda, p2.b);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v++) done(row + r, v * W, acc[r][v]);
+}
+
+template <int VECS, class E, class Init, class Done>
+void strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
+  int64_t i = 0;
+  for (; i + MR <= rows; i += MR) tile<MR, VECS, E>(i, p, p2, init, done);
+  switch (rows - i) {
+    case 5: tile<5, VECS, E>(i, p, p2, init, done); break;
+    case 4: tile<4, VECS, E>(i, p, p2, init, done); break;
+    case 3: tile<3, VECS, E>(i, p, p2, init, done); break;
+    case 2: tile<2, VECS, E>(i, p, p2, init, done); break;
+    case 1: tile<1, VECS, E>(i, p, p2, init, done); break;
+    default: break;
+  }
+}
+
+// All panels of A B + A2 B2; init(row, column) and done(row, column, vector) see whole-matrix coordinates. Columns
+// come in whole vectors, as they were packed: those past the end hold zeros plus `init`.
+template <class E, class Init, class Done>
+void gemm2(int64_t rows, int64_t columns, Product<E> p, Product<E> p2, const Init& init, const Done& done) {
+  for (int64_t j = 0; j < columns; j += NR) {
+    const int vectors = int((std::min<int64_t>(NR, columns - j) + W - 1) / W);
+    auto init_at = [&](int64_t r, int64_t c) { return init(r, j + c); };
+    auto done_at = [&](int64_t r, int64_t c, vf x) { done(r, j + c, x); };
+    switch (vectors) {
+      case 1: strip<1, E>(rows, p, p2, init_at, done_at); break;
+      case 2: strip<2, E>(rows, p, p2, init_at, done_at); break;
+      case 3: strip<(NV > 2 ? 3 : 2), E>(rows, p, p2, init_at, done_at); break;
+      default: strip<NV, E>(rows, p, p2, init_at, done_at); break;
+    }
+    p.b += p.steps * vectors * W * KS<E>;
+    p2.b += p2.steps * vectors * W * KS<E>;
+  }
+}
+
+template <class E>
+constexpr int64_t steps_of(int64_t depth) {
+  return (depth + KS<E> - 1) / KS<E>;
+}
+
+template <class E, class Init, class Done>
+void gemm(int64_t rows, int64_t columns, int64_t depth, const E* a, int64_t lda, const E* b, const Init& init,
+          const Done& done) {
+  gemm2<E>(rows, columns, Product<E>{a, lda, b, steps_of<E>(depth)}, Product<E>{nullptr, 0, nullptr, 0}, init, done);
+}
+
+PCS_INLINE vf zero_init(int64_t, int64_t) { return vf{}; }
+
+template <class E>
+int64_t packed_size(int64_t columns, int64_t depth) {
+  return round_up(depth, KS<E>) * round_up(columns, W);
+}
+
+template <class E, class T>
+PCS_INLINE E convert(T x);
+template <>
+PCS_INLINE float convert<float, float>(float x) {
+  return x;
+}
+template <>
+PCS_INLINE float convert<float, bf16>(bf16 x) {
+  return to_float(x);
+}
+template <>
+PCS_INLINE bf16 convert<bf16, bf16>(bf16 x) {
+  return x;
+}
+
+// B[k][n] = source[n * ld + k]: the rows of the source become the columns of B.
+template <class E, class T>
+void pack_rows_as_columns(E* out, const T* source, int64_t ld, int64_t columns, int64_t depth) {
+  const int64_t steps = steps_of<E>(depth), whole = depth / KS<E>;
+  for (int64_t j = 0; j < columns; j += NR) {
+    const int64_t filled = std::min<int64_t>(NR, columns - j), width = round_up(filled, W);
+    const T* rows = source + j * ld;
+    for (int64_t s = 0; s < steps; s++, out += width * KS<E>) {
+      if (s < whole) {
+        for (int64_t n = 0; n < filled; n++) {
+          if constexpr (KS<E> == 2)
+            std::memcpy(out + 2 * n, rows + n * ld + 2 * s, 4);
+          else
+            out[n] = convert<E, T>(rows[n * ld + s]);
+        }
+      } else {
+        for (int64_t n = 0; n < filled; n++) out[n * KS<E>] = convert<E, T>(rows[n * ld + s * KS<E>]), out[n * KS<E> + KS<E> - 1] = E{};
+      }
+      for (int64_t n = filled * KS<E>; n < width * KS<E>; n++) out[n] = E{};
+    }
+  }
+}
+
+// B[k][n] = source[k * ld + n].
+template <class E, class T>
+void pack_rows(E* out, const T* source, int64_t ld, int64_t columns, int64_t depth) {
+  const int64_t steps = (depth + KS<E> - 1) / KS<E>;
+  for (int64_t j = 0; j < columns; j += NR) {
+    const int64_t width = round_up(std::min<int64_t>(NR, columns - j), W);
+    const int64_t filled = std::min(width, columns - j);
+    for (int64_t s = 0; s < steps; s++) {
+      E* to = out + s * width * KS<E>;
+      for (int p = 0; p < KS<E>; p++) {
+        const int64_t k = s * KS<E> + p;
+        const T* row = source + k * ld + j;
+        for (int64_t n = 0; n < filled; n++) to[n * KS<E> + p] = k < depth ? convert<E, T>(row[n]) : E{};
+        for (int64_t n = filled; n < width; n++) to[n * KS<E> + p] = E{};
+      }
+    }
+    out += steps * width * KS<E>;
+  }
+}
+
+// Rows of A, padded with zeros to a whole number of steps.
+template <class E, class T>
+void copy_rows(E* out, int64_t ldo, const T* source, int64_t ld, int64_t rows, int64_t depth) {
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t k = 0; k < depth; k++) out[i * ldo + k] = convert<E, T>(source[i * ld + k]);
+    for (int64_t k = depth; k < ldo; k++) out[i * ldo + k] = E{};
+  }
+}
+
+}  // namespace PCS_ISA

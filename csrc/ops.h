@@ -1,0 +1,70 @@
+// The native ops. Addresses are of contiguous memory unless a Heads view says otherwise; 0 means absent.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "tensor_view.h"
+
+namespace PCS_ISA {
+
+// B batch, H heads, N queries, M keys, D head width.
+struct AttentionShape {
+  int64_t B, H, N, M, D;
+};
+void self_attention_forward(DType, const Heads& q, const Heads& k, const Heads& v, const Heads& out, intptr_t lse,
+                            AttentionShape, float scale, int threads);
+void self_attention_backward(DType, const Heads& dout, const Heads& q, const Heads& k, const Heads& v,
+                             const Heads& out, intptr_t lse, const Heads& dq, const Heads& dk, const Heads& dv,
+                             AttentionShape, float scale, int threads);
+
+// capture [B, G, M] and maps [B, G, N] are float32; G = 0 without them.
+void cross_attention_forward(DType, const Heads& q, const Heads& k, const Heads& v, const Heads& out, intptr_t capture,
+                             intptr_t maps, int64_t G, AttentionShape, float scale, int threads);
+void cross_attention_backward(DType, const Heads& dout, intptr_t dmaps, const Heads& q, const Heads& k, const Heads& v,
+                              intptr_t capture, int64_t G, const Heads& dq, const Heads& dk, const Heads& dv,
+                              AttentionShape, float scale, int threads);
+
+void geglu_forward(DType, intptr_t x, intptr_t y, int64_t rows, int64_t F, int threads);
+void geglu_backward(DType, intptr_t dy, intptr_t x, intptr_t dx, int64_t rows, int64_t F, int threads);
+
+// x [B, C, S] or, channels-last, [B, S, C]; weight, bias and their gradients float32 [C].
+struct NormShape {
+  int64_t B, C, S, G;
+  bool channels_last;
+};
+void group_norm_silu_forward(DType, intptr_t x, intptr_t y, const NormShape&, intptr_t weight, intptr_t bias,
+                             intptr_t mean, intptr_t rstd, float eps, bool silu, int threads);
+void group_norm_silu_backward(DType, intptr_t dy, intptr_t x, const NormShape&, intptr_t mean, intptr_t rstd,
+                              intptr_t weight, intptr_t bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias,
+                              int threads);
+
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step, block_size;
+  double grad_scale;
+  bool stochastic;
+  int64_t seed;
+  bool decay_first;
+};
+bool adamw8bit_knows(intptr_t qmap, bool is_signed);
+void adamw8bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t grad, intptr_t state1, intptr_t state2,
+                    intptr_t absmax1, intptr_t absmax2, int64_t n, const AdamW&, int threads);
+void adamw32bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t grad, intptr_t exp_avg,
+                     intptr_t exp_avg_sq, int64_t n, const AdamW&, int threads);
+
+// Packed operands of lowrank_residual: B [depth, columns] from rows [columns, depth] or from itself.
+int64_t packed_bytes(DType, int64_t columns, int64_t depth);
+void pack_operand(DType, intptr_t out, intptr_t source, int64_t columns, int64_t depth, bool rows_are_columns,
+                  int threads);
+int low_rank_width(int64_t rank);
+
+struct LowrankShape {
+  int64_t samples, rows_a_sample, inputs, outputs, rank;
+};
+struct LowrankArguments {
+  intptr_t x, weight, bias, down, up, mask, concepts, low, y;
+};
+void lowrank_residual(DType, const LowrankArguments&, const LowrankShape&, float scale, int threads);
+
+}  // namespace PCS_ISA

@@ -1,0 +1,97 @@
+"""The C++ build for this CPU, and the only place where tensors become addresses.
+
+Three builds of the same sources ship on x86-64 (baseline, AVX2, AVX-512 with bf16); a probe picks one at first use.
+PCS_NATIVE names another for tests, one that this CPU can run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+SETS = ("baseline", "avx2", "avx512")  # each CPU that runs one runs those before it
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def instruction_set() -> str:
+    """The build to use: the best for this CPU, or what PCS_NATIVE names."""
+    best = importlib.import_module("pcs_kernels._cpuid").best()
+    wanted = os.environ.get("PCS_NATIVE") or best
+    if wanted not in SETS:
+        raise ImportError(f"PCS_NATIVE is {wanted!r}; choose one of {', '.join(SETS)}")
+    if SETS.index(wanted) > SETS.index(best):
+        raise ImportError(f"PCS_NATIVE is {wanted!r} but this CPU runs {best!r} at most")
+    return wanted
+
+
+@functools.cache
+def library() -> ModuleType:
+    """The compiled module; ImportError in one sentence where there is none."""
+    try:
+        module = importlib.import_module(f"pcs_kernels._native_{instruction_set()}")
+    except ModuleNotFoundError:
+        raise ImportError(
+            "the C++ kernels were not built (no compiler at install time); mend: install g++ and run pip install again"
+        ) from None
+    module.use_openmp(_openmp_of_torch())
+    return module
+
+
+def _openmp_of_torch() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that torch uses, or 0: then plain threads do the work."""
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    for path in glob.glob(os.path.join(folder, "lib[gio]*omp*.so*")):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def dtype_code(x: Tensor) -> int:
+    return DTYPES[x.dtype]
+
+
+def reason(*tensors: Tensor | None) -> str | None:
+    """Why the native kernels cannot take these tensors, or None."""
+    for x in tensors:
+        if x is None:
+            continue
+        if x.device.type != "cpu":
+            return f"native kernels run on the CPU, not on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"native kernels take float32 and bfloat16, not {x.dtype}"
+    return None
+
+
+def address(x: Tensor | None) -> int:
+    """The address of a contiguous tensor, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def heads(x: Tensor | None) -> tuple[int, int, int, int]:
+    """A [B, H, N, D] tensor with unit stride on D as the C++ side takes it."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x itself where its last dimension is dense, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def float32(p: Tensor | None) -> Tensor | None:
+    """A small parameter as contiguous float32."""
+    return None if p is None else p.to(torch.float32).contiguous()

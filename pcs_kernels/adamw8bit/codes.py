@@ -1,0 +1,46 @@
+"""The 8-bit codes of the optimizer states: 256 floats in [-1, 1] (signed) or [0, 1], dense near zero.
+
+Decade i of seven holds the midpoints of an even grid on [0.1, 1] times 10^(i-6): 2^i of them and their negatives in
+the signed map, 2^(i+1) in the unsigned one; 0 and 1 complete either. This is bitsandbytes' "dynamic" map, value for
+value, so that states move between the two.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+DECADES = 7
+
+
+@functools.cache
+def code_map(signed: bool) -> Tensor:
+    """The sorted float32 map [256] on the CPU."""
+    values = [0.0, 1.0]
+    for decade in range(DECADES):
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, dtype=torch.float32)
+        middles = (10 ** (decade - DECADES + 1)) * ((edges[:-1] + edges[1:]) / 2)
+        values += middles.tolist() + ((-middles).tolist() if signed else [])
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def blocks(n: int, block_size: int) -> int:
+    return -(-n // block_size)
+
+
+def decode(state: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> Tensor:
+    """float32 values of a coded state, flat [n]."""
+    scale = absmax.repeat_interleave(block_size)[: state.numel()]
+    return qmap[state.flatten().long()] * scale
+
+
+def encode(values: Tensor, qmap: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(codes u8 [n], absmax [blocks]) of flat float32 values: the code nearest to value / absmax of its block."""
+    n = values.numel()
+    padded = torch.nn.functional.pad(values, (0, -n % block_size)).view(-1, block_size)
+    absmax = padded.abs().amax(dim=1)
+    scaled = (padded / torch.where(absmax > 0, absmax, 1.0)[:, None]).flatten()[:n]
+    middles = (qmap[1:] + qmap[:-1]) / 2
+    return torch.bucketize(scaled, middles).to(torch.uint8), absmax

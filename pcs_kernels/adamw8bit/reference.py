@@ -1,0 +1,112 @@
+"""AdamW with 8-bit states in pure torch.
+
+g = grad_scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+p -= lr sqrt(1 - b2^t) / (1 - b1^t)  m / (sqrt(v) + eps sqrt(1 - b2^t)),  p *= 1 - lr weight_decay before or after.
+
+m and v are decoded with their blocks' absmax, updated in float32, used as they are, and coded again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .codes import decode, encode
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer mixer (xor-shift-multiply); int64 tensors hold the unsigned values."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def random_bits(seed: int, step: int, n: int, device: torch.device) -> Tensor:
+    """16 random bits for each of n elements: hash32(low(i) ^ hash32(high(i) ^ hash32(step ^ hash32(seed)))) & 0xFFFF."""
+    i = torch.arange(n, dtype=torch.int64, device=device)
+    key = hash32(torch.tensor(seed & 0xFFFFFFFF, device=device))
+    key = hash32(key ^ (step & 0xFFFFFFFF))
+    return hash32((i & 0xFFFFFFFF) ^ hash32((i >> 32) ^ key)) & 0xFFFF
+
+
+def round_stochastically(values: Tensor, seed: int, step: int) -> Tensor:
+    """float32 -> bfloat16, up with the probability of the remainder; inf and NaN stay."""
+    bits = values.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = (bits + random_bits(seed, step, values.numel(), values.device)) & 0xFFFF0000
+    signed = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+    return torch.where(values.isfinite(), signed.view(torch.float32), values).to(torch.bfloat16)
+
+
+def adamw(
+    p: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, eps: float, decay: float, step: int
+) -> Tensor:
+    """The new float32 parameter; `decay` is the weight decay to apply before the update."""
+    correction2 = math.sqrt(1 - beta2**step)
+    size = lr * correction2 / (1 - beta1**step)
+    return p * (1 - lr * decay) - size * (m / (v.sqrt() + eps * correction2))
+
+
+def write(param: Tensor, new: Tensor, seed: int | None, step: int) -> None:
+    if seed is not None and param.dtype == torch.bfloat16:
+        new = round_stochastically(new, seed, step)
+    param.copy_(new.view(param.shape))
+
+
+def step_8bit(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    block_size: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+) -> None:
+    g = grad.flatten().float() * grad_scale
+    m = beta1 * decode(state1, absmax1, qmap1, block_size) + (1 - beta1) * g
+    v = beta2 * decode(state2, absmax2, qmap2, block_size) + (1 - beta2) * g * g
+    new = adamw(param.flatten().float(), m, v, lr, beta1, beta2, eps, weight_decay if decay_first else 0.0, step)
+    if not decay_first:
+        new = new * (1 - lr * weight_decay)
+    write(param, new, seed, step)
+    for values, state, absmax, qmap in ((m, state1, absmax1, qmap1), (v, state2, absmax2, qmap2)):
+        codes, scale = encode(values, qmap, block_size)
+        state.copy_(codes.view(state.shape))
+        absmax.copy_(scale)
+
+
+def step_32bit(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+) -> None:
+    g = grad.float() * grad_scale
+    exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * g)
+    exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
+    decay = weight_decay if decay_first else 0.0
+    new = adamw(param.float(), exp_avg, exp_avg_sq, lr, beta1, beta2, eps, decay, step)
+    if not decay_first:
+        new = new * (1 - lr * weight_decay)
+    write(param, new.flatten(), seed, step)

@@ -1,0 +1,137 @@
+"""The optimizer step inside the backward: each parameter is updated, and its gradient freed, as it is produced.
+
+Only one layer's gradient is alive at a time. Accumulation and clipping on the global norm keep their meaning:
+
+clip="two_pass"  the backward runs twice, first for the norm alone, then for the steps: exact, one more pass.
+clip="previous"  the coefficient comes from the norm of the step before (the first step holds its gradients and clips
+                 exactly): one pass; equal to exact clipping where the norm changes slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .optim import AdamW8bit
+
+
+class StepInBackward:
+    """The hooks on an optimizer's parameters; made by `step_in_backward`."""
+
+    def __init__(self, opt: AdamW8bit, accumulate: int, max_norm: float | None, clip: str) -> None:
+        self.opt = opt
+        self.accumulate = accumulate
+        self.max_norm = max_norm
+        self.clip = clip
+        self.norm: float | None = None  # of the last finished step
+        self._measuring = False  # the first of two passes: norms only
+        self._steps_now = max_norm is None  # whether hooks may update already
+        self._coefficient = 1.0
+        self._passes: dict[Tensor, int] = {}
+        self._squares: list[Tensor] = []
+        self._groups = {p: group for group in opt.param_groups for p in group["params"] if p.requires_grad}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._produced) for p in self._groups]
+
+    def backward(self, loss_of: Callable[[], Tensor], *more: Callable[[], Tensor]) -> Tensor:
+        """Run one whole optimizer step: each callable returns the loss of one micro-batch; returns their sum.
+
+        With two passes the callable of a single micro-batch is called twice and must compute the same loss both times.
+        """
+        losses = (loss_of, *more)
+        if len(losses) != self.accumulate:
+            raise ValueError(f"step_in_backward was made for {self.accumulate} micro-batches, not {len(losses)}")
+        if self.max_norm is not None and self.clip == "two_pass" and self.accumulate == 1:
+            self._measuring = True
+            try:
+                losses[0]().backward()
+            finally:
+                self._measuring = False
+            self._set_coefficient(self._take_norm())
+            self._steps_now = True
+        total = None
+        for loss_of in losses:
+            loss = loss_of()
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        self.finish()
+        return total  # type: ignore[return-value]
+
+    def finish(self) -> None:
+        """End a step that plain `loss.backward()` calls made: step what waited for the norm, forget the counts."""
+        if not any(self._passes.values()) and not self._squares:
+            return
+        waiting = [p for p in self._groups if p.grad is not None]
+        if self._squares:
+            self.norm = self._take_norm()
+        elif self.max_norm is not None and waiting:
+            self.norm = float(torch.linalg.vector_norm(torch.stack([_square(p.grad) for p in waiting]).sqrt()))
+        if not self._steps_now:
+            self._set_coefficient(self.norm)
+        for p in waiting:
+            self._update(p)
+        self._passes.clear()
+        if self.max_norm is not None:
+            self._steps_now = self.clip == "previous" and self.norm is not None
+            self._set_coefficient(self.norm)
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimizer works as before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _produced(self, p: Tensor) -> None:
+        if self._measuring:
+            self._squares.append(_square(p.grad))
+            p.grad = None
+            return
+        self._passes[p] = self._passes.get(p, 0) + 1
+        if self._passes[p] < self.accumulate:
+            return
+        if self.max_norm is not None and self.clip == "previous":
+            self._squares.append(_square(p.grad))
+        if self._steps_now:
+            self._update(p)
+
+    def _update(self, p: Tensor) -> None:
+        self.opt.update(p, self._groups[p], self._coefficient)
+        p.grad = None
+
+    def _take_norm(self) -> float:
+        norm = float(torch.stack([s.cpu() for s in self._squares]).sum().sqrt())
+        self._squares.clear()
+        return norm
+
+    def _set_coefficient(self, norm: float | None) -> None:
+        if self.max_norm is not None and norm is not None:
+            self._coefficient = min(1.0, self.max_norm / (norm + 1e-6))
+
+
+def _square(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient.detach().float().pow(2).sum()
+
+
+def step_in_backward(
+    opt: AdamW8bit, accumulate: int = 1, max_norm: float | None = None, clip: str = "two_pass"
+) -> StepInBackward:
+    """Update each parameter of `opt` inside the backward that produces its gradient, and free that gradient.
+
+    Without clipping, or with clip="previous", plain `loss.backward()` works (call `handle.finish()` after each step
+    where max_norm is given); `handle.backward(lambda: loss)` does a whole step in every case.
+    """
+    from .optim import AdamW8bit
+
+    if not isinstance(opt, AdamW8bit):
+        raise TypeError(f"opt must be pcs_kernels.optim.AdamW8bit, not {type(opt).__name__}")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate must be a whole number of at least 1, not {accumulate!r}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0 or None, not {max_norm}")
+    if clip not in ("two_pass", "previous"):
+        raise ValueError(f'clip must be "two_pass" or "previous", not {clip!r}')
+    return StepInBackward(opt, accumulate, max_norm, clip)
