@@ -40,7 +40,7 @@ def test_prediction_and_every_gradient_are_the_peers(family):
 
 
 def test_state_dict_goes_both_ways(family):
-    config, network, unet, call, expected, *_ = family
+    config, _, unet, call, expected, *_ = family
     from diffusers import UNet2DConditionModel
 
     other = UNet2DConditionModel(**config)
@@ -54,7 +54,7 @@ def test_state_dict_goes_both_ways(family):
 
 
 def test_bf16_errs_at_most_twice_what_the_peer_does(family):
-    config, network, unet, (x, t, context, added), expected, *_ = family
+    config, network, _, (x, t, context, added), expected, *_ = family
     low = peer(config)
     low.load_state_dict(network.state_dict())
     low = low.bfloat16()
