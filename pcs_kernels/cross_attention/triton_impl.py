@@ -30,6 +30,7 @@ from .triton_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel, cros
 
 MAX_TOKENS = 320
 MAX_WIDTH = 256
+MAX_BLOCK_G = 4
 LOG2E = math.log2(math.e)
 
 
@@ -38,16 +39,19 @@ def launch_config(
 ) -> dict[str, int]:
     """Tiles of `kernel`: "forward", "capture", "rows" or "tokens"; smaller where few queries would leave a GPU idle."""
     d0, d1 = split_width(width)
-    config = {"D": width, "D0": d0, "D1": d1, "num_warps": 8 if width > 64 and kernel in ("capture", "tokens") else 4}
+    config = {"D": width, "D0": d0, "D1": d1, "num_warps": 4, "num_stages": 1}
     if kernel == "tokens":
         block = 32 if width > 64 or not half else 64
-        return config | {"BLOCK_N": block, "BLOCK_T": 32 if tokens > 16 else 16, "num_stages": 2}
+        return config | {"BLOCK_N": block, "BLOCK_T": 32 if tokens > 16 and width <= 96 else 16, "num_stages": 2}
     t0, t1 = split_width(tokens)
     block = 64 if tokens <= 80 and half else 32 if tokens <= 160 and half else 16
     programs = batch * (1 if kernel == "capture" else heads)
     while block > 16 and programs * blocks(queries, block) < MULTIPROCESSORS[arch]:
         block //= 2
-    return config | {"T0": t0, "T1": t1, "BLOCK_N": block, "num_stages": 1}
+    if kernel == "capture":
+        # the next head's k and v are fetched ahead where they fit every card's shared memory
+        config |= {"num_stages": 2 if (t0 + t1) * (d0 + d1) <= 16384 else 1, "num_warps": 8 if width > 96 else 4}
+    return config | {"T0": t0, "T1": t1, "BLOCK_N": block}
 
 
 def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: object) -> str | None:
@@ -76,17 +80,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
     groups = 0 if capture is None else capture.shape[1]
     align = common_align(q, k, v)
     config = _config(q, k, "forward" if capture is None else "capture", align)
-    block_g = min(pow2(max(groups, 1)), 16)
+    block_g = min(pow2(max(groups, 1)), MAX_BLOCK_G)
     tiles = blocks(queries, config["BLOCK_N"])
     programs = batch * tiles * (heads if capture is None else 1)
     out = empty_like_heads_last(q)
     maps = q.new_empty((batch, groups, queries), dtype=torch.float32)
-    launch(
-        cross_fwd_kernel, (programs, blocks(max(groups, 1), block_g)), q, k, v,
-        q if capture is None else capture.contiguous(), out, maps, queries, tokens, heads, groups, tiles,
-        scale * LOG2E, *strides(q, align), *strides(k, align), *strides(v, align),
-        CAPTURE=capture is not None, BLOCK_G=block_g, **config,
-    )  # fmt: skip
+    # a pointer must be some tensor even where the flags say that it is not read
+    weights = q if capture is None else capture.contiguous()
+    group_blocks = blocks(max(groups, 1), block_g)
+    for first, count, write_out in ((0, 1, True), (1, group_blocks - 1, False)):
+        if count > 0:
+            launch(
+                cross_fwd_kernel, (programs, count), q, k, v, weights, out, maps,
+                queries, tokens, heads, groups, first, tiles, scale * LOG2E,
+                *strides(q, align), *strides(k, align), *strides(v, align),
+                CAPTURE=capture is not None, BLOCK_G=block_g, WRITE_OUT=write_out, **config,
+            )  # fmt: skip
     return out, maps
 
 
@@ -106,7 +115,6 @@ def backward(
     groups = 0 if capture is None else capture.shape[1]
     layout = *strides(q, align), *strides(k, align), *strides(v, align), *strides(dout, align)
     given = {"HAS_DOUT": dout is not None, "HAS_DMAPS": dmaps is not None}
-    # a kernel's pointer must be some tensor even where its flags say that it is not read
     inputs = q, k, v, *(q if t is None else t for t in (dout, capture, dmaps))
     dq = empty_like_heads_last(q) if need_q else q.new_empty(0)
     rows = q.new_empty((2, batch, heads, queries), dtype=torch.float32) if need_k or need_v else None

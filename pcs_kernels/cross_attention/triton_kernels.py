@@ -56,14 +56,14 @@ def _captured(p, capture_at, t, tokens):
 
 @triton.jit
 def cross_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, capture_ptr, out_ptr, maps_ptr, queries, tokens, heads, groups, tiles, log2_scale,
+    q_ptr, k_ptr, v_ptr, capture_ptr, out_ptr, maps_ptr, queries, tokens, heads, groups, first_block, tiles, log2_scale,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAPTURE: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAPTURE: tl.constexpr, BLOCK_G: tl.constexpr, WRITE_OUT: tl.constexpr,
 ):  # fmt: skip
     """Without CAPTURE a program is one (b, h, query tile); with it one (b, query tile) that loops over the heads.
 
-    Axis 1 of the grid runs over blocks of BLOCK_G groups; only its first program writes out.
+    Axis 1 of the grid runs over blocks of BLOCK_G groups from first_block on.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -73,8 +73,7 @@ def cross_fwd_kernel(
         b, first_head = pid // tiles // heads, pid // tiles % heads
         last_head = first_head + 1
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_group = tl.program_id(1) * BLOCK_G
-    last_group = tl.minimum(first_group + BLOCK_G, groups)
+    first_group = (first_block + tl.program_id(1)) * BLOCK_G
     g = first_group + tl.arange(0, BLOCK_G)
     maps = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     batch = b.to(tl.int64) * ALIGN
@@ -85,13 +84,15 @@ def cross_fwd_kernel(
         q0, q1 = load_parts(q_base, n, queries, stride_qn * ALIGN, D, D0, D1)
         p0, p1, _ = _softmax(q0, q1, k_base, tokens, stride_kt * ALIGN, log2_scale, T0, T1, D, D0, D1)
         if CAPTURE:
-            for i in range(first_group, last_group):
-                capture_at = capture_ptr + (b.to(tl.int64) * groups + i) * tokens
+            for i in tl.static_range(BLOCK_G):
+                # a repeated last group stands in for those past the end; it is not stored
+                group = tl.minimum(first_group + i, groups - 1)
+                capture_at = capture_ptr + (b.to(tl.int64) * groups + group) * tokens
                 column = _captured(p0, capture_at, tl.arange(0, T0), tokens)
                 if T1 > 0:
                     column += _captured(p1, capture_at, T0 + tl.arange(0, T1), tokens)
-                maps += tl.where((g == i)[None, :], column[:, None], 0.0)
-        if first_group == 0:
+                maps += tl.where((g == first_group + i)[None, :], column[:, None], 0.0)
+        if WRITE_OUT:
             o0, o1 = zero_parts(BLOCK_N, D0, D1)
             o0, o1 = _weighted_values(p0, v_base, tl.arange(0, T0), tokens, stride_vt * ALIGN, o0, o1, D, D0, D1)
             if T1 > 0:
