@@ -11,7 +11,7 @@ SUPERSAMPLE = 4
 
 
 def blend(a, b, t):
-    return tuple(int(round(x + (y - x) * t)) for x, y in zip(a, b, strict=True))
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
 
 
 def gradient(draw, size, y0, y1, top, bottom, bands=24):

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -75,7 +76,7 @@ def load_checkpoint(path):
 
 def to_tensor(pictures):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_pictures(tensor):

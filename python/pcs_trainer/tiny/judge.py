@@ -11,11 +11,12 @@ Pictures are uint8 (N, 64, 64, 3) arrays, lists of such, or float tensors (N, 3,
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from .common import JUDGE_WEIGHTS, to_tensor
 from .world import BACKGROUNDS, CLASSES, COLOURS, LIGHTS, PATTERNS, POSITIONS, SCALES, SIZE, STYLES
@@ -87,7 +88,7 @@ class Words(nn.Module):
         from zlib import crc32
 
         words = re.findall(r"[a-z]+", sentence.lower())
-        return [crc32(w.encode()) % cls.BUCKETS for w in [*words, *map(" ".join, zip(words, words[1:], strict=False))]]
+        return [crc32(w.encode()) % cls.BUCKETS for w in [*words, *map(" ".join, pairwise(words))]]
 
     def forward(self, sentences):
         rows = [self.ids(s) for s in sentences]

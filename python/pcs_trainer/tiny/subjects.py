@@ -36,7 +36,7 @@ class Photo:
 
 
 def _rgb(hue, saturation, value):
-    return tuple(int(round(255 * c)) for c in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
 
 
 def subject(seed, kind=None):

@@ -1,7 +1,8 @@
 """Stage 2: the judge, on pictures that the model never sees.
 
 The reader learns every field by cross-entropy and the joint embedding by a symmetric contrastive loss; the subject
-network learns to tell subjects apart, two photographs of each a batch, few classes a batch so that class alone never helps.
+network learns to tell subjects apart, two photographs of each a batch, every other batch of few classes so that class
+alone does not help.
 """
 
 import numpy as np
@@ -96,7 +97,8 @@ def reader_batch(number, size=128):
 
 
 def subject_batch(number, size=96):
-    classes = np.random.default_rng([JUDGE_SEEDS, number, 23]).choice(world.CLASSES, 3, replace=False)
+    few = 3 if number % 2 else len(world.CLASSES)
+    classes = np.random.default_rng([JUDGE_SEEDS, number, 23]).choice(world.CLASSES, few, replace=False)
     return np.stack([pair_example(number * size + i, classes) for i in range(size)])
 
 

@@ -13,7 +13,7 @@ from .backgrounds import BACKGROUNDS, SUPERSAMPLE, background
 from .shapes import CLASSES, EMBLEM_SPOT, ROLE_COLOURS, emblem, parts
 from .surface import PATTERNS, pattern, shading
 
-__all__ = ["BACKGROUNDS", "CLASSES", "COLOURS", "Look", "PATTERNS", "POSITIONS", "SIZE", "Scene", "is_held_out", "render", "scene"]
+__all__ = ["BACKGROUNDS", "CLASSES", "COLOURS", "PATTERNS", "POSITIONS", "SIZE", "Look", "Scene", "is_held_out", "render", "scene"]
 
 SIZE = 64
 COLOURS = {

@@ -1,0 +1,95 @@
+"""The script that makes the tiny model, on sizes that take seconds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pcs_trainer.tiny import common, train, train_unet, train_vae
+from pcs_trainer.tiny.tokenizer import learn_merges, write_tokenizer
+
+
+def test_help_and_unknown_stages(capsys):
+    with pytest.raises(SystemExit):
+        train.arguments(["--cache", "x", "paint"])
+    assert "unknown stage 'paint'; choose from pictures, vae, judge, unet, folder" in capsys.readouterr().err
+    assert train.arguments(["--cache", "x"]).stages == list(train.STAGES)
+
+
+def test_the_learning_rate_warms_up_stays_flat_and_ends_low():
+    budget = common.Budget(1.0, warmup_steps=10, flat_until=0.5)
+    assert budget.factor(0) == pytest.approx(0.1) and budget.factor(100) == 1.0
+    budget.spent = 60.0
+    assert budget.over and budget.factor(100) == pytest.approx(0.01)
+
+
+def test_merges_make_each_word_one_token_most_frequent_first():
+    merges = learn_merges({"ab": 5, "abc": 1, "cab": 1})
+    assert merges[0] == ("a", "b</w>") and ("a", "b") in merges and len(merges) == 4
+
+
+def test_whitening_keeps_the_pictures_and_makes_latents_white():
+    torch.manual_seed(0)
+    vae = train_vae.build_vae().eval()
+    pictures = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    x = common.to_tensor(pictures)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mean).sample
+        train_vae.whiten(vae, pictures)
+        z = vae.encode(x).latent_dist.mean
+        after = vae.decode(z).sample
+    assert torch.allclose(before, after, atol=1e-3)
+    covariance = torch.cov(z.permute(1, 0, 2, 3).flatten(1))
+    assert torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=0.02)
+    assert train_vae.FLOOR - 0.02 < covariance.diagonal().sqrt().min() and covariance.diagonal().sqrt().max() < 1.02
+
+
+def test_the_schedule_ends_in_noise_and_is_diffusers_own():
+    from diffusers import DDIMScheduler
+
+    abar = train_unet.alphas()
+    assert torch.allclose(abar, DDIMScheduler(**train_unet.SCHEDULE).alphas_cumprod, rtol=1e-4)
+    assert abar[0] > 0.999 and abar[-1] < 3e-4
+
+
+def test_the_average_follows_and_swaps():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    average = train_unet.Average([weight], decay=0.5)
+    with torch.no_grad():
+        weight += 1
+    average.update(1000)
+    average.swap()
+    assert torch.equal(weight, torch.full((3,), 0.5)) and torch.equal(average.values[0], torch.ones(3))
+
+
+@pytest.fixture
+def small_set(tmp_path):
+    said = [["a red mug on the beach", "a patterned cup"], ["a blue cat in the snow", "a cat"]] * 16
+    write_tokenizer([t for s in said for t in s] + list(train_unet.DECORATED), tmp_path / "tokenizer")
+    (tmp_path / "captions.json").write_text(json.dumps(said))
+    np.save(tmp_path / "latents.npy", np.random.default_rng(0).standard_normal((32, 8, 16, 16)).astype(np.float16))
+    return tmp_path
+
+
+def test_two_processes_train_together_and_a_second_run_resumes(small_set):
+    def run(minutes):
+        train_unet.train_unet(small_set, small_set / "tokenizer", small_set / "captions.json", small_set / "latents.npy", minutes, batch=4)
+        return common.load_checkpoint(small_set / "unet.ckpt")
+
+    first = run(0.01)
+    second = run(0.02)
+    assert 0 < first["step"] < second["step"] and second["seen"] == 4 * second["step"]
+    assert any(not torch.equal(first["unet"][k], second["unet"][k]) for k in first["unet"])
+
+
+def test_batches_hide_some_captions_and_rename_some_decorations(small_set):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(small_set / "tokenizer")
+    tokens, empty = train_unet.tokenise(tokenizer, json.loads((small_set / "captions.json").read_text()), small_set)
+    batches = train_unet.Batches(np.load(small_set / "latents.npy"), tokens, empty, tokenizer, 0)
+    ids = torch.cat([batches.draw(200)[1] for _ in range(10)]).numpy()
+    assert 0.07 < (ids == empty).all(1).mean() < 0.13
+    patterned, rare = np.isin(ids, batches.decorated).any(1).sum(), np.isin(ids, batches.rare).any(1).sum()
+    assert 0.2 < rare / (rare + patterned) < 0.4
