@@ -1,0 +1,135 @@
+"""The Triton kernels of adamw8bit: one pass over parameter, gradient and states; the 8-bit codes are a formula.
+
+In decade i of seven the code counts the midpoints of an even grid on [0.1, 1] times 10^(i-6), CELLS = 2^i of them
+(2^(i+1) unsigned). Counted from 1 (from 2 unsigned) over all decades, midpoint number `rank` is CELLS + its place.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode(code, SIGNED: tl.constexpr):
+    """The value in [-1, 1] of an 8-bit code."""
+    FIRST: tl.constexpr = 1 if SIGNED else 2
+    number = code.to(tl.int32)
+    rank = (tl.abs(number - 127) if SIGNED else number + 1).to(tl.float32)
+    power = tl.full(rank.shape, 1e-6, tl.float32)
+    cells = tl.full(rank.shape, FIRST, tl.float32)
+    per_cell = tl.full(rank.shape, 1.0 / FIRST, tl.float32)
+    for i in tl.static_range(1, 7):
+        above = rank >= FIRST * 2**i
+        power = tl.where(above, 10.0 ** (i - 6), power)
+        cells = tl.where(above, FIRST * 2.0**i, cells)
+        per_cell = tl.where(above, 0.5**i / FIRST, per_cell)
+    value = power * (0.1 + 0.9 * (rank - cells + 0.5) * per_cell)
+    value = tl.where(rank >= FIRST, value, 0.0)
+    value = tl.where(number == 255, 1.0, value)
+    if SIGNED:
+        value = tl.where(number < 127, -value, value)
+    return value
+
+
+@triton.jit
+def encode(value, SIGNED: tl.constexpr):
+    """The code nearest to a value in [-1, 1]."""
+    FIRST: tl.constexpr = 1 if SIGNED else 2
+    a = tl.abs(value)
+    cells = tl.full(a.shape, FIRST, tl.float32)
+    inverse = tl.full(a.shape, 1e6, tl.float32)
+    for i in tl.static_range(6):
+        # halfway between the last midpoint of decade i and the first of decade i + 1
+        above = a > 10.0 ** (i - 6) * (1.0 + 0.9 * 0.5**i / FIRST)
+        cells = tl.where(above, FIRST * 2.0 ** (i + 1), cells)
+        inverse = tl.where(above, 10.0 ** (5 - i), inverse)
+    place = tl.floor((a * inverse - 0.1) * (cells * (1.0 / 0.9)))
+    rank = cells + tl.minimum(tl.maximum(place, 0.0), cells - 1.0)
+    rank = tl.where(a > 0.5e-6 * (0.1 + 0.45 / FIRST), rank, FIRST - 1.0).to(tl.int32)
+    if SIGNED:
+        code = tl.where(value < 0.0, 127 - rank, 127 + rank)
+    else:
+        code = rank - 1
+    return tl.where(value > 1.0 - 0.225 / (64 * FIRST), 255, code).to(tl.uint8)
+
+
+@triton.jit
+def hash32(x):
+    """A 32-bit mixer by xor-shift and multiply, as in the reference."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round_stochastically(value, i, key):
+    """float32 whose low half is 0: up with the probability of the remainder; inf and NaN stay."""
+    low = i.to(tl.uint32)
+    high = (i >> 32).to(tl.uint32)
+    noise = hash32(low ^ hash32(high ^ tl.cast(key, tl.uint32))) & 0xFFFF
+    bits = (value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+    return tl.where(tl.abs(value) < float("inf"), bits.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
+def _write_param(param_ptr, i, inside, p, key, STOCHASTIC: tl.constexpr):
+    if STOCHASTIC:
+        p = _round_stochastically(p, i, key)
+    tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _updated(param_ptr, i, inside, m, v, size, eps, decay_before, decay_after):
+    p = tl.load(param_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    return (p * decay_before - size * (m / (tl.sqrt(v) + eps))) * decay_after
+
+
+@triton.jit
+def _recode(state_ptr, absmax_ptr, i, inside, block, blocks, values, SIGNED: tl.constexpr):
+    values = tl.where(inside, values, 0.0)
+    absmax = tl.max(tl.abs(values), 1)
+    tl.store(absmax_ptr + block, absmax, mask=block < blocks)
+    safe = tl.where(absmax > 0.0, absmax, 1.0)
+    tl.store(state_ptr + i, encode(values / safe[:, None], SIGNED), mask=inside)
+
+
+@triton.jit(do_not_specialize=["key", "blocks"])
+def adamw8bit_kernel(
+    param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr, n, blocks, key,
+    beta1, beta2, rest1, rest2, size, eps, decay_before, decay_after, grad_scale,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks of BLOCK_SIZE elements (COLS is the power of two that holds one)."""
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLS)
+    i = block[:, None] * BLOCK_SIZE + column[None, :]
+    inside = (i < n) & (column < BLOCK_SIZE)[None, :]
+    g = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32) * grad_scale
+    scale1 = tl.load(absmax1_ptr + block, mask=block < blocks, other=0.0)
+    scale2 = tl.load(absmax2_ptr + block, mask=block < blocks, other=0.0)
+    m = decode(tl.load(state1_ptr + i, mask=inside, other=0), True) * scale1[:, None]
+    v = decode(tl.load(state2_ptr + i, mask=inside, other=0), False) * scale2[:, None]
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    p = _updated(param_ptr, i, inside, m, v, size, eps, decay_before, decay_after)
+    _write_param(param_ptr, i, inside, p, key, STOCHASTIC)
+    _recode(state1_ptr, absmax1_ptr, i, inside, block, blocks, m, True)
+    _recode(state2_ptr, absmax2_ptr, i, inside, block, blocks, v, False)
+
+
+@triton.jit(do_not_specialize=["key"])
+def adamw32bit_kernel(
+    param_ptr, grad_ptr, m_ptr, v_ptr, n, key,
+    beta1, beta2, rest1, rest2, size, eps, decay_before, decay_after, grad_scale,
+    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    g = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32) * grad_scale
+    m = beta1 * tl.load(m_ptr + i, mask=inside, other=0.0) + rest1 * g
+    v = beta2 * tl.load(v_ptr + i, mask=inside, other=0.0) + rest2 * g * g
+    tl.store(m_ptr + i, m, mask=inside)
+    tl.store(v_ptr + i, v, mask=inside)
+    p = _updated(param_ptr, i, inside, m, v, size, eps, decay_before, decay_after)
+    _write_param(param_ptr, i, inside, p, key, STOCHASTIC)
