@@ -55,7 +55,7 @@ def store_rows(base, value, rows, cols, stride, n_rows, n_cols):
     tl.store(at, value.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "per_owner"])
 def sum_partials_kernel(
     part_ptr, owner_ptr, out_ptr, n, count, per_owner, HAS_OWNER: tl.constexpr, BLOCK: tl.constexpr
 ):

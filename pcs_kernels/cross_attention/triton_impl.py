@@ -166,23 +166,23 @@ def aot_cases(arch: int) -> list[AotCase]:
         ("SD1.5 16x16", 8, 256, 160, 77),
         ("SD1.5 8x8", 8, 64, 160, 77),
         ("SD2.1 96x96", 5, 9216, 64, 77),
+        ("SD2.1 12x12", 20, 144, 64, 77),
         ("SDXL 64x64", 10, 4096, 64, 77),
+        ("SDXL 32x32", 20, 1024, 64, 77),
         ("SDXL 32x32 long prompt", 20, 1024, 64, 154),
     )
     cases = []
     for label, heads, n, d, t in shapes:
-        cases += _recorded(arch, f"{label} bf16", heads, n, d, t, torch.bfloat16)
-    return cases + _recorded(arch, "SD1.5 64x64 fp16", 8, 4096, 40, 77, torch.float16)
-
-
-def _recorded(arch: int, label: str, heads: int, n: int, d: int, t: int, dtype: torch.dtype) -> list[AotCase]:
-    q = meta(1, n, heads, d, dtype=dtype).transpose(1, 2)
-    k = meta(1, t, heads, d, dtype=dtype).transpose(1, 2)
-    capture, dmaps = meta(1, 2, t, dtype=torch.float32), meta(1, 2, n, dtype=torch.float32)
-    cases = record(arch, label, lambda: forward(q, k, k, None, 0.1))
-    cases += record(arch, f"{label} capture", lambda: forward(q, k, k, capture, 0.1))
-    cases += record(arch, label, lambda: backward(q, None, q, k, k, None, 0.1, True, True, True))
-    cases += record(arch, f"{label} dq only", lambda: backward(q, None, q, k, k, None, 0.1, True, False, False))
-    return cases + record(
-        arch, f"{label} capture", lambda: backward(q, dmaps, q, k, k, capture, 0.1, True, True, True)
-    )
+        q, k = meta(1, n, heads, d).transpose(1, 2), meta(1, t, heads, d).transpose(1, 2)
+        c, dm = meta(1, 2, t, dtype=torch.float32), meta(1, 2, n, dtype=torch.float32)
+        calls = (
+            ("", lambda q=q, k=k: forward(q, k, k, None, 0.1)),
+            (" capture", lambda q=q, k=k, c=c: forward(q, k, k, c, 0.1)),
+            ("", lambda q=q, k=k: backward(q, None, q, k, k, None, 0.1, True, True, True)),
+            (" dq only", lambda q=q, k=k: backward(q, None, q, k, k, None, 0.1, True, False, False)),
+            (" capture", lambda q=q, k=k, c=c, dm=dm: backward(q, dm, q, k, k, c, 0.1, True, True, True)),
+        )
+        for kind, call in calls:
+            cases += record(arch, f"{label} bf16{kind}", call)
+    q, k = (meta(1, n, 8, 40, dtype=torch.float16).transpose(1, 2) for n in (4096, 77))
+    return cases + record(arch, "SD1.5 64x64 fp16", lambda: forward(q, k, k, meta(1, 2, 77, dtype=torch.float32), 0.1))

@@ -54,7 +54,7 @@ def _captured(p, capture_at, t, tokens):
     return tl.sum(p * weight[None, :], 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "tokens", "heads", "groups", "first_block", "tiles"])
 def cross_fwd_kernel(
     q_ptr, k_ptr, v_ptr, capture_ptr, out_ptr, maps_ptr, queries, tokens, heads, groups, first_block, tiles, log2_scale,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -125,7 +125,7 @@ def _grad_p(
     return dp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "tokens", "heads", "groups", "tiles"])
 def cross_bwd_rows_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, capture_ptr, dmaps_ptr, dq_ptr, lse_ptr, delta_ptr,
     queries, tokens, heads, groups, tiles, scale, log2_scale,
@@ -177,7 +177,7 @@ def cross_bwd_rows_kernel(
         store_parts(dq_ptr + (b * queries * heads + h) * D, n, queries, heads * D, dq0, dq1, D, D0, D1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "tokens", "heads", "groups", "batch", "splits", "per_split"])
 def cross_bwd_tokens_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, capture_ptr, dmaps_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     queries, tokens, heads, batch, groups, splits, per_split, scale, log2_scale,

@@ -13,7 +13,7 @@ from .._launch import AotCase, blocks, launch, meta, record, unavailable
 from .._math import normal_cdf, normal_pdf
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def geglu_fwd_kernel(
     x_ptr, y_ptr, rows, features, stride_xm, stride_xf, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr
 ):
@@ -28,7 +28,7 @@ def geglu_fwd_kernel(
     tl.store(y_ptr + m[:, None] * features + f[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def geglu_bwd_kernel(
     dy_ptr, x_ptr, dx_ptr, rows, features, stride_ym, stride_yf, stride_xm, stride_xf,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,

@@ -32,7 +32,7 @@ def _affine(weight_ptr, bias_ptr, c, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS:
     return weight, bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def gn_stats_kernel(
     x_ptr, mean_ptr, m2_ptr, channels, pixels, splits, per_split, stride_b, stride_c, stride_s,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -64,7 +64,7 @@ def gn_stats_kernel(
     tl.store(m2_ptr + slot, tl.sum(squares, 1) - total * total / count, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "groups"])
 def gn_combine_kernel(
     part_mean_ptr, part_m2_ptr, mean_ptr, rstd_ptr, channels, pixels, splits, per_split, groups, eps,
     BLOCK: tl.constexpr,
@@ -98,7 +98,7 @@ def gn_combine_kernel(
     tl.store(rstd_ptr + pid, 1.0 / tl.sqrt(variance + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "tiles"])
 def gn_apply_kernel(
     x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channels, pixels, tiles, groups,
     x_stride_b, x_stride_c, x_stride_s, y_stride_b, y_stride_c, y_stride_s,
@@ -134,7 +134,7 @@ def _grad_tile(x_at, dy_at, mask, mean, rstd, weight, bias, SILU: tl.constexpr):
     return dz, x_hat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "groups"])
 def gn_bwd_sums_kernel(
     x_ptr, dy_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sum_ptr, dot_ptr,
     channels, pixels, splits, per_split, groups,
@@ -167,7 +167,7 @@ def gn_bwd_sums_kernel(
     tl.store(dot_ptr + slot, tl.sum(dots, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "groups"])
 def gn_bwd_combine_kernel(
     sum_ptr, dot_ptr, weight_ptr, mean_sum_ptr, mean_dot_ptr, channels, pixels, splits, groups,
     HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
@@ -191,7 +191,7 @@ def gn_bwd_combine_kernel(
     tl.store(mean_dot_ptr + pid, tl.sum(dots, 0) / size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "tiles"])
 def gn_bwd_x_kernel(
     x_ptr, dy_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, mean_sum_ptr, mean_dot_ptr,
     channels, pixels, tiles, groups,

@@ -31,7 +31,7 @@ def launch_config(samples: int, rows: int, outs: int, rank: int, arch: int, kern
     fits = [t for t in tiles if samples * blocks(rows, t[0]) * blocks(outs, t[1]) >= MULTIPROCESSORS[arch]]
     block_m, block_n, block_k, warps, stages = fits[0] if fits else tiles[-1]
     return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": min(block_r, MAX_FUSED_RANK),
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
@@ -85,7 +85,7 @@ def _product(
     samples, rows, ins = x.shape
     outs, rank = weight.shape[0], a.shape[-2]
     config = _config(x, outs, rank, "product")
-    fused = config["BLOCK_R"] <= MAX_FUSED_RANK
+    fused = rank <= MAX_FUSED_RANK
     s = None if fused else _project(x, a, index)
     if fused and keep_s:
         s = x.new_empty((samples, rows, rank), dtype=torch.float32)
@@ -181,7 +181,7 @@ def aot_cases(arch: int) -> list[AotCase]:
     cases = []
     for label, batch, rows, ins, outs, rank, concepts in shapes:
         cases += _recorded(arch, f"{label} bf16", (batch, rows, ins, outs, rank, concepts), torch.bfloat16)
-    return cases + _recorded(arch, "SD1.5 64x64 r16 fp16", (1, 4096, 320, 320, 16, 0), torch.float16)
+    return cases + _recorded(arch, "SD1.5 64x64 r16 fp16", (1, 4096, 320, 320, 16, 0), torch.float16)[:1]
 
 
 def _recorded(arch: int, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[AotCase]:

@@ -34,6 +34,13 @@ def _row_weight(mask_ptr, b, rows, n_rows, scale, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def _add_residual(s, b_base, n, r, stride_bn, stride_br, outs, rank, y, DTYPE: tl.constexpr):
+    """y + s b^T over the ranks r."""
+    b = _load_tile(b_base, n, r, stride_bn, stride_br, outs, rank).to(DTYPE)
+    return tl.dot(s.to(DTYPE), tl.trans(b), y, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "tiles_n"])
 def lowrank_product_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, mask_ptr, index_ptr, s_ptr, y_ptr, rows, outs, ins, rank, tiles_n, scale,
     stride_xb, stride_xm, stride_xk, stride_wn, stride_wk,
@@ -42,7 +49,7 @@ def lowrank_product_kernel(
     READ_S: tl.constexpr, SAVE_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = x w^T + bias + (mask scale) (s b^T), s = x a^T summed in the same loop over K, or read."""
+    """y = x w^T + bias + (mask scale) (s b^T), s = x a^T summed in the same loop over K, or read in steps of BLOCK_R."""
     pid = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -62,22 +69,26 @@ def lowrank_product_kernel(
         if not READ_S:
             a = _load_tile(a_base, r, k, stride_ar, stride_ak, rank, ins).to(x.dtype)
             s = tl.dot(x, tl.trans(a), s, input_precision="ieee")
-    if READ_S:
-        s = _load_tile(s_base, m, r, rank, 1, rows, rank)
-    if SAVE_S:
-        if pid % tiles_n == 0:
-            at = s_base + m[:, None].to(tl.int64) * rank + r[None, :]
-            tl.store(at, s, mask=(m < rows)[:, None] & (r < rank)[None, :])
     weight = _row_weight(mask_ptr, sample, m, rows, scale, HAS_MASK)
-    b = _load_tile(b_base, n, r, stride_bn, stride_br, outs, rank).to(x_ptr.dtype.element_ty)
-    y = tl.dot((s * weight[:, None]).to(b.dtype), tl.trans(b), y, input_precision="ieee")
+    if READ_S:
+        for start in range(0, rank, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            s = _load_tile(s_base, m, r, rank, 1, rows, rank) * weight[:, None]
+            y = _add_residual(s, b_base, n, r, stride_bn, stride_br, outs, rank, y, x_ptr.dtype.element_ty)
+    else:
+        if SAVE_S:
+            if pid % tiles_n == 0:
+                at = s_base + m[:, None].to(tl.int64) * rank + r[None, :]
+                tl.store(at, s, mask=(m < rows)[:, None] & (r < rank)[None, :])
+        s = s * weight[:, None]
+        y = _add_residual(s, b_base, n, r, stride_bn, stride_br, outs, rank, y, x_ptr.dtype.element_ty)
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
     at = y_ptr + (sample * rows + m[:, None]) * outs + n[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < outs)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rank"])
 def lowrank_project_kernel(
     x_ptr, a_ptr, index_ptr, s_ptr, rows, ins, rank, stride_xb, stride_xm, stride_xk, stride_ac, stride_ar, stride_ak,
     HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -98,7 +109,7 @@ def lowrank_project_kernel(
     tl.store(at, s, mask=(m < rows)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rank", "splits", "per_split"])
 def lowrank_grad_kernel(
     x_ptr, s_ptr, mask_ptr, part_ptr, rows, features, rank, splits, per_split, scale,
     stride_xb, stride_xm, stride_xk, stride_pc, stride_pr,

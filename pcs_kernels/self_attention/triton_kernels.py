@@ -25,7 +25,7 @@ def _split_pid(tiles, heads):
     return pid % tiles, row // heads, row % heads, row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles"])
 def self_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, queries, keys, heads, tiles, log2_scale,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
@@ -64,7 +64,7 @@ def self_fwd_kernel(
     tl.store(lse_ptr + row * queries + n, (peak + tl.log2(total)) / LOG2E, mask=n < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles"])
 def self_bwd_q_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr,
     queries, keys, heads, tiles, scale, log2_scale,
@@ -105,7 +105,7 @@ def self_bwd_q_kernel(
     store_parts(dq_ptr + (b * queries * heads + h) * D, n, queries, heads * D, dq0, dq1, D, D0, D1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles"])
 def self_bwd_kv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     queries, keys, heads, tiles, scale, log2_scale,
