@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-
 from pcs_trainer.tiny import captions, judge, world
 from pcs_trainer.tiny.common import WEIGHTS, to_pictures, to_tensor
-from pcs_trainer.tiny.evaluate import diffusers_difference, psnr, test_set as held_out_captions
+from pcs_trainer.tiny.evaluate import diffusers_difference, psnr
+from pcs_trainer.tiny.evaluate import test_set as held_out_captions
 from pcs_trainer.tiny.folder import Parts
 
 

@@ -127,7 +127,7 @@ def diffusers_difference(folder, parts):
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     texts = test_set(2)[1]
-    channels, size = parts.unet.config.in_channels, parts.unet.config.sample_size
+    channels, size = parts.unet.config["in_channels"], parts.unet.config["sample_size"]
     noise = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     theirs = pipeline(texts, latents=noise.clone(), guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np").images
     ours = parts.draw(texts, noise=noise)

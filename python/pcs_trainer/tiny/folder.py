@@ -11,22 +11,24 @@ from .train_unet import SCHEDULE, alphas
 GUIDANCE, STEPS = 4.0, 25
 
 
-def write_folder(folder, vae, text, tokenizer, unet):
+def write_folder(folder, vae, text, tokenizer, unet, tokenizer_files):
     """fp16 safetensors in diffusers' layout; the folder is written beside its place and moved there whole."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    unet.set_default_attn_processor()
     pipeline = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=DDIMScheduler(**SCHEDULE),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(part, safe_serialization=True)
-    for keep in ("README.md",):
-        if (folder / keep).exists():
-            shutil.copy(folder / keep, part / keep)
+    for name in ("vocab.json", "merges.txt"):  # older transformers read these instead of tokenizer.json
+        shutil.copy(Path(tokenizer_files) / name, part / "tokenizer" / name)
+    if (folder / "README.md").exists():
+        shutil.copy(folder / "README.md", part / "README.md")
+    for file in part.rglob("*.safetensors"):
+        file.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -39,15 +41,11 @@ class Parts:
 
     @classmethod
     def load(cls, folder):
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from diffusers.models.attention_processor import AttnProcessor
-        from transformers import CLIPTextModel, CLIPTokenizer
+        """The parts of a diffusers folder in fp32, the UNet on the package's own kernels."""
+        from ..model import load_model
 
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
-        unet.set_attn_processor(AttnProcessor())
-        return cls(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-                   CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32), unet,
-                   AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32))
+        model = load_model(folder, dtype=torch.float32)
+        return cls(model.tokenizer, model.text_encoder, model.unet, model.vae)
 
     def states(self, captions):
         ids = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -65,11 +63,11 @@ class Parts:
         times = torch.arange(1000, 0, -1000 / steps).round().long() - 1
         both = torch.cat([self.states([""]).expand(len(captions), -1, -1), self.states(captions)])
         if noise is None:
-            size = self.unet.config.sample_size
-            noise = torch.randn(len(captions), self.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(seed))
+            size = self.unet.config["sample_size"]
+            noise = torch.randn(len(captions), self.unet.config["in_channels"], size, size, generator=torch.Generator().manual_seed(seed))
         x = noise
         for t, after in zip(times, [*times[1:], torch.tensor(-1)], strict=True):
-            without, given = self.unet(torch.cat([x, x]), t, both).sample.float().chunk(2)
+            without, given = self.unet(torch.cat([x, x]), t.expand(2 * len(x)), both).float().chunk(2)
             v = without + guidance * (given - without)
             a, b = abar[t], abar[after]
             clean = a.sqrt() * x - (1 - a).sqrt() * v

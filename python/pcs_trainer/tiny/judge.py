@@ -187,6 +187,7 @@ def save_judge(net, folder=JUDGE_WEIGHTS, notes=None):
     state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in net.state_dict().items()}
     save_file(state, folder / "judge.part")
     os.replace(folder / "judge.part", folder / "judge.safetensors")
+    (folder / "judge.safetensors").chmod(0o644)
     (folder / "judge.json").write_text(json.dumps({"fields": {k: list(v) for k, v in FIELDS.items()}, **(notes or {})}, indent=1))
 
 

@@ -85,7 +85,7 @@ def folder_stage(o):
     tokenizer = CLIPTokenizer.from_pretrained(o.cache / "tokenizer")
     text, unet, how_far = trained_parts(o.cache, tokenizer)
     out = o.out or WEIGHTS
-    write_folder(out, AutoencoderKL.from_pretrained(o.cache / "vae"), text, tokenizer, unet)
+    write_folder(out, AutoencoderKL.from_pretrained(o.cache / "vae"), text, tokenizer, unet, o.cache / "tokenizer")
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     say(f"wrote {out}: {size / 1e6:.2f} MB after {how_far['step']} steps, {how_far['seen']} samples, {how_far['spent'] / 60:.0f} minutes")
 

@@ -28,6 +28,7 @@ UNET = {
 SCHEDULE = {
     "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.02,
     "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True,
+    "steps_offset": 1,
 }
 EMPTY_SHARE, RARE_SHARE = 0.1, 0.3
 
@@ -43,12 +44,19 @@ def build_text_encoder(tokenizer):
 
 
 def build_unet():
-    """diffusers' UNet with plain attention: at these sizes it trains 2.5 times as fast as the fused one on a CPU."""
+    """diffusers' UNet: the first weights come from it, and the finished folder is written by it."""
     from diffusers import UNet2DConditionModel
-    from diffusers.models.attention_processor import AttnProcessor
 
-    unet = UNet2DConditionModel(**UNET)
-    unet.set_attn_processor(AttnProcessor())
+    return UNet2DConditionModel(**UNET)
+
+
+def build_own_unet():
+    """The package's UNet on its own kernels, with diffusers' first weights: a fifth faster to train here."""
+    from ..unet import UNet
+
+    peer = build_unet()
+    unet = UNet.from_config(dict(peer.config))
+    unet.load_state_dict(peer.state_dict())
     return unet
 
 
@@ -122,7 +130,7 @@ def velocity_loss(unet, text, z, ids, abar):
     noise = torch.randn_like(z)
     with torch.autocast("cpu", torch.bfloat16):
         states = text(ids).last_hidden_state
-        v = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, states).sample
+        v = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, states)
     return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * z)
 
 
@@ -149,14 +157,19 @@ def _worker(rank, world, port, job):
     latents = np.load(job["latents"], mmap_mode="r")
     tokens, empty = tokenise(tokenizer, json.loads(Path(job["captions"]).read_text()), job["cache"])
     torch.manual_seed(job["seed"])
-    text, unet = build_text_encoder(tokenizer).train(), build_unet().train()
+    text, unet = build_text_encoder(tokenizer).train(), build_own_unet().train()
     _train_loop(rank, world, job, text, unet, Batches(latents, tokens, empty, tokenizer, 0))
     dist.destroy_process_group()
 
 
+def in_order(text, unet):
+    """Every parameter, sorted by name, so that checkpoints do not depend on the order in which layers are made."""
+    return [p for module in (text, unet) for _, p in sorted(module.named_parameters())]
+
+
 def _optimizer(text, unet, lr):
     """AdamW; no decay on norms, biases and embeddings."""
-    parameters = [*text.parameters(), *unet.parameters()]
+    parameters = in_order(text, unet)
     embedding = {id(p) for n, p in text.named_parameters() if "embedding" in n}
     plain = [p for p in parameters if p.ndim < 2 or id(p) in embedding]
     decayed = [p for p in parameters if not (p.ndim < 2 or id(p) in embedding)]
@@ -179,7 +192,7 @@ def _train_loop(rank, world, job, text, unet, batches):
     progress, saved = Progress("unet", budget, every=30, report=lambda line: print(line, flush=True)), spent
     batches.rng = np.random.default_rng([job["seed"], rank, step])
     torch.manual_seed(job["seed"] + 1000 * step + rank)
-    abar = alphas()
+    abar, parent = alphas(), os.getppid()
     while True:
         loss = velocity_loss(unet, text, *batches.draw(job["batch"] // world), abar)
         loss.backward()
@@ -199,7 +212,7 @@ def _train_loop(rank, world, job, text, unet, batches):
                 save_whole({"text": text.state_dict(), "unet": unet.state_dict(), "optimizer": optimizer.state_dict(),
                             "average": average.values, "step": step, "spent": budget.spent, "seen": seen}, file)
             progress.update(step, job["batch"], loss=mean_loss, lr=optimizer.param_groups[0]["lr"])
-        if over:
+        if over or os.getppid() != parent:  # the end, or a launcher that was killed
             return
         budget.tick()
 
@@ -225,6 +238,6 @@ def trained_parts(cache, tokenizer):
     text.load_state_dict(state["text"])
     unet.load_state_dict(state["unet"])
     with torch.no_grad():
-        for p, value in zip([*text.parameters(), *unet.parameters()], state["average"], strict=True):
+        for p, value in zip(in_order(text, unet), state["average"], strict=True):
             p.copy_(value)
     return text, unet, {k: state[k] for k in ("step", "spent", "seen")}
