@@ -15,19 +15,19 @@ constexpr int FIRST_EXPONENT = 103;  // the biased exponent of 2^-24
 
 // Magnitudes count k = 1, 2, ...: signed code = 127 +- k with k = 0 for zero; unsigned code = k - 1 with k = 1 for zero.
 // Decade e holds k in [2^e, 2^(e+1)).
+template <bool SIGNED>
 struct Codec {
   alignas(64) float offset[16], slope[16];                     // decode, by the low bits of k's exponent
   alignas(64) float scale[16], shift[16], last[16], start[16]; // encode, by decade + 1 (0: zero)
   alignas(64) float edge[OCTAVES];
   alignas(64) float below[OCTAVES];                            // decade + 1 under the octave's edge
   float values[256];
-  bool is_signed;
 
-  explicit Codec(bool with_sign) : is_signed(with_sign) {
-    const int first = is_signed ? 0 : 1, top = first + 7;  // decades by k's exponent; `top` is the single code 1.0
+  Codec() {
+    const int first = SIGNED ? 0 : 1, top = first + 7;  // decades by k's exponent; `top` is the single code 1.0
     double firsts[9], lasts[9];
     for (int i = 0; i < 16; i++) offset[i] = slope[i] = scale[i] = shift[i] = last[i] = start[i] = 0;
-    start[0] = is_signed ? 0.0f : 1.0f;
+    start[0] = SIGNED ? 0.0f : 1.0f;
     for (int e = first; e <= top; e++) {
       const double unit = std::pow(10.0, e - first - 6), count = std::ldexp(1.0, e);
       const bool one = e == top;
@@ -57,11 +57,11 @@ struct Codec {
   }
 
   float decode_one(int code) const {
-    const int k = is_signed ? std::abs(code - 127) : code + 1;
-    if (k == 0 || (!is_signed && k == 1)) return 0.0f;
+    const int k = SIGNED ? std::abs(code - 127) : code + 1;
+    if (k == 0 || (!SIGNED && k == 1)) return 0.0f;
     const int e = std::ilogb(double(k));
     const float magnitude = slope[(e + 127) & 15] * float(k / std::ldexp(1.0, e)) + offset[(e + 127) & 15];
-    return is_signed && code < 127 ? -magnitude : magnitude;
+    return SIGNED && code < 127 ? -magnitude : magnitude;
   }
 
   uint8_t encode_one(float x) const {
@@ -74,7 +74,7 @@ struct Codec {
     f = f < last[d] ? f : last[d];
     f = f > 0 ? f : 0;
     const int k = int(start[d] + f);
-    return uint8_t(is_signed ? (x < 0 ? 127 - std::min(k, 127) : 127 + k) : k - 1);
+    return uint8_t(SIGNED ? (x < 0 ? 127 - std::min(k, 127) : 127 + k) : k - 1);
   }
 
   // Whether the caller's map is this one (to the rounding of its sums).
@@ -88,14 +88,14 @@ struct Codec {
   PCS_INLINE vf decode(const uint8_t* codes) const {
     const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     const __m512i from_zero = _mm512_sub_epi32(code, _mm512_set1_epi32(127));
-    const __m512i k = is_signed ? _mm512_abs_epi32(from_zero) : _mm512_add_epi32(code, _mm512_set1_epi32(1));
+    const __m512i k = SIGNED ? _mm512_abs_epi32(from_zero) : _mm512_add_epi32(code, _mm512_set1_epi32(1));
     const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(k));
     const __m512i e = _mm512_srli_epi32(bits, 23);  // permutes look at the low four bits
     const __m512 mantissa = _mm512_castsi512_ps(_mm512_or_epi32(
         _mm512_and_epi32(bits, _mm512_set1_epi32(0x7FFFFF)), _mm512_set1_epi32(0x3F800000)));
     __m512 value = _mm512_fmadd_ps(_mm512_permutexvar_ps(e, _mm512_load_ps(slope)), mantissa,
                                    _mm512_permutexvar_ps(e, _mm512_load_ps(offset)));
-    if (!is_signed) return (vf)_mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(code, _mm512_setzero_si512()), _mm512_setzero_ps());
+    if (!SIGNED) return (vf)_mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(code, _mm512_setzero_si512()), _mm512_setzero_ps());
     value = _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(k, _mm512_setzero_si512()), value);
     return (vf)_mm512_or_ps(value, _mm512_castsi512_ps(_mm512_and_epi32(from_zero, _mm512_set1_epi32(int(0x80000000u)))));
   }
@@ -113,7 +113,7 @@ struct Codec {
     f = _mm512_roundscale_ps(f, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     f = _mm512_max_ps(_mm512_min_ps(f, _mm512_permutexvar_ps(d, _mm512_load_ps(last))), _mm512_setzero_ps());
     __m512i k = _mm512_cvttps_epi32(_mm512_add_ps(f, _mm512_permutexvar_ps(d, _mm512_load_ps(start))));
-    if (is_signed) {
+    if constexpr (SIGNED) {
       const __m512i bias = _mm512_set1_epi32(127);
       const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
       k = _mm512_mask_sub_epi32(_mm512_add_epi32(bias, k), negative, bias, _mm512_min_epi32(k, bias));
@@ -134,6 +134,28 @@ struct Codec {
 #endif
 };
 
+// The codec over `lanes` codes.
+template <class C>
+PCS_INLINE vf decoded(const C& codec, const uint8_t* codes, Whole) {
+  return codec.decode(codes);
+}
+template <class C>
+PCS_INLINE vf decoded(const C& codec, const uint8_t* codes, int lanes) {
+  uint8_t buffer[W] = {};
+  std::memcpy(buffer, codes, lanes);
+  return codec.decode(buffer);
+}
+template <class C>
+PCS_INLINE void encoded(const C& codec, uint8_t* codes, vf value, Whole) {
+  codec.encode(codes, value);
+}
+template <class C>
+PCS_INLINE void encoded(const C& codec, uint8_t* codes, vf value, int lanes) {
+  uint8_t buffer[W];
+  codec.encode(buffer, value);
+  std::memcpy(codes, buffer, lanes);
+}
+
 PCS_INLINE vu hash32(vu x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
@@ -146,13 +168,13 @@ inline uint32_t hash32(uint32_t x) {
 }
 
 template <class P>
-PCS_INLINE vf rounded(vf value, const AdamW&, uint32_t, uint32_t) {
+PCS_INLINE vf rounded(vf value, bool, uint32_t, uint32_t) {
   return value;
 }
 // bfloat16 drawn up with the probability of the remainder; the same bits as the reference for (seed, step, element).
 template <>
-PCS_INLINE vf rounded<bf16>(vf value, const AdamW& s, uint32_t key, uint32_t element) {
-  if (!s.stochastic) return value;
+PCS_INLINE vf rounded<bf16>(vf value, bool stochastically, uint32_t key, uint32_t element) {
+  if (!stochastically) return value;
   vu lane;
   for (int i = 0; i < W; i++) lane[i] = uint32_t(i);
   const vu random = hash32((lane + element) ^ key) & 0xFFFFu;
@@ -180,13 +202,13 @@ struct Update {
     v = v * beta2 + g * g * (1.0f - beta2);
   }
   PCS_INLINE vf parameter(vf p, vf m, vf v) const {
-    return (p * keep_before - size * (m / (vsqrt(v) + eps))) * keep_after;
+    return (p * keep_before - size * m * reciprocal<float>(vsqrt(v) + eps)) * keep_after;
   }
 };
 
 template <class P, class G>
 void step_8bit(P* p, const G* g, uint8_t* m_codes, uint8_t* v_codes, float* m_scales, float* v_scales,
-               const Codec& signed_codec, const Codec& unsigned_codec, int64_t n, const AdamW& s, int threads) {
+               const Codec<true>& m_codec, const Codec<false>& v_codec, int64_t n, const AdamW& s, int threads) {
   const Update update(s);
   const int64_t blocks = (n + s.block_size - 1) / s.block_size, run = std::max<int64_t>(1, 8192 / s.block_size);
   parallel_for((blocks + run - 1) / run, threads, [&](int64_t task) {
@@ -195,36 +217,29 @@ void step_8bit(P* p, const G* g, uint8_t* m_codes, uint8_t* v_codes, float* m_sc
       const int64_t start = block * s.block_size, count = std::min<int64_t>(s.block_size, n - start);
       const uint32_t key = hash32(uint32_t(uint64_t(start) >> 32) ^ update.key);
       vf m_top = {}, v_top = {};
-      for (int64_t i = 0; i < count; i += W) {
-        const int lanes = int(std::min<int64_t>(W, count - i));
+      const float m_scale = m_scales[block], v_scale = v_scales[block];
+      over(count, [&](int64_t i, auto lanes) {
         const int64_t at = start + i;
-        uint8_t mc[W] = {}, vc[W] = {};
-        std::memcpy(mc, m_codes + at, lanes);
-        std::memcpy(vc, v_codes + at, lanes);
-        vf m = signed_codec.decode(mc) * m_scales[block], v = unsigned_codec.decode(vc) * v_scales[block];
-        const bool whole = lanes == W;
-        update.moments(whole ? load(g + at) : load_n(g + at, lanes), m, v);
-        const vf next = rounded<P>(update.parameter(whole ? load(p + at) : load_n(p + at, lanes), m, v), s, key, uint32_t(at));
-        whole ? store(p + at, next) : store_n(p + at, next, lanes);
-        if (!whole) m = load_n((const float*)&m, lanes), v = load_n((const float*)&v, lanes);
+        vf m = decoded(m_codec, m_codes + at, lanes) * m_scale, v = decoded(v_codec, v_codes + at, lanes) * v_scale;
+        update.moments(load_n(g + at, lanes), m, v);
+        const vf next = update.parameter(load_n(p + at, lanes), m, v);
+        store_n(p + at, rounded<P>(next, s.stochastic, key, uint32_t(at)), lanes);
+        if constexpr (!std::is_same_v<decltype(lanes), Whole>)
+          m = load_n(reinterpret_cast<const float*>(&m), lanes), v = load_n(reinterpret_cast<const float*>(&v), lanes);
         m_top = vmax(m < 0.0f ? -m : m, m_top);
         v_top = vmax(v, v_top);
         store(m_new + i, m);
         store(v_new + i, v);
-      }
+      });
       m_scales[block] = reduce_max(m_top);
       v_scales[block] = reduce_max(v_top);
       // Under 5e-38 the reciprocal overflows; such states are zero for every purpose.
       const float m_inverse = m_scales[block] > 5e-38f ? 1.0f / m_scales[block] : 0.0f;
       const float v_inverse = v_scales[block] > 5e-38f ? 1.0f / v_scales[block] : 0.0f;
-      for (int64_t i = 0; i < count; i += W) {
-        const int lanes = int(std::min<int64_t>(W, count - i));
-        uint8_t mc[W], vc[W];
-        signed_codec.encode(mc, load(m_new + i) * m_inverse);
-        unsigned_codec.encode(vc, load(v_new + i) * v_inverse);
-        std::memcpy(m_codes + start + i, mc, lanes);
-        std::memcpy(v_codes + start + i, vc, lanes);
-      }
+      over(count, [&](int64_t i, auto lanes) {
+        encoded(m_codec, m_codes + start + i, load(m_new + i) * m_inverse, lanes);
+        encoded(v_codec, v_codes + start + i, load(v_new + i) * v_inverse, lanes);
+      });
     }
   });
 }
@@ -235,23 +250,22 @@ void step_32bit(P* p, const G* g, float* ms, float* vs, int64_t n, const AdamW& 
   constexpr int64_t run = 8192;
   parallel_for((n + run - 1) / run, threads, [&](int64_t task) {
     const uint32_t key = hash32(uint32_t(uint64_t(task * run) >> 32) ^ update.key);
-    for (int64_t at = task * run; at < std::min(n, (task + 1) * run); at += W) {
-      const int lanes = int(std::min<int64_t>(W, n - at));
-      const bool whole = lanes == W;
-      vf m = whole ? load(ms + at) : load_n(ms + at, lanes), v = whole ? load(vs + at) : load_n(vs + at, lanes);
-      update.moments(whole ? load(g + at) : load_n(g + at, lanes), m, v);
-      const vf next = rounded<P>(update.parameter(whole ? load(p + at) : load_n(p + at, lanes), m, v), s, key, uint32_t(at));
-      if (whole)
-        store(p + at, next), store(ms + at, m), store(vs + at, v);
-      else
-        store_n(p + at, next, lanes), store_n(ms + at, m, lanes), store_n(vs + at, v, lanes);
-    }
+    over(std::min(run, n - task * run), [&](int64_t i, auto lanes) {
+      const int64_t at = task * run + i;
+      vf m = load_n(ms + at, lanes), v = load_n(vs + at, lanes);
+      update.moments(load_n(g + at, lanes), m, v);
+      const vf next = update.parameter(load_n(p + at, lanes), m, v);
+      store_n(p + at, rounded<P>(next, s.stochastic, key, uint32_t(at)), lanes);
+      store_n(ms + at, m, lanes);
+      store_n(vs + at, v, lanes);
+    });
   });
 }
 
-const Codec& codec(bool is_signed) {
-  static const Codec with_sign(true), without(false);
-  return is_signed ? with_sign : without;
+template <bool SIGNED>
+const Codec<SIGNED>& codec() {
+  static const Codec<SIGNED> one;
+  return one;
 }
 
 template <class Run>
@@ -266,13 +280,16 @@ void with_types(DType param, DType grad, const Run& run) {
 
 }  // namespace
 
-bool adamw8bit_knows(intptr_t qmap, bool is_signed) { return codec(is_signed).matches(pointer<const float>(qmap)); }
+bool adamw8bit_knows(intptr_t qmap, bool is_signed) {
+  const float* map = pointer<const float>(qmap);
+  return is_signed ? codec<true>().matches(map) : codec<false>().matches(map);
+}
 
 void adamw8bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t grad, intptr_t state1, intptr_t state2,
                     intptr_t absmax1, intptr_t absmax2, int64_t n, const AdamW& settings, int threads) {
   with_types(param_type, grad_type, [&](auto p, auto g) {
     step_8bit(pointer<decltype(p)>(param), pointer<const decltype(g)>(grad), pointer<uint8_t>(state1),
-              pointer<uint8_t>(state2), pointer<float>(absmax1), pointer<float>(absmax2), codec(true), codec(false), n,
+              pointer<uint8_t>(state2), pointer<float>(absmax1), pointer<float>(absmax2), codec<true>(), codec<false>(), n,
               settings, threads);
   });
 }

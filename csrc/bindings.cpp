@@ -19,6 +19,7 @@ AttentionShape attention_shape(const py::tuple& t) {
 NormShape norm_shape(const py::tuple& t) {
   return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<bool>()};
 }
+Values values(const py::tuple& t) { return {t[0].cast<intptr_t>(), DType(t[1].cast<int>())}; }
 AdamW adamw(const py::tuple& t) {
   const bool stochastic = !t[8].is_none();
   return {t[0].cast<double>(), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<double>(), t[4].cast<double>(),
@@ -29,7 +30,10 @@ AdamW adamw(const py::tuple& t) {
 }  // namespace
 
 PYBIND11_MODULE(PCS_MODULE, m) {
-  m.def("use_openmp", [](intptr_t gomp) { gomp_parallel = reinterpret_cast<gomp_parallel_fn>(gomp); });
+  m.def("use_openmp", [](intptr_t parallel, intptr_t number) {
+    gomp_parallel = reinterpret_cast<gomp_parallel_fn>(parallel);
+    thread_number = reinterpret_cast<thread_number_fn>(number);
+  });
 
   m.def("self_attention_forward", [](int dtype, py::tuple q, py::tuple k, py::tuple v, py::tuple out, intptr_t lse,
                                      py::tuple shape, float scale, int threads) {
@@ -76,18 +80,20 @@ PYBIND11_MODULE(PCS_MODULE, m) {
   });
 
   m.def("group_norm_silu_forward",
-        [](int dtype, intptr_t x, intptr_t y, py::tuple shape, intptr_t weight, intptr_t bias, intptr_t mean,
+        [](int dtype, intptr_t x, intptr_t y, py::tuple shape, py::tuple weight, py::tuple bias, intptr_t mean,
            intptr_t rstd, float eps, bool silu, int threads) {
           const auto s = norm_shape(shape);
+          const auto gain = values(weight), shift = values(bias);
           py::gil_scoped_release release;
-          group_norm_silu_forward(DType(dtype), x, y, s, weight, bias, mean, rstd, eps, silu, threads);
+          group_norm_silu_forward(DType(dtype), x, y, s, gain, shift, mean, rstd, eps, silu, threads);
         });
   m.def("group_norm_silu_backward",
-        [](int dtype, intptr_t dy, intptr_t x, py::tuple shape, intptr_t mean, intptr_t rstd, intptr_t weight,
-           intptr_t bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias, int threads) {
+        [](int dtype, intptr_t dy, intptr_t x, py::tuple shape, intptr_t mean, intptr_t rstd, py::tuple weight,
+           py::tuple bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias, int threads) {
           const auto s = norm_shape(shape);
+          const auto gain = values(weight), shift = values(bias);
           py::gil_scoped_release release;
-          group_norm_silu_backward(DType(dtype), dy, x, s, mean, rstd, weight, bias, silu, dx, dweight, dbias, threads);
+          group_norm_silu_backward(DType(dtype), dy, x, s, mean, rstd, gain, shift, silu, dx, dweight, dbias, threads);
         });
 
   m.def("adamw8bit_knows", &adamw8bit_knows);

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t BQ = 4 * MR;     // queries of a forward tile
 constexpr int64_t LANES = NR;      // queries of a backward block
-constexpr int64_t SPLIT = 256;     // queries that share one partial sum of dk and dv
+constexpr int64_t SPLIT = 512;     // queries that share one partial sum of dk and dv
 
 template <class T>
 struct Forward {
@@ -78,7 +78,7 @@ struct Forward {
     const float top = reduce_max(best);
     vf sums = {};
     for (int64_t c = 0; c < tokens; c += W) {
-      const vf e = exp2(load(row + c) - top);
+      const vf e = exp2<T>(load(row + c) - top);
       sums += e;
       store(row + c, e);
       store(p + c, e);
@@ -111,17 +111,15 @@ struct Backward {
     return parts.get() + ((b * s.H + h) * splits + split) * part;
   }
 
-  void run(int64_t b, int64_t split) {
+  void run(int64_t b, int64_t h, int64_t split) {
     KeySide<T> keys(s.M, s.D);
     QueryBlock<T> queries(s.D, LANES), douts(s.D, LANES);
-    for (int64_t h = 0; h < s.H; h++) {
-      keys.load(k.at<T>(b, h, 0), k.row, v.at<T>(b, h, 0), v.row, s.M, s.D);
-      for (const Buffer<float>* parts : {dk ? &dk_parts : nullptr, dv ? &dv_parts : nullptr})
-        if (parts) std::fill(part_of(*parts, b, h, split), part_of(*parts, b, h, split) + part, 0.0f);
-      const int64_t end = std::min(s.N, (split + 1) * SPLIT);
-      for (int64_t i = split * SPLIT; i < end; i += LANES)
-        queries_block(b, h, i, std::min(LANES, end - i), split, keys, queries, douts);
-    }
+    keys.load(k.at<T>(b, h, 0), k.row, v.at<T>(b, h, 0), v.row, s.M, s.D);
+    for (const Buffer<float>* parts : {dk ? &dk_parts : nullptr, dv ? &dv_parts : nullptr})
+      if (parts) std::fill(part_of(*parts, b, h, split), part_of(*parts, b, h, split) + part, 0.0f);
+    const int64_t end = std::min(s.N, (split + 1) * SPLIT);
+    for (int64_t i = split * SPLIT; i < end; i += LANES)
+      queries_block(b, h, i, std::min(LANES, end - i), split, keys, queries, douts);
   }
 
   void queries_block(int64_t b, int64_t h, int64_t i, int64_t n, int64_t split, KeySide<T>& keys,
@@ -161,7 +159,7 @@ struct Backward {
       vf top = load(p + c), total = {};
       for (int64_t r = 1; r < s.M; r++) top = vmax(load(p + r * LANES + c), top);
       for (int64_t r = 0; r < s.M; r++) {
-        const vf e = exp2(load(p + r * LANES + c) - top);
+        const vf e = exp2<T>(load(p + r * LANES + c) - top);
         store(p + r * LANES + c, e);
         total += e;
       }
@@ -228,7 +226,9 @@ void backward(const Heads* dout, const float* dmaps, const Heads& q, const Heads
               const float* capture, int64_t G, const Heads* dq, const Heads* dk, const Heads* dv, AttentionShape s,
               float scale, int threads) {
   Backward<T> job{dout, q, k, v, dq, dk, dv, dmaps, capture, G, s, scale};
-  parallel_for(s.B * job.splits, threads, [&](int64_t t) { job.run(t / job.splits, t % job.splits); });
+  parallel_for(s.B * s.H * job.splits, threads, [&](int64_t t) {
+    job.run(t / job.splits / s.H, t / job.splits % s.H, t % job.splits);
+  });
   parallel_for(s.B * s.H, threads, [&](int64_t bh) { job.reduce(bh / s.H, bh % s.H); });
 }
 

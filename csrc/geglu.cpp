@@ -8,54 +8,47 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;  // elements a task
 
-// Calls body(row, first column, count) for pieces of at most CHUNK columns.
+// Calls body(row) for every row, several short rows a task.
 template <class Body>
-void for_pieces(int64_t rows, int64_t columns, int threads, const Body& body) {
+void for_rows(int64_t rows, int64_t columns, int threads, const Body& body) {
   const int64_t rows_a_task = std::max<int64_t>(1, CHUNK / columns), tasks = (rows + rows_a_task - 1) / rows_a_task;
   parallel_for(tasks, threads, [&](int64_t t) {
     for (int64_t r = t * rows_a_task; r < std::min(rows, (t + 1) * rows_a_task); r++) body(r);
   });
 }
 
-PCS_INLINE vf gelu(vf b) { return b * 0.5f * (1.0f + erf(b * 0.70710678118654752f)); }
+template <class T>
+PCS_INLINE vf gelu(vf b) { return b * 0.5f * (1.0f + erf<T>(b * 0.70710678118654752f)); }
 
 template <class T>
 void forward(const T* x, T* y, int64_t rows, int64_t F, int threads) {
-  for_pieces(rows, F, threads, [=](int64_t r) {
+  for_rows(rows, F, threads, [=](int64_t r) {
     const T *a = x + r * 2 * F, *b = a + F;
     T* to = y + r * F;
-    int64_t i = 0;
-    for (; i + W <= F; i += W) store(to + i, load(a + i) * gelu(load(b + i)));
-    if (i < F) store_n(to + i, load_n(a + i, int(F - i)) * gelu(load_n(b + i, int(F - i))), int(F - i));
+    over(F, [&](int64_t i, auto n) { store_n(to + i, load_n(a + i, n) * gelu<T>(load_n(b + i, n)), n); });
   });
 }
 
 struct Gradients {
   vf a, b;
 };
+template <class T>
 PCS_INLINE Gradients gradients(vf dy, vf a, vf b) {
-  const vf cdf = 0.5f + 0.5f * erf(b * 0.70710678118654752f);
-  const vf density = exp2(b * b * (-0.5f * LOG2E)) * 0.39894228040143268f;
+  const vf cdf = 0.5f + 0.5f * erf<T>(b * 0.70710678118654752f);
+  const vf density = exp2<T>(b * b * (-0.5f * LOG2E)) * 0.39894228040143268f;
   return {dy * b * cdf, dy * a * (cdf + b * density)};
 }
 
 template <class T>
 void backward(const T* dy, const T* x, T* dx, int64_t rows, int64_t F, int threads) {
-  for_pieces(rows, F, threads, [=](int64_t r) {
+  for_rows(rows, F, threads, [=](int64_t r) {
     const T *a = x + r * 2 * F, *b = a + F, *d = dy + r * F;
     T *da = dx + r * 2 * F, *db = da + F;
-    int64_t i = 0;
-    for (; i + W <= F; i += W) {
-      const Gradients g = gradients(load(d + i), load(a + i), load(b + i));
-      store(da + i, g.a);
-      store(db + i, g.b);
-    }
-    if (i < F) {
-      const int n = int(F - i);
-      const Gradients g = gradients(load_n(d + i, n), load_n(a + i, n), load_n(b + i, n));
+    over(F, [&](int64_t i, auto n) {
+      const Gradients g = gradients<T>(load_n(d + i, n), load_n(a + i, n), load_n(b + i, n));
       store_n(da + i, g.a, n);
       store_n(db + i, g.b, n);
-    }
+    });
   });
 }
 

@@ -10,9 +10,9 @@
 
 namespace PCS_ISA {
 
-constexpr int MR = 6;                     // rows of a register tile
-constexpr int NV = W == 16 ? 4 : 2;       // vectors of a register tile: MR * NV accumulators fit the register file
-constexpr int NR = NV * W;                // columns of a full panel
+constexpr int NV = W == 16 ? 4 : 2;  // vectors of a register tile
+constexpr int MR = 6;                // its rows: MR * NV accumulators, NV columns and a broadcast fit the registers
+constexpr int NR = NV * W;           // columns of a full panel
 
 #if defined(__AVX512BF16__)
 template <class T>
@@ -52,12 +52,12 @@ PCS_INLINE void micro(vf (&acc)[ROWS][VECS], int64_t steps, const E* a, int64_t 
   const float* panel = reinterpret_cast<const float*>(b);
   for (int64_t k = 0; k < steps; k++) {
     vf column[VECS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; v++) column[v] = load(panel + v * W);
     panel += VECS * W;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < VECS; v++) acc[r][v] = fma_step<E>(acc[r][v], a + r * lda + k * KS<E>, column[v]);
     }
   }
@@ -77,30 +77,30 @@ struct Product {
 template <int ROWS, int VECS, class E, class Init, class Done>
 PCS_INLINE void tile(int64_t row, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
   vf acc[ROWS][VECS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; v++) acc[r][v] = init(row + r, v * W);
   micro<ROWS, VECS, E>(acc, p.steps, p.a + row * p.lda, p.lda, p.b);
   if (p2.steps) micro<ROWS, VECS, E>(acc, p2.steps, p2.a + row * p2.lda, p2.lda, p2.b);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; v++) done(row + r, v * W, acc[r][v]);
 }
 
+// Narrow panels take more rows a tile, so that as many sums are in flight.
 template <int VECS, class E, class Init, class Done>
 void strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
+  constexpr int ROWS = std::min(16, MR * NV / VECS);
   int64_t i = 0;
-  for (; i + MR <= rows; i += MR) tile<MR, VECS, E>(i, p, p2, init, done);
-  switch (rows - i) {
-    case 5: tile<5, VECS, E>(i, p, p2, init, done); break;
-    case 4: tile<4, VECS, E>(i, p, p2, init, done); break;
-    case 3: tile<3, VECS, E>(i, p, p2, init, done); break;
-    case 2: tile<2, VECS, E>(i, p, p2, init, done); break;
-    case 1: tile<1, VECS, E>(i, p, p2, init, done); break;
-    default: break;
-  }
+  for (; i + ROWS <= rows; i += ROWS) tile<ROWS, VECS, E>(i, p, p2, init, done);
+  if constexpr (ROWS > 8)
+    for (; i + 8 <= rows; i += 8) tile<8, VECS, E>(i, p, p2, init, done);
+  if constexpr (ROWS > 4)
+    for (; i + 4 <= rows; i += 4) tile<4, VECS, E>(i, p, p2, init, done);
+  for (; i + 2 <= rows; i += 2) tile<2, VECS, E>(i, p, p2, init, done);
+  if (i < rows) tile<1, VECS, E>(i, p, p2, init, done);
 }
 
 // All panels of A B + A2 B2; init(row, column) and done(row, column, vector) see whole-matrix coordinates. Columns

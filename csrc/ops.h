@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "tensor_view.h"
+#include "vec.h"
 
 namespace PCS_ISA {
 
@@ -28,15 +29,24 @@ void cross_attention_backward(DType, const Heads& dout, intptr_t dmaps, const He
 void geglu_forward(DType, intptr_t x, intptr_t y, int64_t rows, int64_t F, int threads);
 void geglu_backward(DType, intptr_t dy, intptr_t x, intptr_t dx, int64_t rows, int64_t F, int threads);
 
-// x [B, C, S] or, channels-last, [B, S, C]; weight, bias and their gradients float32 [C].
+// A small parameter of either type; address 0 where absent.
+struct Values {
+  intptr_t address;
+  DType dtype;
+  float operator[](int64_t i) const {
+    return dtype == BFLOAT16 ? to_float(pointer<const bf16>(address)[i]) : pointer<const float>(address)[i];
+  }
+};
+
+// x [B, C, S] or, channels-last, [B, S, C]; the gradients of weight and bias are float32 [C].
 struct NormShape {
   int64_t B, C, S, G;
   bool channels_last;
 };
-void group_norm_silu_forward(DType, intptr_t x, intptr_t y, const NormShape&, intptr_t weight, intptr_t bias,
+void group_norm_silu_forward(DType, intptr_t x, intptr_t y, const NormShape&, Values weight, Values bias,
                              intptr_t mean, intptr_t rstd, float eps, bool silu, int threads);
 void group_norm_silu_backward(DType, intptr_t dy, intptr_t x, const NormShape&, intptr_t mean, intptr_t rstd,
-                              intptr_t weight, intptr_t bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias,
+                              Values weight, Values bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias,
                               int threads);
 
 struct AdamW {

@@ -1,50 +1,74 @@
 // Work shared out over torch's own threads, or over plain threads where torch's OpenMP runtime is not to be found.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <exception>
-#include <memory>
 #include <new>
 #include <thread>
 #include <vector>
 
 namespace PCS_ISA {
 
-// GOMP_parallel of the OpenMP runtime that torch has loaded: sharing its pool avoids two sets of spinning threads.
+// Two functions of the OpenMP runtime that torch has loaded: sharing its pool avoids two sets of spinning threads.
 using gomp_parallel_fn = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using thread_number_fn = int (*)();
 inline gomp_parallel_fn gomp_parallel = nullptr;
+inline thread_number_fn thread_number = nullptr;
 
-// Calls body(task) once for every task in [0, tasks), in no particular order; which thread runs it decides nothing.
+// The tasks of one parallel_for. Every thread starts on its own contiguous share, the same in each call, so that
+// memory it wrote stays in its cache; who is done helps the others.
 template <class Body>
-void parallel_for(int64_t tasks, int threads, const Body& body) {
-  struct Job {
-    const Body* body;
-    int64_t tasks;
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
-    static void run(void* self) {
-      Job* job = static_cast<Job*>(self);
-      for (int64_t task; !job->failed && (task = job->next.fetch_add(1)) < job->tasks;) {
+class Job {
+ public:
+  Job(const Body& body, int64_t tasks, int threads, bool backwards)
+      : body_(body), shares_(threads), backwards_(backwards) {
+    for (int i = 0; i < threads; i++) {
+      shares_[i].first = tasks * i / threads;
+      shares_[i].count = tasks * (i + 1) / threads - shares_[i].first;
+    }
+  }
+  void run(int thread) {
+    const int threads = int(shares_.size());
+    for (int i = 0; i < threads; i++) {
+      Share& share = shares_[(thread + i) % threads];
+      for (int64_t done; !failed && (done = share.next.fetch_add(1)) < share.count;) {
         try {
-          (*job->body)(task);
-        } catch (...) {  // an exception must not leave a thread of the pool: out of memory is all there can be
-          job->failed = true;
+          body_(share.first + (backwards_ ? share.count - 1 - done : done));
+        } catch (...) {  // no exception may leave a thread of the pool; out of memory is all there can be
+          failed = true;
         }
       }
     }
-  } job;
-  job.body = &body;
-  job.tasks = tasks;
-  if (threads > tasks) threads = int(tasks);
-  if (threads <= 1) {
-    Job::run(&job);
+  }
+  static void enter(void* self) { static_cast<Job*>(self)->run(thread_number()); }
+  std::atomic<bool> failed{false};
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t first = 0, count = 0;
+  };
+  const Body& body_;
+  std::vector<Share> shares_;
+  const bool backwards_;
+};
+
+// Calls body(task) once for every task in [0, tasks); which thread runs it decides nothing. A second pass over the
+// same memory goes backwards: what the first pass touched last is still in the cache.
+template <class Body>
+void parallel_for(int64_t tasks, int threads, const Body& body, bool backwards = false) {
+  threads = int(std::min<int64_t>(std::max(threads, 1), tasks));
+  if (threads <= 0) return;
+  Job<Body> job(body, tasks, threads, backwards);
+  if (threads == 1) {
+    job.run(0);
   } else if (gomp_parallel) {
-    gomp_parallel(&Job::run, &job, unsigned(threads), 0);
+    gomp_parallel(&Job<Body>::enter, &job, unsigned(threads), 0);
   } else {
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; i++) others.emplace_back(&Job::run, &job);
-    Job::run(&job);
+    for (int i = 1; i < threads; i++) others.emplace_back([&job, i] { job.run(i); });
+    job.run(0);
     for (auto& t : others) t.join();
   }
   if (job.failed) throw std::bad_alloc();

@@ -60,7 +60,7 @@ struct Forward {
     top = std::max(before, reduce_max(best));
     vf sums = {};
     for (int64_t c = 0; c < m; c += W) {
-      const vf e = exp2(load(scores + c) - top);
+      const vf e = exp2<T>(load(scores + c) - top);
       sums += e;
       store(p + c, e);
     }
@@ -128,7 +128,7 @@ struct Backward {
       const int64_t m = std::min(KEYS, s.M - j);
       gemm<E>(m, n, keys.depth, keys.k.get() + j * keys.depth, keys.depth, queries.as_columns.get(), zero_init,
               [&](int64_t r, int64_t c, vf x) {
-                const vf e = exp2(x * to_log2 - load(lse2 + c));
+                const vf e = exp2<T>(x * to_log2 - load(lse2 + c));
                 store(p.get() + r * LANES + c, e);
                 store(p_rows.get() + r * LANES + c, e);
               });

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -129,29 +130,72 @@ PCS_INLINE vf vsqrt(vf x) {
 #endif
 }
 
-// 2^x for x <= 127, within 2 ulp; below -126 it stays at 2^-126; NaN stays NaN.
+// A count of lanes known to be all of them; converts to W.
+using Whole = std::integral_constant<int, W>;
+template <class T>
+PCS_INLINE vf load_n(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+PCS_INLINE void store_n(T* p, vf v, Whole) {
+  store(p, v);
+}
+// body(first, lanes) for n elements in vectors: whole ones, then what is left.
+template <class Body>
+PCS_INLINE void over(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) body(i, Whole{});
+  if (i < n) body(i, int(n - i));
+}
+
+// Results that will be rounded to T need no more than T's precision.
+template <class T>
+constexpr bool IS_SHORT = sizeof(T) == 2;
+
+// 2^x for x <= 127, within 1e-7 (8e-5 for short T) of its value; below -126 it stays there; NaN stays NaN.
+template <class T>
 PCS_INLINE vf exp2(vf x) {
   x = x < -126.0f ? splat(-126.0f) : x;
   const vf shifted = x + 12582912.0f;  // the rounded integer lands in the low mantissa bits
   const vf f = x - (shifted - 12582912.0f);
-  vf p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
+  vf p;
+  if constexpr (IS_SHORT<T>) {
+    p = splat(5.517166493e-02f);
+    p = p * f + 2.426111219e-01f;
+    p = p * f + 6.932609862e-01f;
+    p = p * f + 9.999280736e-01f;
+  } else {
+    p = splat(1.327647152e-03f);
+    p = p * f + 9.675541331e-03f;
+    p = p * f + 5.550713275e-02f;
+    p = p * f + 2.402211972e-01f;
+    p = p * f + 6.931469671e-01f;
+    p = p * f + 1.000000072f;
+  }
   return (vf)((vi)p + ((vi)shifted << 23));
 }
 constexpr float LOG2E = 1.4426950408889634f;
 
+// 1 / x for finite x.
+template <class T>
+PCS_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_rcp14_ps((__m512)x);
+  return IS_SHORT<T> ? r : r * (2.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+template <class T>
 PCS_INLINE vf sigmoid(vf x) {
   vf e = x * -LOG2E;
   e = e > 126.0f ? splat(126.0f) : e;
-  return 1.0f / (1.0f + exp2(e));
+  return reciprocal<T>(1.0f + exp2<T>(e));
 }
 
 // erf by a rational approximation on [-4, 4]; |error| < 2e-7.
+template <class T>
 PCS_INLINE vf erf(vf x) {
   x = x > 4.0f ? splat(4.0f) : x;
   x = x < -4.0f ? splat(-4.0f) : x;
@@ -168,7 +212,7 @@ PCS_INLINE vf erf(vf x) {
   q = q * s + -1.68282697438203e-03f;
   q = q * s + -7.37332916720468e-03f;
   q = q * s + -1.42647390514189e-02f;
-  return x * p / q;
+  return x * p * reciprocal<T>(q);
 }
 
 }  // namespace PCS_ISA

@@ -40,19 +40,24 @@ def library() -> ModuleType:
         raise ImportError(
             "the C++ kernels were not built (no compiler at install time); mend: install g++ and run pip install again"
         ) from None
-    module.use_openmp(_openmp_of_torch())
+    functions = _openmp_of_torch()
+    if functions is not None:
+        module.use_openmp(*functions)
     return module
 
 
-def _openmp_of_torch() -> int:
-    """The address of GOMP_parallel in the OpenMP runtime that torch uses, or 0: then plain threads do the work."""
+def _openmp_of_torch() -> tuple[int, int] | None:
+    """The addresses of GOMP_parallel and omp_get_thread_num in torch's OpenMP runtime; without it plain threads work."""
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     for path in glob.glob(os.path.join(folder, "lib[gio]*omp*.so*")):
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value or 0
+            runtime = ctypes.CDLL(path)
+            found = [ctypes.cast(f, ctypes.c_void_p).value for f in (runtime.GOMP_parallel, runtime.omp_get_thread_num)]
         except (OSError, AttributeError):
             continue
-    return 0
+        if all(found):
+            return found[0], found[1]  # type: ignore[return-value]
+    return None
 
 
 def threads() -> int:
@@ -92,6 +97,6 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def float32(p: Tensor | None) -> Tensor | None:
-    """A small parameter as contiguous float32."""
-    return None if p is None else p.to(torch.float32).contiguous()
+def values(p: Tensor | None) -> tuple[int, int]:
+    """A small contiguous parameter of either dtype: (address, dtype)."""
+    return (0, 0) if p is None else (p.data_ptr(), dtype_code(p))

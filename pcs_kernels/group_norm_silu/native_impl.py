@@ -15,18 +15,24 @@ def reason(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, e
 
 
 def _channels_last(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _in_layout(t: Tensor, x: Tensor) -> Tensor:
     """t with x's memory layout where x has one of the two, else contiguous."""
-    if _channels_last(x):
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
-    return t.contiguous()
+    if not _channels_last(x):
+        return t.contiguous()
+    return t if _channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _contiguous(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.contiguous()
 
 
 def _shape(x: Tensor, groups: int) -> tuple[int, int, int, int, bool]:
-    return (x.shape[0], x.shape[1], x[0, 0].numel(), groups, _channels_last(x))
+    return (x.shape[0], x.shape[1], x.numel() // (x.shape[0] * x.shape[1]), groups, _channels_last(x))
 
 
 def forward(
@@ -36,10 +42,10 @@ def forward(
     y = torch.empty_like(dense)
     mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    gain, shift = _native.float32(weight), _native.float32(bias)
+    weight, bias = _contiguous(weight), _contiguous(bias)
     LIBRARY.group_norm_silu_forward(
         _native.dtype_code(x), _native.address(dense), _native.address(y), _shape(dense, groups),
-        _native.address(gain), _native.address(shift), _native.address(mean), _native.address(rstd), eps, silu,
+        _native.values(weight), _native.values(bias), _native.address(mean), _native.address(rstd), eps, silu,
         _native.threads(),
     )  # fmt: skip
     return y if dense is x else torch.empty_like(x).copy_(y), mean, rstd
@@ -61,12 +67,12 @@ def backward(
     dense = _in_layout(x, x)
     dy = _in_layout(dy, dense)
     dx = torch.empty_like(dense) if need_x else None
-    gain, shift = _native.float32(weight), _native.float32(bias)
-    dweight = torch.empty_like(gain) if need_weight and gain is not None else None
-    dbias = torch.empty_like(shift) if need_bias and shift is not None else None
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    dweight = torch.empty_like(weight, dtype=torch.float32) if need_weight and weight is not None else None
+    dbias = torch.empty_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
     LIBRARY.group_norm_silu_backward(
         _native.dtype_code(x), _native.address(dy), _native.address(dense), _shape(dense, groups),
-        _native.address(mean), _native.address(rstd), _native.address(gain), _native.address(shift), silu,
+        _native.address(mean), _native.address(rstd), _native.values(weight), _native.values(bias), silu,
         _native.address(dx), _native.address(dweight), _native.address(dbias), _native.threads(),
     )  # fmt: skip
     empty = x.new_empty(0)

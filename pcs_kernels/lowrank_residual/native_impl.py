@@ -106,11 +106,15 @@ def backward(
         dx, low = _project(dy, w, weight.shape[1], None, *adapters, down.shape[-2], mask, scale, index)
         t = low[:, : down.shape[-2]]
     ddown_here = need_down and t is not None and x is not None
-    gradients = reference.backward(
-        dy, x, weight, down, up, mask, scale, index, False, need_weight, need_bias, need_down and not ddown_here,
-        need_up, need_mask,
-    )  # fmt: skip
-    empty, dweight, dbias, ddown, dup, dmask = gradients
+    empty = dy.new_empty(0)
+    if not (need_weight or need_bias or need_up or need_mask or (need_down and not ddown_here)):
+        gradients = (empty,) * 6
+    else:
+        gradients = reference.backward(
+            dy, x, weight, down, up, mask, scale, index, False, need_weight, need_bias, need_down and not ddown_here,
+            need_up, need_mask,
+        )  # fmt: skip
+    _, dweight, dbias, ddown, dup, dmask = gradients
     if ddown_here:
         samples = 1 if index is None else x.shape[0]  # type: ignore[union-attr]
         rows = x.reshape(samples, -1, x.shape[-1])  # type: ignore[union-attr]

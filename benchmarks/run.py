@@ -1,0 +1,251 @@
+"""Time every op against torch's own best composition on this machine: python benchmarks/run.py
+
+Each case first passes the tolerance rule of the tests, then its variants take turns in one run. A ratio is the peer's
+time over ours (above 1: ours is faster), round by round; the quartiles are its spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import pcs_kernels
+import registry
+import timing
+from tests.closeness import assert_no_worse_than
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Case:
+    op: str
+    shape: str
+    ours: Callable[..., torch.Tensor]
+    peers: dict[str, Callable[..., torch.Tensor]]
+    inputs: list[torch.Tensor]
+    # The least ratio asked for each peer: (forward, forward + backward).
+    targets: dict[str, tuple[float, float]] = field(default_factory=dict)
+    reference: Callable[..., torch.Tensor] | None = None
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    for make in (self_attention, cross_attention, group_norm, geglu, frozen_conv, lowrank):
+        yield from make(dtype)
+
+
+def self_attention(dtype: torch.dtype) -> Iterator[Case]:
+    for s in registry.SELF_ATTENTION:
+        q, k, v = (torch.randn(s.batch, s.queries, s.heads, s.width).to(dtype).transpose(1, 2) for _ in range(3))
+        target = {"sdpa": (2.0, 1.7)} if s is registry.SELF_ATTENTION[0] and dtype == torch.bfloat16 else {}
+        peers = {"sdpa": F.scaled_dot_product_attention}
+        yield Case("self_attention", s.name, pcs_kernels.self_attention, peers, [q, k, v], target)
+
+
+def cross_attention(dtype: torch.dtype) -> Iterator[Case]:
+    for s in registry.CROSS_ATTENTION:
+        q = torch.randn(s.batch, s.queries, s.heads, s.width).to(dtype).transpose(1, 2)
+        k, v = (torch.randn(s.batch, s.tokens, s.heads, s.width).to(dtype).transpose(1, 2) for _ in range(2))
+        capture = torch.zeros(s.batch, 2, s.tokens)
+        capture[:, 0, 5], capture[:, 1, 6] = 1, 1
+
+        def unfused(q, k, v, capture=capture, scale=s.width**-0.5):
+            p = torch.softmax((q @ k.transpose(-1, -2)).float() * scale, -1)
+            return p.to(q.dtype) @ v, capture @ p.mean(1).transpose(-1, -2)
+
+        def captured(q, k, v, capture=capture):
+            return pcs_kernels.cross_attention(q, k, v, capture.to(torch.promote_types(q.dtype, torch.float32)))
+
+        first = s is registry.CROSS_ATTENTION[0]
+        with_maps = {"unfused": (5.0, 0.0)} if first else {}
+        without = {"sdpa": (1.0, 0.0)} if first else {}
+        yield Case("cross_attention + maps", s.name, captured, {"unfused": unfused}, [q, k, v], with_maps)
+        plain = {"sdpa": F.scaled_dot_product_attention}
+        yield Case("cross_attention", s.name, lambda *x: pcs_kernels.cross_attention(*x)[0], plain, [q, k, v], without)
+
+
+def group_norm(dtype: torch.dtype) -> Iterator[Case]:
+    for s in registry.GROUP_NORM:
+        x = torch.randn(s.batch, s.channels, s.height, s.width).to(dtype)
+        weight, bias = torch.randn(s.channels).to(dtype), torch.randn(s.channels).to(dtype)
+
+        def theirs(x, w, b):
+            return F.silu(F.group_norm(x, 32, w, b, 1e-5))
+
+        def ours(x, w, b):
+            return pcs_kernels.group_norm_silu(x, 32, w, b)
+
+        target = {"torch": (2.0, 2.0)} if s is registry.GROUP_NORM[0] else {}
+        for layout, memory_format in (("channels last", torch.channels_last), ("contiguous", torch.contiguous_format)):
+            inputs = [x.contiguous(memory_format=memory_format), weight, bias]
+            yield Case("group_norm_silu", f"{s.name}, {layout}", ours, {"torch": theirs}, inputs, target)
+
+
+def geglu(dtype: torch.dtype) -> Iterator[Case]:
+    def theirs(x):
+        a, b = x.chunk(2, -1)
+        return a * F.gelu(b)
+
+    for s in registry.GEGLU:
+        target = {"torch": (1.5, 1.5)} if s is registry.GEGLU[0] else {}
+        x = torch.randn(s.rows, 2 * s.outputs).to(dtype)
+        yield Case("geglu", s.name, pcs_kernels.geglu, {"torch": theirs}, [x], target)
+
+
+def frozen_conv(dtype: torch.dtype) -> Iterator[Case]:
+    for s in registry.CONV:
+        x = torch.randn(s.batch, s.inputs, s.size, s.size).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = (torch.randn(s.outputs, s.inputs, 3, 3) / (9 * s.inputs) ** 0.5).to(dtype)
+        bias = torch.randn(s.outputs).to(dtype)
+        plain, last = weight, weight.contiguous(memory_format=torch.channels_last)
+        peers = {
+            "conv2d": lambda x, w=plain, b=bias: F.conv2d(x.contiguous(), w, b, padding=1),
+            "conv2d channels last": lambda x, w=last, b=bias: F.conv2d(x, w, b, padding=1),
+        }
+        target = dict.fromkeys(peers, (1.7, 1.7)) if s is registry.CONV[0] and dtype == torch.bfloat16 else {}
+        yield Case("frozen_conv2d", s.name, lambda x, w=last, b=bias: pcs_kernels.frozen_conv2d(x, w, b), peers, [x], target)
+
+
+def lowrank(dtype: torch.dtype) -> Iterator[Case]:
+    for s in registry.LOWRANK:
+        x = torch.randn(1, s.rows, s.inputs).to(dtype)
+        weight, bias = (torch.randn(s.outputs, s.inputs) / s.inputs**0.5).to(dtype), torch.randn(s.outputs).to(dtype)
+        down, up = torch.randn(s.rank, s.inputs) / s.inputs**0.5, torch.randn(s.outputs, s.rank) / s.rank**0.5
+        mask = torch.rand(1, s.rows)
+
+        def ours(x, w=weight, b=bias, down=down, up=up, mask=mask):
+            return pcs_kernels.lowrank_residual(x, w, b, down, up, mask)
+
+        def masked_lora(x, w=weight, b=bias, down=down, up=up, mask=mask):
+            low = F.linear(x, down.to(x.dtype)) * mask[..., None].to(x.dtype)
+            return F.linear(x, w, b) + F.linear(low, up.to(x.dtype))
+
+        peers = {
+            "plain projection": lambda x, w=weight, b=bias: F.linear(x, w, b),
+            "packed plain projection": lambda x, w=weight, b=bias: pcs_kernels.frozen_linear(x, w, b),
+            "unfused": masked_lora,
+        }
+        target = {"plain projection": (1 / 1.15, 1 / 1.15)} if s is registry.LOWRANK[0] else {}
+        yield Case("lowrank_residual", s.name, ours, peers, [x], target)
+
+
+def results(y: object) -> tuple[torch.Tensor, ...]:
+    return y if isinstance(y, tuple) else (y,)
+
+
+def forward(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Call:
+    def run():
+        with torch.no_grad():
+            return call(*inputs)
+
+    return run
+
+
+def with_backward(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Call:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    seeds = [torch.randn_like(y) for y in results(call(*leaves))]
+
+    def run():
+        return torch.autograd.grad(results(call(*leaves)), leaves, seeds)
+
+    return run
+
+
+def gate(case: Case) -> None:
+    """The tolerance rule of the tests on this very case, or no timing."""
+    if case.op in ("frozen_conv2d", "lowrank_residual"):
+        return  # weights are bound inside; the tests hold these shapes
+    with torch.no_grad(), pcs_kernels.backend("reference"):
+        exact, low = results(case.ours(*[x.double() for x in case.inputs])), results(case.ours(*case.inputs))
+    with torch.no_grad():
+        for found, *references in zip(results(case.ours(*case.inputs)), exact, low, strict=True):
+            assert_no_worse_than(found, *references)
+
+
+def adamw(rounds: int) -> Iterator[dict[str, object]]:
+    s = registry.ADAMW[0]
+    start = torch.randn(s.rows)
+    gradient = torch.randn(s.rows)
+
+    def optimizer(make) -> Call:
+        p = torch.nn.Parameter(start.clone())
+        p.grad = gradient.clone()
+        return make([p]).step
+
+    variants = {"ours": optimizer(lambda p: pcs_kernels.optim.AdamW8bit(p, lr=1e-3))}
+    variants["torch fused AdamW, 32-bit states"] = optimizer(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
+    try:
+        import bitsandbytes
+
+        variants["bitsandbytes AdamW8bit"] = optimizer(lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3))
+    except ImportError:
+        print("bitsandbytes is not installed: its row is missing")
+    targets = {"bitsandbytes AdamW8bit": 40.0, "torch fused AdamW, 32-bit states": 1 / 1.5}
+    yield from rows_of("adamw8bit", s.name, "float32", "step", timing.interleave(variants, rounds), targets)
+
+
+def rows_of(op, shape, dtype, direction, seconds, targets) -> Iterator[dict[str, object]]:
+    for peer, times in seconds.items():
+        if peer == "ours":
+            continue
+        middle, low, high = timing.ratio(times, seconds["ours"])
+        target = targets.get(peer, 0.0)
+        yield {
+            "op": op, "shape": shape, "dtype": dtype, "direction": direction, "peer": peer,
+            "ours_ms": f"{1e3 * sorted(seconds['ours'])[len(times) // 2]:.3f}",
+            "peer_ms": f"{1e3 * sorted(times)[len(times) // 2]:.3f}",
+            "ratio": f"{middle:.2f}", "quartile_low": f"{low:.2f}", "quartile_high": f"{high:.2f}",
+            "target": f"{target:.2f}" if target else "", "met": ("yes" if middle >= target else "no") if target else "",
+        }  # fmt: skip
+
+
+def show(row: dict[str, object]) -> None:
+    verdict = f"  target {row['target']}: {row['met']}" if row["target"] else ""
+    print(
+        f"{row['op']:<24}{row['shape']:<34}{row['dtype']:<10}{row['direction']:<9}{row['ours_ms']:>9} ms"
+        f"  {row['ratio']:>6} x {row['peer']} ({row['quartile_low']}-{row['quartile_high']}){verdict}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", help="only ops whose name holds this")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=timing.RESULTS / "ops_cpu.csv", help="the CSV file to add rows to")
+    parser.add_argument("--dry", action="store_true", help="print only, record nothing")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    found: list[dict[str, object]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in cases(dtype):
+            if args.op and args.op not in case.op:
+                continue
+            gate(case)
+            for i, (direction, turn) in enumerate((("forward", forward), ("both", with_backward))):
+                calls = {name: turn(call, case.inputs) for name, call in {"ours": case.ours, **case.peers}.items()}
+                seconds = timing.interleave(calls, args.rounds)
+                targets = {peer: both[i] for peer, both in case.targets.items()}
+                for row in rows_of(case.op, case.shape, str(dtype)[6:], direction, seconds, targets):
+                    show(row)
+                    found.append(row)
+    if not args.op or args.op in "adamw8bit":
+        for row in adamw(args.rounds):
+            show(row)
+            found.append(row)
+    if not args.dry:
+        facts = timing.circumstances()
+        timing.append(args.out, [{**facts, **row} for row in found])
+        print(f"{len(found)} rows added to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Interleaved timing and one results file: the variants of a case take turns in one process, medians are compared."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleave(variants: dict[str, Callable[[], object]], rounds: int = 15, least: float = 0.004) -> dict[str, list[float]]:
+    """Seconds per call of each variant, `rounds` times in turn; short calls repeat to fill `least` seconds."""
+    repeats = {}
+    for name, call in variants.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, int(least / max(time.perf_counter() - start, 1e-7)))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
+    """(median, lower quartile, upper quartile) of over / under, round by round."""
+    ratios = sorted(a / b for a, b in zip(over, under, strict=True))
+    quartiles = statistics.quantiles(ratios, n=4)
+    return statistics.median(ratios), quartiles[0], quartiles[2]
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def circumstances() -> dict[str, str]:
+    """What every row of results carries: when, on what, with what."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {os.cpu_count()} cores"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+    }
+
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """Add rows to a CSV file, written whole; new columns widen the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    everything = old + rows
+    columns = list(dict.fromkeys(key for row in everything for key in row))
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(everything)
+    os.replace(partial, path)
