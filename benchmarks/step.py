@@ -1,0 +1,226 @@
+"""One Personalized-Residuals training step of SD1.5 on this CPU, against diffusers' UNet and the machine's own speed.
+
+    python benchmarks/step.py --size 512 --rounds 3
+
+Forward and backward at batch 1 with random weights; a low-rank pair on every `proj_out` trains. Peers are diffusers'
+UNet in float32, bfloat16, bfloat16 channels-last and that compiled. First the gradients of all variants are held against
+float32; then their steps are interleaved in one process, each between two measurements of the machine's bfloat16
+matrix-product rate. Median and spread go to benchmarks/results/step.csv with device, versions and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pcs_trainer.layers import LowRank
+from pcs_trainer.unet import UNet
+from torch import nn
+
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+TERAFLOP = {256: 0.373, 512: 1.80}  # one frozen step, counted from the layer shapes
+RESULTS = Path(__file__).parent / "results" / "step.csv"
+COLUMNS = ("date", "commit", "device", "threads", "torch", "size", "variant", "rounds", "seconds", "fastest", "slowest",
+           "ours_is_faster", "teraflop_per_second", "machine_teraflop_per_second", "share_of_machine")  # fmt: skip
+PLANS = ("A", "B", "C")
+Step = Callable[[], list[torch.Tensor]]
+
+
+class PeerResidual(nn.Module):
+    """diffusers' projection with a low-rank residual beside it, as LoRA layers for it are written."""
+
+    def __init__(self, base: nn.Conv2d, down: torch.Tensor, up: torch.Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(down.to(base.weight.dtype, copy=True)[..., None, None])
+        self.up = nn.Parameter(up.to(base.weight.dtype, copy=True)[..., None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + nn.functional.conv2d(nn.functional.conv2d(x, self.down), self.up)
+
+
+def random_weights() -> dict[str, torch.Tensor]:
+    """SD1.5-shaped bfloat16 weights that keep activations of ordinary size."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, p in UNet.from_config(SD15, device="meta").state_dict().items():
+        scale = 0.02 if p.dim() == 1 else 0.7 * p[0].numel() ** -0.5
+        weights[name] = torch.empty(p.shape, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            weights[name] += 1
+    return weights
+
+
+def residuals(weights: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name of each proj_out -> float32 down, up of rank 0.05 x width."""
+    pairs = {}
+    for name, w in weights.items():
+        if name.endswith("proj_out.weight"):
+            width, rank = w.shape[0], w.shape[0] // 20
+            pairs[name.removesuffix(".weight")] = (
+                torch.randn(rank, width) * rank**-0.5,
+                torch.randn(width, rank) * 0.02,
+            )
+    return pairs
+
+
+def inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(noisy latents, text states, noise)"""
+    return torch.randn(1, 4, size // 8, size // 8), torch.randn(1, 77, 768), torch.randn(1, 4, size // 8, size // 8)
+
+
+def training_step(forward: Callable[[], torch.Tensor], noise: torch.Tensor, trained: list[torch.Tensor]) -> Step:
+    def step() -> list[torch.Tensor]:
+        loss = (forward().float() - noise).square().mean()
+        return list(torch.autograd.grad(loss, trained))
+
+    return step
+
+
+def ours(weights, pairs, call) -> dict[str, Step]:
+    """One network, a step for each memory plan."""
+    unet = UNet.from_config(SD15, device="meta")
+    unet.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
+    unet.requires_grad_(False)
+    trained = []
+    for name, (down, up) in pairs.items():
+        pair = down.clone().requires_grad_(), up.clone().requires_grad_()
+        unet.attach(name, LowRank(*pair))
+        trained += pair
+    x, text, noise = call
+    kv = unet.text_kv(text.bfloat16())  # the text is frozen: its keys and values are computed once a run
+
+    def forward(plan: str) -> torch.Tensor:
+        return unet.set_plan(plan)(x.bfloat16(), 500, kv)
+
+    return {f"pcs plan {plan}": training_step(lambda plan=plan: forward(plan), noise, trained) for plan in PLANS}
+
+
+def peer(weights, pairs, call, dtype: torch.dtype, channels_last: bool, compiled: bool) -> dict[str, Step]:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15)
+    unet.load_state_dict({name: w.to(dtype, copy=True) for name, w in weights.items()}, assign=True)
+    unet.requires_grad_(False)
+    trained = []
+    for name, (down, up) in pairs.items():
+        parent, _, leaf = name.rpartition(".")
+        layer = PeerResidual(unet.get_submodule(name), down, up)
+        setattr(unet.get_submodule(parent), leaf, layer)
+        trained += [layer.down, layer.up]
+    x, text, noise = call
+    x, text = x.to(dtype), text.to(dtype)
+    name = "diffusers fp32" if dtype is torch.float32 else "diffusers bf16"
+    if channels_last:
+        name += " channels_last"
+        unet, x = unet.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    steps = {name: training_step(lambda: unet(x, 500, text).sample, noise, trained)}
+    if compiled:
+        faster = torch.compile(unet)
+        steps[name + " compiled"] = training_step(lambda: faster(x, 500, text).sample, noise, trained)
+    return steps
+
+
+def machine_rate() -> float:
+    """TFLOP/s of torch's own bfloat16 matrix product, the best of a few large shapes."""
+    best = 0.0
+    for m, k, n in ((2048, 2048, 2048), (4096, 1280, 1280), (4096, 640, 5120)):
+        a, b = torch.ones(m, k, dtype=torch.bfloat16), torch.ones(n, k, dtype=torch.bfloat16)
+        for _ in range(3):
+            start = time.perf_counter()
+            nn.functional.linear(a, b)
+            best = max(best, 2e-12 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def check_gradients(steps: dict[str, Step]) -> None:
+    """Every variant's gradients against float32: ours may err at most twice what the bfloat16 peer does."""
+    def flat(step: Step) -> torch.Tensor:
+        return torch.cat([g.flatten().double() for g in step()])
+
+    exact = flat(steps["diffusers fp32"])
+    error = {name: ((flat(step) - exact).norm() / exact.norm()).item() for name, step in steps.items()}
+    for name, e in error.items():
+        print(f"  gradients against float32: {name:40} {e:.2e}", flush=True)
+        if e > 2 * max(error["diffusers bf16"], 1e-3):
+            raise SystemExit(f"{name}: wrong gradients (relative error {e:.2e}); nothing is timed")
+
+
+def measure(steps: dict[str, Step], rounds: int) -> tuple[dict[str, list[float]], list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    rates = [machine_rate()]
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+            rates.append(machine_rate())
+    return seconds, rates
+
+
+def device_name() -> str:
+    info = Path("/proc/cpuinfo")
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    name = values.get("model name", platform.processor() or platform.machine())
+    return f"{name} (family {values.get('cpu family', '?')}, model {values.get('model', '?')})"
+
+
+def rows(size: int, seconds: dict[str, list[float]], rates: list[float]) -> list[dict[str, object]]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    mine, machine = statistics.median(seconds["pcs plan A"]), statistics.median(rates)
+    made = []
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        speed = TERAFLOP[size] / median
+        made.append(dict(zip(COLUMNS, (
+            datetime.date.today().isoformat(), commit.stdout.strip(), device_name(), torch.get_num_threads(),
+            torch.__version__, size, name, len(values), f"{median:.3f}", f"{min(values):.3f}", f"{max(values):.3f}",
+            f"{median / mine:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}"), strict=True)))  # fmt: skip
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, choices=sorted(TERAFLOP), default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes to warm up")
+    parser.add_argument("--dry", action="store_true", help="print, but do not add to the results file")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    weights = random_weights()
+    pairs, call = residuals(weights), inputs(options.size)
+    steps = ours(weights, pairs, call)
+    steps |= peer(weights, pairs, call, torch.float32, channels_last=False, compiled=False)
+    steps |= peer(weights, pairs, call, torch.bfloat16, channels_last=False, compiled=False)
+    steps |= peer(weights, pairs, call, torch.bfloat16, channels_last=True, compiled=not options.no_compile)
+    del weights
+    check_gradients(steps)
+    seconds, rates = measure(steps, options.rounds)
+    table = rows(options.size, seconds, rates)
+    print(f"{table[0]['device']}, {table[0]['threads']} threads, torch {torch.__version__}, {options.size} x {options.size}")
+    print(f"bf16 matrix products here: {min(rates):.3f} - {max(rates):.3f} TFLOP/s, median {statistics.median(rates):.3f}")
+    for row in table:
+        print(f"  {row['variant']:40} {row['seconds']} s ({row['fastest']} - {row['slowest']})  "
+              f"{row['ours_is_faster']} x ours  {float(row['share_of_machine']):.0%} of the machine")  # fmt: skip
+    if options.dry:
+        return
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()
