@@ -18,16 +18,16 @@ constexpr int FIRST_EXPONENT = 103;  // the biased exponent of 2^-24
 template <bool SIGNED>
 struct Codec {
   alignas(64) float offset[16], slope[16];                     // decode, by the low bits of k's exponent
-  alignas(64) float scale[16], shift[16], last[16], start[16]; // encode, by decade + 1 (0: zero)
+  alignas(64) float scale[16], shift[16], start[16];            // encode, by decade + 1 (0: zero)
   alignas(64) float edge[OCTAVES];
-  alignas(64) float below[OCTAVES];                            // decade + 1 under the octave's edge
+  alignas(64) int32_t below[OCTAVES];                          // decade + 1 under the octave's edge
   float values[256];
 
   Codec() {
     const int first = SIGNED ? 0 : 1, top = first + 7;  // decades by k's exponent; `top` is the single code 1.0
     double firsts[9], lasts[9];
-    for (int i = 0; i < 16; i++) offset[i] = slope[i] = scale[i] = shift[i] = last[i] = start[i] = 0;
-    start[0] = SIGNED ? 0.0f : 1.0f;
+    for (int i = 0; i < 16; i++) offset[i] = slope[i] = scale[i] = shift[i] = start[i] = 0;
+    start[0] = shift[0] = SIGNED ? 0.0f : 1.0f;
     for (int e = first; e <= top; e++) {
       const double unit = std::pow(10.0, e - first - 6), count = std::ldexp(1.0, e);
       const bool one = e == top;
@@ -35,8 +35,7 @@ struct Codec {
       slope[(e + 127) & 15] = one ? 0.0f : float(unit * 0.9);
       const int d = e - first + 1;
       scale[d] = one ? 0.0f : float(count / (0.9 * unit));
-      shift[d] = one ? 0.0f : float(-count / 9.0);
-      last[d] = one ? 0.0f : float(count - 1);
+      shift[d] = one ? float(count) : float(count - count / 9.0);
       start[d] = float(count);
       firsts[d] = one ? 1.0 : unit * (0.1 + 0.45 / count);
       lasts[d] = one ? 1.0 : unit * (1.0 - 0.45 / count);
@@ -45,14 +44,14 @@ struct Codec {
     int d = 0;
     for (int o = 0; o < OCTAVES; o++) {
       const double upper = std::ldexp(1.0, o - 24 + 1);
-      below[o] = float(d);
+      below[o] = d;
       edge[o] = INFINITY;
       if (d < 8 && (lasts[d] + firsts[d + 1]) / 2 < upper) {
         edge[o] = float((lasts[d] + firsts[d + 1]) / 2);
         d++;
       }
     }
-    below[24] = 8.0f;  // exactly 1.0 and beyond
+    below[24] = 8;  // exactly 1.0 and beyond
     for (int code = 0; code < 256; code++) values[code] = decode_one(code);
   }
 
@@ -69,11 +68,8 @@ struct Codec {
     uint32_t bits;
     std::memcpy(&bits, &magnitude, 4);
     const int octave = std::min(std::max(int(bits >> 23) - FIRST_EXPONENT, 0), 24);
-    const int d = int(below[octave]) + (magnitude > edge[octave]);
-    float f = std::floor(magnitude * scale[d] + shift[d]);
-    f = f < last[d] ? f : last[d];
-    f = f > 0 ? f : 0;
-    const int k = int(start[d] + f);
+    const int d = below[octave] + (magnitude > edge[octave]);
+    const int k = int(std::max(std::min(magnitude * scale[d] + shift[d], 2 * start[d] - 0.5f), start[d]));
     return uint8_t(SIGNED ? (x < 0 ? 127 - std::min(k, 127) : 127 + k) : k - 1);
   }
 
@@ -83,76 +79,108 @@ struct Codec {
       if (std::fabs(map[i] - values[i]) > 1e-6f * std::fabs(values[i]) + 1e-12f) return false;
     return true;
   }
+};
 
+template <bool SIGNED>
+const Codec<SIGNED>& codec() {
+  static const Codec<SIGNED> one;
+  return one;
+}
+
+// The codec's tables in registers, for the inner loops.
 #if defined(__AVX512F__)
-  PCS_INLINE vf decode(const uint8_t* codes) const {
+template <bool SIGNED>
+struct Decoder {
+  __m512 slope, offset;
+  explicit Decoder(const Codec<SIGNED>& c) : slope(_mm512_load_ps(c.slope)), offset(_mm512_load_ps(c.offset)) {}
+
+  PCS_INLINE vf operator()(const uint8_t* codes) const {
     const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     const __m512i from_zero = _mm512_sub_epi32(code, _mm512_set1_epi32(127));
     const __m512i k = SIGNED ? _mm512_abs_epi32(from_zero) : _mm512_add_epi32(code, _mm512_set1_epi32(1));
     const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(k));
     const __m512i e = _mm512_srli_epi32(bits, 23);  // permutes look at the low four bits
-    const __m512 mantissa = _mm512_castsi512_ps(_mm512_or_epi32(
-        _mm512_and_epi32(bits, _mm512_set1_epi32(0x7FFFFF)), _mm512_set1_epi32(0x3F800000)));
-    __m512 value = _mm512_fmadd_ps(_mm512_permutexvar_ps(e, _mm512_load_ps(slope)), mantissa,
-                                   _mm512_permutexvar_ps(e, _mm512_load_ps(offset)));
-    if (!SIGNED) return (vf)_mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(code, _mm512_setzero_si512()), _mm512_setzero_ps());
-    value = _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(k, _mm512_setzero_si512()), value);
-    return (vf)_mm512_or_ps(value, _mm512_castsi512_ps(_mm512_and_epi32(from_zero, _mm512_set1_epi32(int(0x80000000u)))));
+    const __m512 mantissa = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+        bits, _mm512_set1_epi32(0x7FFFFF), _mm512_set1_epi32(0x3F800000), 0xEA));  // (bits & low) | one
+    const __m512 value = _mm512_maskz_fmadd_ps(_mm512_cmpgt_epi32_mask(k, _mm512_set1_epi32(SIGNED ? 0 : 1)),
+                                               _mm512_permutexvar_ps(e, slope), mantissa,
+                                               _mm512_permutexvar_ps(e, offset));
+    if constexpr (!SIGNED) return (vf)value;
+    const __m512i sign = _mm512_and_epi32(from_zero, _mm512_set1_epi32(int(0x80000000u)));
+    return (vf)_mm512_or_ps(value, _mm512_castsi512_ps(sign));
   }
+};
 
-  PCS_INLINE void encode(uint8_t* codes, vf value) const {
+template <bool SIGNED>
+struct Encoder {
+  __m512 edge_low, edge_high, start, scale, shift;
+  __m512i below_low, below_high;
+  explicit Encoder(const Codec<SIGNED>& c)
+      : edge_low(_mm512_load_ps(c.edge)), edge_high(_mm512_load_ps(c.edge + 16)), start(_mm512_load_ps(c.start)),
+        scale(_mm512_load_ps(c.scale)), shift(_mm512_load_ps(c.shift)), below_low(_mm512_load_si512(c.below)),
+        below_high(_mm512_load_si512(c.below + 16)) {}
+
+  PCS_INLINE void operator()(uint8_t* codes, vf value) const {
     const __m512 x = (__m512)value, magnitude = _mm512_abs_ps(x);
-    __m512i octave = _mm512_sub_epi32(_mm512_srli_epi32(_mm512_castps_si512(magnitude), 23), _mm512_set1_epi32(FIRST_EXPONENT));
-    octave = _mm512_min_epi32(_mm512_max_epi32(octave, _mm512_setzero_si512()), _mm512_set1_epi32(24));
-    const __m512 at = _mm512_permutex2var_ps(_mm512_load_ps(edge), octave, _mm512_load_ps(edge + 16));
-    __m512 decade = _mm512_permutex2var_ps(_mm512_load_ps(below), octave, _mm512_load_ps(below + 16));
-    decade = _mm512_mask_add_ps(decade, _mm512_cmp_ps_mask(magnitude, at, _CMP_GT_OQ), decade, _mm512_set1_ps(1.0f));
-    const __m512i d = _mm512_cvttps_epi32(decade);
-    __m512 f = _mm512_fmadd_ps(magnitude, _mm512_permutexvar_ps(d, _mm512_load_ps(scale)),
-                               _mm512_permutexvar_ps(d, _mm512_load_ps(shift)));
-    f = _mm512_roundscale_ps(f, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    f = _mm512_max_ps(_mm512_min_ps(f, _mm512_permutexvar_ps(d, _mm512_load_ps(last))), _mm512_setzero_ps());
-    __m512i k = _mm512_cvttps_epi32(_mm512_add_ps(f, _mm512_permutexvar_ps(d, _mm512_load_ps(start))));
+    const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 23);
+    const __m512i octave = _mm512_subs_epu16(exponent, _mm512_set1_epi32(FIRST_EXPONENT));  // stops at zero
+    const __m512 edge = _mm512_permutex2var_ps(edge_low, octave, edge_high);
+    __m512i d = _mm512_permutex2var_epi32(below_low, octave, below_high);
+    d = _mm512_mask_add_epi32(d, _mm512_cmp_ps_mask(magnitude, edge, _CMP_GT_OQ), d, _mm512_set1_epi32(1));
+    const __m512 first = _mm512_permutexvar_ps(d, start);
+    const __m512 place = _mm512_fmadd_ps(magnitude, _mm512_permutexvar_ps(d, scale), _mm512_permutexvar_ps(d, shift));
+    const __m512 end = _mm512_fmadd_ps(first, _mm512_set1_ps(2.0f), _mm512_set1_ps(-0.5f));
+    const __m512i k = _mm512_cvttps_epi32(_mm512_max_ps(_mm512_min_ps(place, end), first));
+    __m512i code;
     if constexpr (SIGNED) {
-      const __m512i bias = _mm512_set1_epi32(127);
-      const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-      k = _mm512_mask_sub_epi32(_mm512_add_epi32(bias, k), negative, bias, _mm512_min_epi32(k, bias));
+      const __m512i zero = _mm512_set1_epi32(127);
+      code = _mm512_mask_mov_epi32(_mm512_add_epi32(zero, k), _mm512_movepi32_mask(_mm512_castps_si512(x)),
+                                   _mm512_subs_epu16(zero, k));
     } else {
-      k = _mm512_sub_epi32(k, _mm512_set1_epi32(1));
+      code = _mm512_sub_epi32(k, _mm512_set1_epi32(1));
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(k));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
   }
+};
 #else
-  PCS_INLINE vf decode(const uint8_t* codes) const {
+template <bool SIGNED>
+struct Decoder {
+  const float* values;
+  explicit Decoder(const Codec<SIGNED>& c) : values(c.values) {}
+  PCS_INLINE vf operator()(const uint8_t* codes) const {
     float x[W];
     for (int i = 0; i < W; i++) x[i] = values[codes[i]];
     return load(x);
   }
-  PCS_INLINE void encode(uint8_t* codes, vf value) const {
-    for (int i = 0; i < W; i++) codes[i] = encode_one(value[i]);
-  }
-#endif
 };
+template <bool SIGNED>
+struct Encoder {
+  const Codec<SIGNED>& codec;
+  explicit Encoder(const Codec<SIGNED>& c) : codec(c) {}
+  PCS_INLINE void operator()(uint8_t* codes, vf value) const {
+    for (int i = 0; i < W; i++) codes[i] = codec.encode_one(value[i]);
+  }
+};
+#endif
 
-// The codec over `lanes` codes.
-template <class C>
-PCS_INLINE vf decoded(const C& codec, const uint8_t* codes, Whole) {
-  return codec.decode(codes);
+template <class D>
+PCS_INLINE vf decode(const D& decoder, const uint8_t* codes, Whole) {
+  return decoder(codes);
 }
-template <class C>
-PCS_INLINE vf decoded(const C& codec, const uint8_t* codes, int lanes) {
+template <class D>
+PCS_INLINE vf decode(const D& decoder, const uint8_t* codes, int lanes) {
   uint8_t buffer[W] = {};
   std::memcpy(buffer, codes, lanes);
-  return codec.decode(buffer);
+  return decoder(buffer);
 }
-template <class C>
-PCS_INLINE void encoded(const C& codec, uint8_t* codes, vf value, Whole) {
-  codec.encode(codes, value);
+template <class D>
+PCS_INLINE void encode(const D& encoder, uint8_t* codes, vf value, Whole) {
+  encoder(codes, value);
 }
-template <class C>
-PCS_INLINE void encoded(const C& codec, uint8_t* codes, vf value, int lanes) {
+template <class D>
+PCS_INLINE void encode(const D& encoder, uint8_t* codes, vf value, int lanes) {
   uint8_t buffer[W];
-  codec.encode(buffer, value);
+  encoder(buffer, value);
   std::memcpy(codes, buffer, lanes);
 }
 
@@ -183,8 +211,20 @@ PCS_INLINE vf rounded<bf16>(vf value, bool stochastically, uint32_t key, uint32_
   return finite ? drawn : value;
 }
 
+// The square root by the reciprocal estimate and one Newton step.
+PCS_INLINE vf root(vf v) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_rsqrt14_ps((__m512)v), s = v * r;
+  const vf refined = s * (1.5f - 0.5f * s * r);
+  return v > 1e-37f ? refined : v;  // below, the root is nothing beside eps
+#else
+  return vsqrt(v);
+#endif
+}
+
 struct Update {
   float beta1, beta2, scale, keep_before, keep_after, size, eps;
+  bool stochastic;
   uint32_t key;
   explicit Update(const AdamW& s) {
     const double correction2 = std::sqrt(1.0 - std::pow(double(s.beta2), double(s.step)));
@@ -194,6 +234,7 @@ struct Update {
     keep_after = s.decay_first ? 1.0f : keep;
     size = float(s.lr * correction2 / (1.0 - std::pow(double(s.beta1), double(s.step))));
     eps = float(s.eps * correction2);
+    stochastic = s.stochastic;
     key = hash32(hash32(uint32_t(s.seed)) ^ uint32_t(s.step));
   }
   PCS_INLINE void moments(vf g, vf& m, vf& v) const {
@@ -202,45 +243,73 @@ struct Update {
     v = v * beta2 + g * g * (1.0f - beta2);
   }
   PCS_INLINE vf parameter(vf p, vf m, vf v) const {
-    return (p * keep_before - size * m * reciprocal<float>(vsqrt(v) + eps)) * keep_after;
+    return (p * keep_before - size * m * reciprocal<float>(root(v) + eps)) * keep_after;
   }
 };
 
+// One block. Pointers and coefficients come by value: what is stored as bytes could otherwise be any of them, and the
+// compiler would read them anew for every vector.
 template <class P, class G>
-void step_8bit(P* p, const G* g, uint8_t* m_codes, uint8_t* v_codes, float* m_scales, float* v_scales,
-               const Codec<true>& m_codec, const Codec<false>& v_codec, int64_t n, const AdamW& s, int threads) {
+void step_block(P* p, const G* g, uint8_t* m_codes, uint8_t* v_codes, float* m_scale, float* v_scale, int64_t count,
+                const Update update, const Codec<true>& m_codec, const Codec<false>& v_codec, uint32_t key,
+                uint32_t element) {
+  alignas(64) float m_new[MAX_BLOCK], v_new[MAX_BLOCK];
+  const float m_before = *m_scale, v_before = *v_scale;
+  vf m_top = {}, v_top = {};
+  const Decoder<true> decode_m(m_codec);
+  const Decoder<false> decode_v(v_codec);
+  over(count, [&](int64_t i, auto lanes) {
+    vf m = decode(decode_m, m_codes + i, lanes) * m_before, v = decode(decode_v, v_codes + i, lanes) * v_before;
+    update.moments(load_n(g + i, lanes), m, v);
+    const vf next = update.parameter(load_n(p + i, lanes), m, v);
+    store_n(p + i, rounded<P>(next, update.stochastic, key, element + uint32_t(i)), lanes);
+    if constexpr (!std::is_same_v<decltype(lanes), Whole>)
+      m = load_n(reinterpret_cast<const float*>(&m), lanes), v = load_n(reinterpret_cast<const float*>(&v), lanes);
+    m_top = vmax((vf)((vi)m & 0x7FFFFFFF), m_top);
+    v_top = vmax(v, v_top);
+    store(m_new + i, m);
+    store(v_new + i, v);
+  });
+  const float m_after = reduce_max(m_top), v_after = reduce_max(v_top);
+  *m_scale = m_after;
+  *v_scale = v_after;
+  // Under 5e-38 the reciprocal overflows; such states are zero for every purpose.
+  const float m_inverse = m_after > 5e-38f ? 1.0f / m_after : 0.0f, v_inverse = v_after > 5e-38f ? 1.0f / v_after : 0.0f;
+  const Encoder<true> encode_m(m_codec);
+  const Encoder<false> encode_v(v_codec);
+  over(count, [&](int64_t i, auto lanes) {
+    encode(encode_m, m_codes + i, load(m_new + i) * m_inverse, lanes);
+    encode(encode_v, v_codes + i, load(v_new + i) * v_inverse, lanes);
+  });
+}
+
+template <class P, class G>
+void step_8bit(P* p, const G* g, uint8_t* m_codes, uint8_t* v_codes, float* m_scales, float* v_scales, int64_t n,
+               const AdamW& s, int threads) {
   const Update update(s);
-  const int64_t blocks = (n + s.block_size - 1) / s.block_size, run = std::max<int64_t>(1, 8192 / s.block_size);
+  const Codec<true>& m_codec = codec<true>();
+  const Codec<false>& v_codec = codec<false>();
+  const int64_t size = s.block_size, blocks = (n + size - 1) / size, run = std::max<int64_t>(1, 8192 / size);
   parallel_for((blocks + run - 1) / run, threads, [&](int64_t task) {
-    alignas(64) float m_new[MAX_BLOCK], v_new[MAX_BLOCK];
     for (int64_t block = task * run; block < std::min(blocks, (task + 1) * run); block++) {
-      const int64_t start = block * s.block_size, count = std::min<int64_t>(s.block_size, n - start);
-      const uint32_t key = hash32(uint32_t(uint64_t(start) >> 32) ^ update.key);
-      vf m_top = {}, v_top = {};
-      const float m_scale = m_scales[block], v_scale = v_scales[block];
-      over(count, [&](int64_t i, auto lanes) {
-        const int64_t at = start + i;
-        vf m = decoded(m_codec, m_codes + at, lanes) * m_scale, v = decoded(v_codec, v_codes + at, lanes) * v_scale;
-        update.moments(load_n(g + at, lanes), m, v);
-        const vf next = update.parameter(load_n(p + at, lanes), m, v);
-        store_n(p + at, rounded<P>(next, s.stochastic, key, uint32_t(at)), lanes);
-        if constexpr (!std::is_same_v<decltype(lanes), Whole>)
-          m = load_n(reinterpret_cast<const float*>(&m), lanes), v = load_n(reinterpret_cast<const float*>(&v), lanes);
-        m_top = vmax(m < 0.0f ? -m : m, m_top);
-        v_top = vmax(v, v_top);
-        store(m_new + i, m);
-        store(v_new + i, v);
-      });
-      m_scales[block] = reduce_max(m_top);
-      v_scales[block] = reduce_max(v_top);
-      // Under 5e-38 the reciprocal overflows; such states are zero for every purpose.
-      const float m_inverse = m_scales[block] > 5e-38f ? 1.0f / m_scales[block] : 0.0f;
-      const float v_inverse = v_scales[block] > 5e-38f ? 1.0f / v_scales[block] : 0.0f;
-      over(count, [&](int64_t i, auto lanes) {
-        encoded(m_codec, m_codes + start + i, load(m_new + i) * m_inverse, lanes);
-        encoded(v_codec, v_codes + start + i, load(v_new + i) * v_inverse, lanes);
-      });
+      const int64_t at = block * size;
+      step_block(p + at, g + at, m_codes + at, v_codes + at, m_scales + block, v_scales + block,
+                 std::min(size, n - at), update, m_codec, v_codec, hash32(uint32_t(uint64_t(at) >> 32) ^ update.key),
+                 uint32_t(at));
     }
+  });
+}
+
+template <class P, class G>
+void step_floats(P* p, const G* g, float* ms, float* vs, int64_t count, const Update update, uint32_t key,
+                 uint32_t element) {
+  over(count, [&](int64_t i, auto lanes) {
+    vf m = load_n(ms + i, lanes), v = load_n(vs + i, lanes);
+    update.moments(load_n(g + i, lanes), m, v);
+    const vf next = update.parameter(load_n(p + i, lanes), m, v);
+    store_n(p + i, rounded<P>(next, update.stochastic, key, element + uint32_t(i)), lanes);
+    store_n(ms + i, m, lanes);
+    store_n(vs + i, v, lanes);
   });
 }
 
@@ -249,23 +318,10 @@ void step_32bit(P* p, const G* g, float* ms, float* vs, int64_t n, const AdamW& 
   const Update update(s);
   constexpr int64_t run = 8192;
   parallel_for((n + run - 1) / run, threads, [&](int64_t task) {
-    const uint32_t key = hash32(uint32_t(uint64_t(task * run) >> 32) ^ update.key);
-    over(std::min(run, n - task * run), [&](int64_t i, auto lanes) {
-      const int64_t at = task * run + i;
-      vf m = load_n(ms + at, lanes), v = load_n(vs + at, lanes);
-      update.moments(load_n(g + at, lanes), m, v);
-      const vf next = update.parameter(load_n(p + at, lanes), m, v);
-      store_n(p + at, rounded<P>(next, s.stochastic, key, uint32_t(at)), lanes);
-      store_n(ms + at, m, lanes);
-      store_n(vs + at, v, lanes);
-    });
+    const int64_t at = task * run;
+    step_floats(p + at, g + at, ms + at, vs + at, std::min(run, n - at), update,
+                hash32(uint32_t(uint64_t(at) >> 32) ^ update.key), uint32_t(at));
   });
-}
-
-template <bool SIGNED>
-const Codec<SIGNED>& codec() {
-  static const Codec<SIGNED> one;
-  return one;
 }
 
 template <class Run>
@@ -289,8 +345,7 @@ void adamw8bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t 
                     intptr_t absmax1, intptr_t absmax2, int64_t n, const AdamW& settings, int threads) {
   with_types(param_type, grad_type, [&](auto p, auto g) {
     step_8bit(pointer<decltype(p)>(param), pointer<const decltype(g)>(grad), pointer<uint8_t>(state1),
-              pointer<uint8_t>(state2), pointer<float>(absmax1), pointer<float>(absmax2), codec<true>(), codec<false>(), n,
-              settings, threads);
+              pointer<uint8_t>(state2), pointer<float>(absmax1), pointer<float>(absmax2), n, settings, threads);
   });
 }
 

@@ -34,8 +34,10 @@ struct Forward {
     Buffer<E> query(BQ * depth), p(BQ * tokens);
     Buffer<float> scores(BQ * tokens), mean(capture ? BQ * tokens : 1);
     if (capture) std::fill(mean.get(), mean.get() + BQ * tokens, 0.0f);
-    float total[BQ];
+    float share[BQ];
     const float to_log2 = scale * LOG2E;
+    float* const score = scores.get();
+    const int64_t ld = tokens;
     for (int64_t h = 0; h < s.H; h++) {
       const int64_t bh = b * s.H + h;
       const T* source = q.at<T>(b, h, i);
@@ -46,33 +48,32 @@ struct Forward {
       }
       if (a == query.get()) copy_rows<E, T>(query.get(), depth, source, q.row, n, s.D);
       gemm<E>(n, s.M, depth, a, lda, packed_k.get() + bh * k_size, zero_init,
-              [&](int64_t r, int64_t c, vf x) { store(scores.get() + r * tokens + c, x * to_log2); });
+              [=](int64_t r, int64_t c, vf x) { store(score + r * ld + c, x * to_log2); });
       for (int64_t r = 0; r < n; r++) {
         float* row = scores.get() + r * tokens;
-        total[r] = softmax_row(row, p.get() + r * tokens);
-        if (capture) {
-          const float share = 1.0f / (total[r] * float(s.H));
-          float* sums = mean.get() + r * tokens;
-          for (int64_t c = 0; c < tokens; c += W) store(sums + c, load(sums + c) + load(row + c) * share);
-        }
+        share[r] = 1.0f / softmax_row(row, p.get() + r * tokens, s.M, tokens);
+        if (capture) add_row(mean.get() + r * tokens, row, share[r] / float(s.H), tokens);
       }
-      gemm<E>(n, s.D, s.M, p.get(), tokens, packed_v.get() + bh * v_size, zero_init,
-              [&](int64_t r, int64_t c, vf x) {
-                T* to = out.at<T>(b, h, i + r) + c;
-                const vf o = x / total[r];
-                if (c + W <= s.D)
-                  store(to, o);
-                else
-                  store_n(to, o, int(s.D - c));
-              });
+      T* to = out.at<T>(b, h, i);
+      const int64_t stride = out.row, D = s.D;
+      gemm<E>(n, D, s.M, p.get(), tokens, packed_v.get() + bh * v_size, zero_init, [=, &share](int64_t r, int64_t c, vf x) {
+        if (c + W <= D)
+          store(to + r * stride + c, x * share[r]);
+        else
+          store_n(to + r * stride + c, x * share[r], int(D - c));
+      });
     }
     for (int64_t g = 0; g < G; g++)
       for (int64_t r = 0; r < n; r++) maps[(b * G + g) * s.N + i + r] = captured(b, g, mean.get() + r * tokens);
   }
 
+  static void add_row(float* sums, const float* row, float factor, int64_t n) {
+    for (int64_t c = 0; c < n; c += W) store(sums + c, load(sums + c) + load(row + c) * factor);
+  }
+
   // row becomes 2^(row - max), rounded to p as well; returns its sum. Padding is zero.
-  float softmax_row(float* row, E* p) {
-    for (int64_t c = s.M; c < tokens; c++) row[c] = -INFINITY;
+  static float softmax_row(float* row, E* p, int64_t M, int64_t tokens) {
+    for (int64_t c = M; c < tokens; c++) row[c] = -INFINITY;
     vf best = load(row);
     for (int64_t c = W; c < tokens; c += W) best = vmax(load(row + c), best);
     const float top = reduce_max(best);

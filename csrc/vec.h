@@ -103,19 +103,26 @@ PCS_INLINE void store_n(T* p, vf v, int n) {
 }
 
 PCS_INLINE float sum(vf v) {
-  float lanes[W], total = 0;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float lanes[W];
   store(lanes, v);
   for (int half = W / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  total = lanes[0];
-  return total;
+  return lanes[0];
+#endif
 }
 PCS_INLINE float reduce_max(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float lanes[W];
   store(lanes, v);
   for (int half = W / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
+#endif
 }
 
 PCS_INLINE vf vsqrt(vf x) {

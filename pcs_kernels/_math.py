@@ -41,20 +41,6 @@ def normal_pdf(x):
     return tl.exp2(x * x * (-0.5 * LOG2E)) * INV_SQRT_2PI
 
 
-@triton.jit
-def load_rows(base, rows, cols, stride, n_rows, n_cols):
-    """A [rows, cols] tile with unit column stride; 0 outside n_rows x n_cols."""
-    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    return tl.load(base + rows[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(base, value, rows, cols, stride, n_rows, n_cols):
-    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    at = base + rows[:, None].to(tl.int64) * stride + cols[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["count", "per_owner"])
 def sum_partials_kernel(
     part_ptr, owner_ptr, out_ptr, n, count, per_owner, HAS_OWNER: tl.constexpr, BLOCK: tl.constexpr
@@ -117,13 +103,24 @@ def strides(x: Tensor | None, align: int) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else tuple(s // align for s in x.stride()[:-1])
 
 
+def wide_head(*tensors: Tensor) -> str | None:
+    """Why [B, H, N, D] tensors cannot be addressed inside one head by 32 bits, or None."""
+    for x in tensors:
+        if x.shape[2] * abs(x.stride(2)) + x.shape[3] >= 2**31:
+            return "the rows of one head lie 2^31 or more elements apart; mend: .contiguous(), or use the reference"
+    return None
+
+
 # A head width D is covered by two power-of-two parts, D0 and D1 (40 = 32 + 16, 80 = 64 + 16), D1 = 0 where one will do.
 
 
 @triton.jit
 def load_parts(base, rows, n_rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The rows' [R, D0] and [R, D1] parts, 0 outside; the second repeats the first where D1 is 0."""
-    at = base + rows[:, None].to(tl.int64) * stride
+    """The rows' [R, D0] and [R, D1] parts, 0 outside; the second repeats the first where D1 is 0.
+
+    Offsets inside one head are 32 bits, which halves the registers they take: `wide_head` says when they do not fit.
+    """
+    at = base + rows[:, None] * stride
     inside = (rows < n_rows)[:, None]
     d = tl.arange(0, D0)[None, :]
     if D0 > D:
@@ -142,7 +139,7 @@ def load_parts(base, rows, n_rows, stride, D: tl.constexpr, D0: tl.constexpr, D1
 
 @triton.jit
 def store_parts(base, rows, n_rows, stride, first, second, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    at = base + rows[:, None].to(tl.int64) * stride
+    at = base + rows[:, None] * stride
     inside = (rows < n_rows)[:, None]
     d = tl.arange(0, D0)[None, :]
     tl.store(at + d, first.to(base.dtype.element_ty), mask=inside & (d < D))

@@ -25,7 +25,7 @@ from .._launch import (
     split_width,
     unavailable,
 )
-from .._math import common_align, empty_like_heads_last, strides, sum_partials
+from .._math import common_align, empty_like_heads_last, strides, sum_partials, wide_head
 from .triton_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel, cross_fwd_kernel
 
 MAX_TOKENS = 320
@@ -41,16 +41,18 @@ def launch_config(
     d0, d1 = split_width(width)
     config = {"D": width, "D0": d0, "D1": d1, "num_warps": 4, "num_stages": 1}
     if kernel == "tokens":
-        block = 32 if width > 64 or not half else 64
-        return config | {"BLOCK_N": block, "BLOCK_T": 32 if tokens > 16 and width <= 96 else 16, "num_stages": 2}
+        block_n = 16 if not half or 64 < width <= 96 else 32
+        return config | {"BLOCK_N": block_n, "BLOCK_T": 32 if tokens > 16 and width <= 96 else 16, "num_stages": 2}
     t0, t1 = split_width(tokens)
-    block = 64 if tokens <= 80 and half else 32 if tokens <= 160 and half else 16
-    programs = batch * (1 if kernel == "capture" else heads)
-    while block > 16 and programs * blocks(queries, block) < MULTIPROCESSORS[arch]:
-        block //= 2
+    block = 16 if not half or tokens > 160 or width > 96 else 32 if tokens > 80 else 64
+    least = 16
     if kernel == "capture":
         # the next head's k and v are fetched ahead where they fit every card's shared memory
-        config |= {"num_stages": 2 if (t0 + t1) * (d0 + d1) <= 16384 else 1, "num_warps": 8 if width > 96 else 4}
+        config |= {"num_stages": 2 if (t0 + t1) * (d0 + d1) <= 16384 else 1, "num_warps": 8 if width > 64 else 4}
+        least = min(block, 32 if width > 64 else 16)
+    programs = batch * (1 if kernel == "capture" else heads)
+    while block > least and programs * blocks(queries, block) < MULTIPROCESSORS[arch]:
+        block //= 2
     return config | {"T0": t0, "T1": t1, "BLOCK_N": block}
 
 
@@ -60,7 +62,7 @@ def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: o
         why = f"head width {q.shape[-1]} is above {MAX_WIDTH}; use the reference"
     if why is None and k.shape[2] > MAX_TOKENS:
         why = f"{k.shape[2]} tokens are above {MAX_TOKENS}; use self_attention, which takes any number of keys"
-    return why
+    return why or wide_head(q, k, v)
 
 
 def _unit_width(x: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from .._launch import (
     split_width,
     unavailable,
 )
-from .._math import common_align, empty_like_heads_last, strides
+from .._math import common_align, empty_like_heads_last, strides, wide_head
 from .triton_kernels import self_bwd_kv_kernel, self_bwd_q_kernel, self_fwd_kernel
 
 MAX_WIDTH = 256
@@ -52,7 +52,7 @@ def reason(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *_: obje
     why = unavailable(q, dots=True)
     if why is None and q.shape[-1] > MAX_WIDTH:
         why = f"head width {q.shape[-1]} is above {MAX_WIDTH}; use the reference"
-    return why
+    return why or wide_head(q, k, v)
 
 
 def _unit_width(x: Tensor) -> Tensor:
