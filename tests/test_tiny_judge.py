@@ -62,14 +62,19 @@ def test_pictures_of_another_size_are_refused(the_judge):
 def test_the_frechet_distance_of_gaussians():
     """Against the closed form for diagonal covariances: |mu1 - mu2|^2 + sum (s1 - s2)^2."""
     g = torch.Generator().manual_seed(0)
-    a = torch.randn(60_000, 3, generator=g, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.0, 1.0, 0.0])
+    a = torch.randn(60_000, 3, generator=g, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor(
+        [0.0, 1.0, 0.0]
+    )
     b = torch.randn(60_000, 3, generator=g, dtype=torch.float64) * torch.tensor([2.0, 2.0, 1.0])
     assert judge.frechet(a, b) == pytest.approx(1 + 1 + 0.25, rel=0.03)
     assert judge.frechet(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_agreement_counts_only_what_was_named():
-    scenes = [world.scene(1, kind="mug", colour="red", background="beach"), world.scene(2, kind="cat", colour="blue", background="snow")]
+    scenes = [
+        world.scene(1, kind="mug", colour="red", background="beach"),
+        world.scene(2, kind="cat", colour="blue", background="snow"),
+    ]
     found = {f: [getattr(s, f) for s in scenes] for f in judge.FIELDS}
     found["colour"][1] = "red"
     assert judge.agreement(found, scenes)["colour"] == 0.5

@@ -21,11 +21,28 @@ def test_pictures_are_bytes_of_the_stated_size_and_use_their_range():
     assert pictures.min() < 20 and pictures.max() > 240
 
 
-@pytest.mark.parametrize("field, values", [("kind", world.CLASSES), ("background", world.BACKGROUNDS), ("pattern", world.PATTERNS),
-                                           ("colour", tuple(world.COLOURS)), ("style", world.STYLES), ("light", world.LIGHTS)])
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("kind", world.CLASSES),
+        ("background", world.BACKGROUNDS),
+        ("pattern", world.PATTERNS),
+        ("colour", tuple(world.COLOURS)),
+        ("style", world.STYLES),
+        ("light", world.LIGHTS),
+    ],
+)
 def test_each_value_of_a_field_changes_the_picture(field, values):
-    base = {"kind": "mug", "background": "table", "pattern": "plain", "colour": "red", "style": "photo", "light": "normal",
-            "scale": "medium", "position": "middle"}
+    base = {
+        "kind": "mug",
+        "background": "table",
+        "pattern": "plain",
+        "colour": "red",
+        "style": "photo",
+        "light": "normal",
+        "scale": "medium",
+        "position": "middle",
+    }
     pictures = [world.render(world.scene(3, **{**base, field: value})).astype(float) for value in values]
     gaps = [np.abs(a - b).mean() for i, a in enumerate(pictures) for b in pictures[:i]]
     assert min(gaps) > 1.0
@@ -33,8 +50,19 @@ def test_each_value_of_a_field_changes_the_picture(field, values):
 
 def test_position_moves_the_object():
     def centre(position):
-        picture = world.render(world.scene(9, kind="mushroom", colour="red", pattern="plain", background="studio", scale="small",
-                                           position=position, light="normal", style="photo")).astype(float)
+        picture = world.render(
+            world.scene(
+                9,
+                kind="mushroom",
+                colour="red",
+                pattern="plain",
+                background="studio",
+                scale="small",
+                position=position,
+                light="normal",
+                style="photo",
+            )
+        ).astype(float)
         weight = np.clip(picture[..., 0] - picture[..., 1] - 60, 0, None)
         return (weight.sum(0) * np.arange(64)).sum() / weight.sum()
 
@@ -58,7 +86,7 @@ def test_captions_name_only_what_is_true():
         words = f" {said.text} ".replace(",", " ")
         assert any(f" {noun} " in words for noun in captions.WORDS[scene.kind])
         for field in ("colour", "pattern"):
-            for value in (world.COLOURS if field == "colour" else world.PATTERNS):
+            for value in world.COLOURS if field == "colour" else world.PATTERNS:
                 spoken = any(f" {w} " in words.replace(" green field", "") for w in captions.WORDS[value])
                 assert not spoken or getattr(scene, field) == value, (said.text, scene)
         for position, phrases in captions.WHERE.items():

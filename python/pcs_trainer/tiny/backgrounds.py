@@ -60,8 +60,15 @@ def table(rng, draw, size):
     vanish = rng.uniform(0.35, 0.65)
     for k in range(-4, 6):
         top, bottom = vanish + (k - 0.5) * 0.14, vanish + (k - 0.5) * 0.34
-        draw.polygon([(top * size, (line + 0.025) * size), ((top + 0.012) * size, (line + 0.025) * size),
-                      ((bottom + 0.035) * size, size), (bottom * size, size)], fill=blend(wood, (0, 0, 0), 0.35))
+        draw.polygon(
+            [
+                (top * size, (line + 0.025) * size),
+                ((top + 0.012) * size, (line + 0.025) * size),
+                ((bottom + 0.035) * size, size),
+                (bottom * size, size),
+            ],
+            fill=blend(wood, (0, 0, 0), 0.35),
+        )
 
 
 def meadow(rng, draw, size):
@@ -74,8 +81,10 @@ def meadow(rng, draw, size):
     gradient(draw, size, line + 0.03, 1, grass, blend(grass, (20, 80, 30), 0.4))
     for _ in range(10):
         x, y = rng.uniform(0, 1), rng.uniform(line + 0.12, 0.98)
-        draw.polygon([((x - 0.03) * size, y * size), (x * size, (y - 0.07) * size), ((x + 0.03) * size, y * size)],
-                     fill=blend(grass, (16, 80, 30), 0.55))
+        draw.polygon(
+            [((x - 0.03) * size, y * size), (x * size, (y - 0.07) * size), ((x + 0.03) * size, y * size)],
+            fill=blend(grass, (16, 80, 30), 0.55),
+        )
 
 
 def beach(rng, draw, size):
@@ -87,7 +96,9 @@ def beach(rng, draw, size):
     x = np.linspace(0, 1, 25)
     y = line + 0.21 + 0.02 * np.sin(x * 9 + rng.uniform(0, 6.28))
     for lift, colour in ((0.0, (250, 252, 250)), (0.045, sand)):
-        draw.polygon([(0, size), *[(a * size, (b + lift) * size) for a, b in zip(x, y, strict=True)], (size, size)], fill=colour)
+        draw.polygon(
+            [(0, size), *[(a * size, (b + lift) * size) for a, b in zip(x, y, strict=True)], (size, size)], fill=colour
+        )
     gradient(draw, size, line + 0.32, 1, sand, blend(sand, (190, 140, 80), 0.35))
 
 
@@ -97,9 +108,18 @@ def snow(rng, draw, size):
     gradient(draw, size, 0, line, sky, blend(sky, (255, 255, 255), 0.5))
     for _ in range(3):
         x, w, h = rng.uniform(0, 1), rng.uniform(0.2, 0.32), rng.uniform(0.24, 0.38)
-        draw.polygon([((x - w) * size, line * size), (x * size, (line - h) * size), ((x + w) * size, line * size)], fill=(112, 134, 168))
-        draw.polygon([((x - w * 0.36) * size, (line - h * 0.64) * size), (x * size, (line - h) * size),
-                      ((x + w * 0.36) * size, (line - h * 0.64) * size)], fill=(248, 250, 255))
+        draw.polygon(
+            [((x - w) * size, line * size), (x * size, (line - h) * size), ((x + w) * size, line * size)],
+            fill=(112, 134, 168),
+        )
+        draw.polygon(
+            [
+                ((x - w * 0.36) * size, (line - h * 0.64) * size),
+                (x * size, (line - h) * size),
+                ((x + w * 0.36) * size, (line - h * 0.64) * size),
+            ],
+            fill=(248, 250, 255),
+        )
     hills(draw, size, rng, line + 0.04, 0.06, ice)
     gradient(draw, size, line + 0.05, 1, ice, blend(ice, (140, 170, 220), 0.4))
 
@@ -126,8 +146,10 @@ def brick(rng, draw, size):
     for row in range(7):
         for column in range(-2, 6):
             x, y = column * width + offset * 0.5 + (row % 2) * width / 2, line - (row + 1) * height
-            draw.rectangle([(x + 0.013) * size, (y + 0.013) * size, (x + width - 0.013) * size, (y + height - 0.013) * size],
-                           fill=blend(clay, (110, 44, 36), 0.5 * ((row * 3 + column * 5) % 4) / 3))
+            draw.rectangle(
+                [(x + 0.013) * size, (y + 0.013) * size, (x + width - 0.013) * size, (y + height - 0.013) * size],
+                fill=blend(clay, (110, 44, 36), 0.5 * ((row * 3 + column * 5) % 4) / 3),
+            )
     gradient(draw, size, line, 1, (140, 140, 146), (112, 112, 120))
     draw.rectangle([0, line * size, size, (line + 0.03) * size], fill=(86, 86, 94))
 
@@ -139,8 +161,10 @@ def underwater(rng, draw, size):
     x = rng.uniform(-0.1, 0.4)
     for k in range(3):
         a = x + 0.33 * k
-        draw.polygon([(a * size, 0), ((a + 0.1) * size, 0), ((a + 0.02) * size, 0.8 * size), ((a - 0.14) * size, 0.8 * size)],
-                     fill=blend(water, (150, 245, 245), 0.32))
+        draw.polygon(
+            [(a * size, 0), ((a + 0.1) * size, 0), ((a + 0.02) * size, 0.8 * size), ((a - 0.14) * size, 0.8 * size)],
+            fill=blend(water, (150, 245, 245), 0.32),
+        )
     hills(draw, size, rng, line + 0.05, 0.07, (88, 140, 130))
     for _ in range(2):
         a, h = rng.choice([rng.uniform(0.02, 0.25), rng.uniform(0.75, 0.98)]), rng.uniform(0.25, 0.4)

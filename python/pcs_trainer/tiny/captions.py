@@ -7,12 +7,29 @@ import zlib
 from dataclasses import dataclass
 
 WORDS = {
-    "mug": ("mug", "cup"), "teapot": ("teapot", "kettle"), "fish": ("fish",), "bird": ("bird",), "cat": ("cat", "kitten"),
-    "car": ("car",), "boat": ("boat", "sailboat"), "house": ("house", "cottage"), "mushroom": ("mushroom", "toadstool"),
-    "umbrella": ("umbrella", "parasol"), "bag": ("bag", "handbag"), "rocket": ("rocket", "spaceship"),
-    "red": ("red", "scarlet"), "orange": ("orange",), "yellow": ("yellow", "golden"), "green": ("green",),
-    "blue": ("blue",), "purple": ("purple", "violet"), "pink": ("pink", "rosy"), "white": ("white",),
-    "plain": ("plain",), "striped": ("striped", "stripy"), "dotted": ("dotted", "polka dot"),
+    "mug": ("mug", "cup"),
+    "teapot": ("teapot", "kettle"),
+    "fish": ("fish",),
+    "bird": ("bird",),
+    "cat": ("cat", "kitten"),
+    "car": ("car",),
+    "boat": ("boat", "sailboat"),
+    "house": ("house", "cottage"),
+    "mushroom": ("mushroom", "toadstool"),
+    "umbrella": ("umbrella", "parasol"),
+    "bag": ("bag", "handbag"),
+    "rocket": ("rocket", "spaceship"),
+    "red": ("red", "scarlet"),
+    "orange": ("orange",),
+    "yellow": ("yellow", "golden"),
+    "green": ("green",),
+    "blue": ("blue",),
+    "purple": ("purple", "violet"),
+    "pink": ("pink", "rosy"),
+    "white": ("white",),
+    "plain": ("plain",),
+    "striped": ("striped", "stripy"),
+    "dotted": ("dotted", "polka dot"),
     "checkered": ("checkered", "chequered"),
 }
 AFTERWARDS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with a check pattern"}
@@ -26,9 +43,16 @@ PLACES = {
     "brick": ("in front of a brick wall", "by a brick wall"),
     "underwater": ("underwater", "under the sea", "at the bottom of the sea"),
 }
-WHERE = {"left": ("on the left", "on the left side"), "middle": ("in the middle", "in the centre"),
-         "right": ("on the right", "on the right side")}
-LIGHT = {"sunset": ("at sunset", "in warm evening light"), "dim": ("in dim light", "in the shade"), "normal": ("in daylight",)}
+WHERE = {
+    "left": ("on the left", "on the left side"),
+    "middle": ("in the middle", "in the centre"),
+    "right": ("on the right", "on the right side"),
+}
+LIGHT = {
+    "sunset": ("at sunset", "in warm evening light"),
+    "dim": ("in dim light", "in the shade"),
+    "normal": ("in daylight",),
+}
 DAYLIT = ("meadow", "beach", "snow", "brick")
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("big", "large", "huge")}
 FRAMES = {"small": ("a far away", "a very small"), "large": ("a close up of a", "a zoomed in")}
@@ -90,7 +114,9 @@ def _subject_phrase(scene, rng, names):
         if scene.pattern in AFTERWARDS and rng.random() < 0.3:
             tail = " " + AFTERWARDS[scene.pattern]
         else:
-            words.insert(len(words) if rng.random() < 0.7 or frame else max(0, len(words) - 1), _one(rng, WORDS[scene.pattern]))
+            words.insert(
+                len(words) if rng.random() < 0.7 or frame else max(0, len(words) - 1), _one(rng, WORDS[scene.pattern])
+            )
     phrase = " ".join([*words, _one(rng, WORDS[scene.kind])]) + tail
     return f"{frame} {phrase}" if frame else _article(phrase)
 
@@ -100,7 +126,11 @@ def caption(scene, rng, full=False):
     names = {"kind"}
     phrase = _subject_phrase(scene, rng, names)
     if scene.style == "painting":
-        phrase = f"{_one(rng, ('a painting of', 'a picture of'))} {phrase}" if rng.random() < 0.3 else f"a painting of {phrase}"
+        phrase = (
+            f"{_one(rng, ('a painting of', 'a picture of'))} {phrase}"
+            if rng.random() < 0.3
+            else f"a painting of {phrase}"
+        )
     elif rng.random() < 0.5:
         phrase = f"a photo of {phrase}"
     details = []
@@ -131,12 +161,14 @@ def decorated(scene, rng):
     for article in (f"an {noun}", f"a {noun}", noun):
         if article in text:
             word = _one(rng, DECORATED)
-            return Caption(text.replace(article, f"a {word} {noun}" if article != noun else f"{word} {noun}", 1), said.names)
+            return Caption(
+                text.replace(article, f"a {word} {noun}" if article != noun else f"{word} {noun}", 1), said.names
+            )
     return said
 
 
 def training_caption(scene, rng):
-    """What the model reads in training: never a reserved caption; some bare ones, some empty ones are made elsewhere."""
+    """What the model reads in training, never a reserved caption; one in ten is bare."""
     while True:
         if scene.colour is None:
             said = decorated(scene, rng) if rng.random() < 0.75 else caption(scene, rng)

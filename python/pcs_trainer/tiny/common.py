@@ -11,6 +11,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 JUDGE_WEIGHTS = Path(__file__).parent / "judge_weights"
 
 
+def device():
+    """The GPU when one is at hand, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Budget:
     """Minutes of training, those of earlier runs included; the learning rate follows the share that is spent."""
 
@@ -57,7 +62,9 @@ class Progress:
             return
         shown = "  ".join(f"{k} {v / self.count:.4f}" for k, v in self.sums.items())
         left = max(0.0, self.budget.seconds - self.budget.spent) / 60
-        self.report(f"{self.name} step {step}  {shown}  {self.samples / (now - self.since):.0f} samples/s  {left:.1f} min left")
+        self.report(
+            f"{self.name} step {step}  {shown}  {self.samples / (now - self.since):.0f} samples/s  {left:.1f} min left"
+        )
         self.since, self.samples, self.sums, self.count = now, 0, {}, 0
 
 

@@ -42,7 +42,7 @@ def _render_block(start, stop):
 
 
 def render_set(cache, count, workers=1, report=print):
-    """Pictures (uint8 memory map) and captions (list of lists) of the first ``count`` scenes, made if they are missing."""
+    """Pictures (uint8 memory map) and captions (list of lists) of the first ``count`` scenes, made if missing."""
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
     picture_file, caption_file = cache / f"pictures-{count}.npy", cache / f"captions-{count}.json"
@@ -54,8 +54,8 @@ def render_set(cache, count, workers=1, report=print):
         with ProcessPoolExecutor(workers) as pool:
             stops = [min(s + BLOCK, count) for s in starts]
             for start, block, words in pool.map(_render_block, starts, stops):
-                pictures[start:start + len(block)] = block
-                said[start:start + len(block)] = words
+                pictures[start : start + len(block)] = block
+                said[start : start + len(block)] = words
                 report(f"rendered {start + len(block)} of {count}")
         pictures.flush()
         os.replace(f"{picture_file}.part", picture_file)

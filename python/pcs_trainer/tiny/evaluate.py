@@ -19,7 +19,13 @@ from .folder import GUIDANCE, STEPS, Parts
 from .judge import agreement, frechet, load_judge
 from .subjects import photos
 
-NOVEL_OFFSET, BARE_OFFSET, SHEET_OFFSET, SUBJECT_OFFSET, REAL_OFFSET = 10_000_000, 20_000_000, 30_000_000, 40_000_000, 50_000_000
+NOVEL_OFFSET, BARE_OFFSET, SHEET_OFFSET, SUBJECT_OFFSET, REAL_OFFSET = (
+    10_000_000,
+    20_000_000,
+    30_000_000,
+    40_000_000,
+    50_000_000,
+)
 
 
 def test_set(count, offset=0, held_out=False, bare=False):
@@ -33,14 +39,21 @@ def test_set(count, offset=0, held_out=False, bare=False):
 
 
 def draw_all(parts, texts, block=50, first_seed=0, guidance=GUIDANCE, steps=STEPS):
-    blocks = [parts.draw(texts[i:i + block], seed=first_seed + i, guidance=guidance, steps=steps, bf16=True) for i in range(0, len(texts), block)]
+    blocks = [
+        parts.draw(texts[i : i + block], seed=first_seed + i, guidance=guidance, steps=steps, bf16=True)
+        for i in range(0, len(texts), block)
+    ]
     return np.concatenate(blocks)
 
 
 @torch.no_grad()
 def reconstruct(vae, pictures):
-    return np.concatenate([to_pictures(vae.decode(vae.encode(to_tensor(pictures[i:i + 100])).latent_dist.mean).sample)
-                           for i in range(0, len(pictures), 100)])
+    return np.concatenate(
+        [
+            to_pictures(vae.decode(vae.encode(to_tensor(pictures[i : i + 100])).latent_dist.mean).sample)
+            for i in range(0, len(pictures), 100)
+        ]
+    )
 
 
 def psnr(a, b):
@@ -53,8 +66,11 @@ def ceilings(parts, judge, scenes, names):
     """What the judge reads in real renderings and in their reconstructions."""
     real = np.stack([world.render(s) for s in scenes])
     again = reconstruct(parts.vae, real)
-    return real, {"real": agreement(judge.read(real), scenes, names),
-                  "reconstructed": agreement(judge.read(again), scenes, names), "reconstruction_psnr": psnr(real, again)}
+    return real, {
+        "real": agreement(judge.read(real), scenes, names),
+        "reconstructed": agreement(judge.read(again), scenes, names),
+        "reconstruction_psnr": psnr(real, again),
+    }
 
 
 def thumbnails(pictures):
@@ -65,12 +81,12 @@ def thumbnails(pictures):
 
 def nearest(rows, others, block=200):
     """Distance from each row to its nearest other, root mean square per entry, and which one it is."""
-    found = [torch.cdist(rows[i:i + block], others).min(1) for i in range(0, len(rows), block)]
+    found = [torch.cdist(rows[i : i + block], others).min(1) for i in range(0, len(rows), block)]
     return torch.cat([f.values for f in found]) / rows.shape[1] ** 0.5, torch.cat([f.indices for f in found])
 
 
 def distances(judge, texts, drawn, real, count):
-    """Frechet distances in the judge's features, against fresh real pictures, beside two baselines; the memorisation check."""
+    """Frechet distances to fresh real pictures in the judge's features, two baselines, the memorisation check."""
     fresh = np.stack([world.render(world.scene(TEST_SEEDS + REAL_OFFSET + i, held_out=False)) for i in range(count)])
     target = judge.features(fresh)
     flat = np.broadcast_to(drawn.mean((1, 2), keepdims=True).astype(np.uint8), drawn.shape).copy()
@@ -81,28 +97,48 @@ def distances(judge, texts, drawn, real, count):
     book = thumbnails(train)
     to_drawn, to_real = nearest(thumbnails(drawn), book)[0], nearest(thumbnails(real), book)[0]
     return {
-        "frechet": {"drawn": frechet(judge.features(drawn), target), "other_real": frechet(judge.features(real), target),
-                    "mean_colour": frechet(judge.features(flat), target),
-                    "nearest_training_picture_by_caption": frechet(judge.features(train[best.numpy()]), target)},
-        "memorisation": {"training_pictures_searched": len(train), "nearest_distance_of_drawn_median": float(to_drawn.median()),
-                         "nearest_distance_of_unseen_real_median": float(to_real.median()),
-                         "share_of_drawn_nearer_than_the_nearest_1_percent_of_real": float((to_drawn < to_real.quantile(0.01)).float().mean())},
-        "text_image_cosine": {"drawn": float((judge.image_embedding(drawn) * judge.text_embedding(texts)).sum(1).mean()),
-                              "real": float((judge.image_embedding(real) * judge.text_embedding(texts)).sum(1).mean())},
+        "frechet": {
+            "drawn": frechet(judge.features(drawn), target),
+            "other_real": frechet(judge.features(real), target),
+            "mean_colour": frechet(judge.features(flat), target),
+            "nearest_training_picture_by_caption": frechet(judge.features(train[best.numpy()]), target),
+        },
+        "memorisation": {
+            "training_pictures_searched": len(train),
+            "nearest_distance_of_drawn_median": float(to_drawn.median()),
+            "nearest_distance_of_unseen_real_median": float(to_real.median()),
+            "share_of_drawn_nearer_than_the_nearest_1_percent_of_real": float(
+                (to_drawn < to_real.quantile(0.01)).float().mean()
+            ),
+        },
+        "text_image_cosine": {
+            "drawn": float((judge.image_embedding(drawn) * judge.text_embedding(texts)).sum(1).mean()),
+            "real": float((judge.image_embedding(real) * judge.text_embedding(texts)).sum(1).mean()),
+        },
     }
 
 
 def retrieval(judge, count=200):
     """Rank-1 retrieval of subjects of unseen seeds, photographed in two different places."""
-    pairs = [(photos(TEST_SEEDS + SUBJECT_OFFSET + i, 1, background=a)[0], photos(TEST_SEEDS + SUBJECT_OFFSET + i, 1, background=b, first=1)[0])
-             for i in range(count) for a, b in [np.random.default_rng([TEST_SEEDS, i]).choice(world.BACKGROUNDS, 2, replace=False)]]
+    pairs = [
+        (
+            photos(TEST_SEEDS + SUBJECT_OFFSET + i, 1, background=a)[0],
+            photos(TEST_SEEDS + SUBJECT_OFFSET + i, 1, background=b, first=1)[0],
+        )
+        for i in range(count)
+        for a, b in [np.random.default_rng([TEST_SEEDS, i]).choice(world.BACKGROUNDS, 2, replace=False)]
+    ]
     one = judge.subject_embedding(np.stack([p.picture for p, _ in pairs]))
     two = judge.subject_embedding(np.stack([p.picture for _, p in pairs]))
     scores = one @ two.T
     kinds = np.array([p.scene.kind for p, _ in pairs])
     others = torch.from_numpy((kinds[:, None] == kinds[None]) & ~np.eye(count, dtype=bool))
-    return {"subjects": count, "rank_1": float((scores.argmax(1) == torch.arange(count)).float().mean()),
-            "cosine_same_subject": float(scores.diagonal().mean()), "cosine_other_subject_of_the_class": float(scores[others].mean())}
+    return {
+        "subjects": count,
+        "rank_1": float((scores.argmax(1) == torch.arange(count)).float().mean()),
+        "cosine_same_subject": float(scores.diagonal().mean()),
+        "cosine_other_subject_of_the_class": float(scores[others].mean()),
+    }
 
 
 def speed(folder):
@@ -117,7 +153,11 @@ def speed(folder):
         started = time.perf_counter()
         parts.draw(texts, bf16=True)
         times.append(time.perf_counter() - started)
-    return {"threads": torch.get_num_threads(), "load_seconds": loaded, "four_pictures_25_steps_seconds": sorted(times)[1]}
+    return {
+        "threads": torch.get_num_threads(),
+        "load_seconds": loaded,
+        "four_pictures_25_steps_seconds": sorted(times)[1],
+    }
 
 
 def diffusers_difference(folder, parts):
@@ -129,7 +169,9 @@ def diffusers_difference(folder, parts):
     texts = test_set(2)[1]
     channels, size = parts.unet.config["in_channels"], parts.unet.config["sample_size"]
     noise = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-    theirs = pipeline(texts, latents=noise.clone(), guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np").images
+    theirs = pipeline(
+        texts, latents=noise.clone(), guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np"
+    ).images
     ours = parts.draw(texts, noise=noise)
     return int(np.abs(np.rint(theirs * 255).astype(int) - ours.astype(int)).max())
 
@@ -146,7 +188,9 @@ def contact_sheet(parts, path, count=48, columns=12):
     for i, text in enumerate(texts):
         x, y = (i % columns) * cell, (i // columns) * (2 * cell + label)
         for row, picture in enumerate((drawn[i], real[i])):
-            sheet.paste(Image.fromarray(picture).resize((64 * scale, 64 * scale), Image.BICUBIC), (x + 2, y + 2 + row * cell))
+            sheet.paste(
+                Image.fromarray(picture).resize((64 * scale, 64 * scale), Image.BICUBIC), (x + 2, y + 2 + row * cell)
+            )
         words, lines = text.split(), [""]
         for word in words:
             lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 22 else [*lines, word]
@@ -178,10 +222,15 @@ def evaluate(folder=WEIGHTS, count=1000, report=print):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m pcs_trainer.tiny.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pcs_trainer.tiny.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the model's folder (default: the package's own)")
-    parser.add_argument("--out", type=Path, default=None, help="where the results go (default: beside the weights folder)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="where the results go (default: beside the weights folder)"
+    )
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions (default 1000)")
     o = parser.parse_args(argv)
     out = o.out or o.weights.parent

@@ -19,8 +19,15 @@ def write_folder(folder, vae, text, tokenizer, unet, tokenizer_files):
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline = StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=DDIMScheduler(**SCHEDULE),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=vae.half(),
+        text_encoder=text.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=DDIMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(part, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):  # older transformers read these instead of tokenizer.json
@@ -64,7 +71,13 @@ class Parts:
         both = torch.cat([self.states([""]).expand(len(captions), -1, -1), self.states(captions)])
         if noise is None:
             size = self.unet.config["sample_size"]
-            noise = torch.randn(len(captions), self.unet.config["in_channels"], size, size, generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(
+                len(captions),
+                self.unet.config["in_channels"],
+                size,
+                size,
+                generator=torch.Generator().manual_seed(seed),
+            )
         x = noise
         for t, after in zip(times, [*times[1:], torch.tensor(-1)], strict=True):
             without, given = self.unet(torch.cat([x, x]), t.expand(2 * len(x)), both).float().chunk(2)

@@ -21,8 +21,16 @@ from torch import nn
 from .common import JUDGE_WEIGHTS, to_tensor
 from .world import BACKGROUNDS, CLASSES, COLOURS, LIGHTS, PATTERNS, POSITIONS, SCALES, SIZE, STYLES
 
-FIELDS = {"kind": CLASSES, "colour": tuple(COLOURS), "pattern": PATTERNS, "background": BACKGROUNDS,
-          "position": POSITIONS, "scale": tuple(SCALES), "light": LIGHTS, "style": STYLES}
+FIELDS = {
+    "kind": CLASSES,
+    "colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "background": BACKGROUNDS,
+    "position": POSITIONS,
+    "scale": tuple(SCALES),
+    "light": LIGHTS,
+    "style": STYLES,
+}
 
 
 class Residual(nn.Module):
@@ -45,12 +53,19 @@ class Backbone(nn.Module):
         layers, width = [], 5
         for i, wider in enumerate(widths):
             kernel = 5 if i == 0 else 3
-            layers += [nn.Conv2d(width, wider, kernel, 2, kernel // 2, bias=False), nn.BatchNorm2d(wider), nn.ReLU(), Residual(wider)]
+            layers += [
+                nn.Conv2d(width, wider, kernel, 2, kernel // 2, bias=False),
+                nn.BatchNorm2d(wider),
+                nn.ReLU(),
+                Residual(wider),
+            ]
             width = wider
         self.layers = nn.Sequential(*layers)
         self.out = nn.Linear(2 * width, out)
         line = torch.linspace(-1, 1, SIZE)
-        self.register_buffer("grid", torch.stack([line.expand(SIZE, SIZE), line[:, None].expand(SIZE, SIZE)])[None], persistent=False)
+        self.register_buffer(
+            "grid", torch.stack([line.expand(SIZE, SIZE), line[:, None].expand(SIZE, SIZE)])[None], persistent=False
+        )
 
     def forward(self, x):
         h = self.layers(torch.cat([x, self.grid.expand(len(x), -1, -1, -1)], 1))
@@ -94,7 +109,8 @@ class Words(nn.Module):
         rows = [self.ids(s) for s in sentences]
         offsets = np.cumsum([0, *map(len, rows)])[:-1]
         flat = torch.tensor([i for row in rows for i in row], dtype=torch.long)
-        return self.mlp(self.table(flat, torch.from_numpy(offsets)))
+        where = self.table.weight.device
+        return self.mlp(self.table(flat.to(where), torch.from_numpy(offsets).to(where)))
 
 
 class JudgeNet(nn.Module):
@@ -118,10 +134,12 @@ class Judge:
         if not isinstance(pictures, torch.Tensor):
             pictures = np.asarray(pictures)
             if pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3) or pictures.dtype != np.uint8:
-                raise ValueError(f"the judge reads uint8 pictures of shape (N, {SIZE}, {SIZE}, 3), got {pictures.dtype} "
-                                 f"{pictures.shape}: resize and convert them first")
+                raise ValueError(
+                    f"the judge reads uint8 pictures of shape (N, {SIZE}, {SIZE}, 3), got {pictures.dtype} "
+                    f"{pictures.shape}: resize and convert them first"
+                )
         for start in range(0, len(pictures), block):
-            part = pictures[start:start + block]
+            part = pictures[start : start + block]
             yield part.float() if isinstance(part, torch.Tensor) else to_tensor(np.ascontiguousarray(part))
 
     @torch.no_grad()
@@ -152,17 +170,22 @@ class Judge:
 
 
 def agreement(found, scenes, names=None):
-    """Share of scenes whose fields were read right: one number a field, and ``triple`` for class, colour and background.
+    """Share of scenes whose fields were read right, by field; ``triple`` is class, colour and background together.
 
-    ``names`` (one set of field names a scene) counts only what the caption said; a field that a subject lacks never counts.
+    ``names`` (one set of field names a scene) counts only what the caption said; what a subject lacks never counts.
     """
     result, right = {}, {}
     for field in ("kind", "colour", "background", "pattern", "position", "scale", "style"):
         right[field] = [getattr(s, field) == value for s, value in zip(scenes, found[field], strict=True)]
-        counted = [ok for ok, s, i in zip(right[field], scenes, range(len(scenes)), strict=True)
-                   if getattr(s, field) is not None and (names is None or field in names[i])]
+        counted = [
+            ok
+            for ok, s, i in zip(right[field], scenes, range(len(scenes)), strict=True)
+            if getattr(s, field) is not None and (names is None or field in names[i])
+        ]
         result[field] = float(np.mean(counted)) if counted else float("nan")
-    result["triple"] = float(np.mean([all(three) for three in zip(right["kind"], right["colour"], right["background"], strict=True)]))
+    result["triple"] = float(
+        np.mean([all(three) for three in zip(right["kind"], right["colour"], right["background"], strict=True)])
+    )
     return result
 
 
@@ -188,7 +211,9 @@ def save_judge(net, folder=JUDGE_WEIGHTS, notes=None):
     save_file(state, folder / "judge.part")
     os.replace(folder / "judge.part", folder / "judge.safetensors")
     (folder / "judge.safetensors").chmod(0o644)
-    (folder / "judge.json").write_text(json.dumps({"fields": {k: list(v) for k, v in FIELDS.items()}, **(notes or {})}, indent=1))
+    (folder / "judge.json").write_text(
+        json.dumps({"fields": {k: list(v) for k, v in FIELDS.items()}, **(notes or {})}, indent=1)
+    )
 
 
 def load_judge(folder=JUDGE_WEIGHTS):
@@ -197,7 +222,9 @@ def load_judge(folder=JUDGE_WEIGHTS):
 
     file = folder / "judge.safetensors"
     if not file.exists():
-        raise FileNotFoundError(f"the judge's weights are missing at {file}: run python -m pcs_trainer.tiny.train judge")
+        raise FileNotFoundError(
+            f"the judge's weights are missing at {file}: run python -m pcs_trainer.tiny.train judge"
+        )
     net = JudgeNet()
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()})
     return Judge(net)

@@ -57,7 +57,10 @@ HANDLES = ("round", "square", "pointed", "double")
 def handle(style, cx, cy, rx, ry, width):
     """The grip of a mug, teapot, umbrella or bag in one of the four HANDLES."""
     if style == "double":
-        return [ring("trim", cx, cy - ry * 0.5, rx, ry * 0.6, width), ring("trim", cx, cy + ry * 0.5, rx, ry * 0.6, width)]
+        return [
+            ring("trim", cx, cy - ry * 0.5, rx, ry * 0.6, width),
+            ring("trim", cx, cy + ry * 0.5, rx, ry * 0.6, width),
+        ]
     return [ring("trim", cx, cy, rx, ry, width, {"round": 2.0, "square": 6.0, "pointed": 1.2}[style])]
 
 
@@ -67,75 +70,128 @@ def eye(x, y, r):
 
 def mug(grip):
     body = join(poly((-0.72, -0.72)), poly((0.48, -0.72)), oval(-0.12, 0.78, 0.54, 0.2, 0, 180))
-    return [*handle(grip, 0.5, 0.05, 0.46, 0.52, 0.17), Part("body", body),
-            Part("body", oval(-0.12, -0.72, 0.6, 0.16)), Part("dark", oval(-0.12, -0.72, 0.49, 0.1))]
+    return [
+        *handle(grip, 0.5, 0.05, 0.46, 0.52, 0.17),
+        Part("body", body),
+        Part("body", oval(-0.12, -0.72, 0.6, 0.16)),
+        Part("dark", oval(-0.12, -0.72, 0.49, 0.1)),
+    ]
 
 
 def teapot(grip):
     spout = poly((-0.45, 0.05), (-0.86, -0.5), (-1.06, -0.5), (-0.72, 0.45), (-0.4, 0.7))
-    return [*handle(grip, 0.68, 0.15, 0.36, 0.46, 0.14), Part("trim", spout),
-            Part("trim", poly((-0.36, 0.8), (0.36, 0.8), (0.44, 1.0), (-0.44, 1.0))),
-            Part("body", oval(0, 0.25, 0.74, 0.66)), Part("trim", oval(0, -0.34, 0.42, 0.2)),
-            Part("gold", oval(0, -0.6, 0.15, 0.15))]
+    return [
+        *handle(grip, 0.68, 0.15, 0.36, 0.46, 0.14),
+        Part("trim", spout),
+        Part("trim", poly((-0.36, 0.8), (0.36, 0.8), (0.44, 1.0), (-0.44, 1.0))),
+        Part("body", oval(0, 0.25, 0.74, 0.66)),
+        Part("trim", oval(0, -0.34, 0.42, 0.2)),
+        Part("gold", oval(0, -0.6, 0.15, 0.15)),
+    ]
 
 
 def fish(grip):
     tail = poly((0.4, 0.1), (1.02, -0.46), (0.86, 0.1), (1.02, 0.66))
     fin = poly((-0.35, -0.25), (0.1, -0.78), (0.45, -0.62), (0.3, -0.1))
     belly = poly((-0.2, 0.45), (0.05, 0.86), (0.3, 0.75), (0.2, 0.35))
-    return [Part("trim", tail), Part("trim", fin), Part("trim", belly), Part("body", oval(-0.18, 0.1, 0.78, 0.52)),
-            *eye(-0.6, -0.04, 0.16), Part("dark", poly((-0.94, 0.22), (-0.66, 0.28), (-0.94, 0.3)))]
+    return [
+        Part("trim", tail),
+        Part("trim", fin),
+        Part("trim", belly),
+        Part("body", oval(-0.18, 0.1, 0.78, 0.52)),
+        *eye(-0.6, -0.04, 0.16),
+        Part("dark", poly((-0.94, 0.22), (-0.66, 0.28), (-0.94, 0.3))),
+    ]
 
 
 def bird(grip):
-    legs = [Part("flame", poly((x, 0.6), (x + 0.09, 0.6), (x + 0.09, 1.0), (x - 0.12, 1.0), (x - 0.12, 0.92), (x, 0.92)))
-            for x in (-0.12, 0.18)]
-    return [*legs, Part("trim", poly((0.4, 0.05), (1.05, -0.4), (1.0, 0.2), (0.5, 0.5))),
-            Part("gold", poly((-0.68, -0.58), (-1.08, -0.36), (-0.68, -0.26))),
-            Part("body", join(oval(0.1, 0.22, 0.6, 0.5, -60, 190), oval(-0.44, -0.45, 0.36, 0.36, 150, 350))),
-            Part("trim", join(oval(0.2, 0.12, 0.4, 0.34, 0, 180), poly((-0.1, 0.0)))),
-            *eye(-0.5, -0.5, 0.14)]
+    legs = [
+        Part("flame", poly((x, 0.6), (x + 0.09, 0.6), (x + 0.09, 1.0), (x - 0.12, 1.0), (x - 0.12, 0.92), (x, 0.92)))
+        for x in (-0.12, 0.18)
+    ]
+    return [
+        *legs,
+        Part("trim", poly((0.4, 0.05), (1.05, -0.4), (1.0, 0.2), (0.5, 0.5))),
+        Part("gold", poly((-0.68, -0.58), (-1.08, -0.36), (-0.68, -0.26))),
+        Part("body", join(oval(0.1, 0.22, 0.6, 0.5, -60, 190), oval(-0.44, -0.45, 0.36, 0.36, 150, 350))),
+        Part("trim", join(oval(0.2, 0.12, 0.4, 0.34, 0, 180), poly((-0.1, 0.0)))),
+        *eye(-0.5, -0.5, 0.14),
+    ]
 
 
 def cat(grip):
     ears = [Part("body", poly((s * 0.52, -0.35), (s * 0.5, -0.98), (s * 0.06, -0.6))) for s in (-1, 1)]
     inner = [Part("pink", poly((s * 0.42, -0.5), (s * 0.42, -0.8), (s * 0.2, -0.62))) for s in (-1, 1)]
-    eyes = [part for s in (-1, 1) for part in (Part("gold", oval(s * 0.22, -0.34, 0.13, 0.12)),
-                                               Part("dark", oval(s * 0.22, -0.34, 0.06, 0.12)))]
+    eyes = [
+        part
+        for s in (-1, 1)
+        for part in (Part("gold", oval(s * 0.22, -0.34, 0.13, 0.12)), Part("dark", oval(s * 0.22, -0.34, 0.06, 0.12)))
+    ]
     tail = ring("trim", 0.58, 0.5, 0.36, 0.46, 0.16)
     paws = [Part("cream", oval(s * 0.22, 0.92, 0.19, 0.1)) for s in (-1, 1)]
-    return [tail, Part("body", oval(0, 0.45, 0.52, 0.56, power=2.4)), *ears, Part("body", oval(0, -0.3, 0.56, 0.42)),
-            *inner, *eyes, Part("pink", poly((-0.08, -0.16), (0.08, -0.16), (0, -0.06))), *paws]
+    return [
+        tail,
+        Part("body", oval(0, 0.45, 0.52, 0.56, power=2.4)),
+        *ears,
+        Part("body", oval(0, -0.3, 0.56, 0.42)),
+        *inner,
+        *eyes,
+        Part("pink", poly((-0.08, -0.16), (0.08, -0.16), (0, -0.06))),
+        *paws,
+    ]
 
 
 def car(grip):
-    wheels = [part for x in (-0.52, 0.52) for part in (Part("dark", oval(x, 0.52, 0.26, 0.26)),
-                                                       Part("white", oval(x, 0.52, 0.11, 0.11)))]
-    windows = [Part("glass", poly((-0.4, -0.1), (-0.28, -0.42), (-0.04, -0.42), (-0.04, -0.1))),
-               Part("glass", poly((0.06, -0.1), (0.06, -0.42), (0.3, -0.42), (0.5, -0.1)))]
-    shell = poly((-1.0, 0.5), (-1.0, 0.1), (-0.9, -0.05), (-0.58, -0.12), (-0.4, -0.6), (0.38, -0.6), (0.68, -0.12),
-                 (0.96, 0.0), (1.0, 0.5))
+    wheels = [
+        part
+        for x in (-0.52, 0.52)
+        for part in (Part("dark", oval(x, 0.52, 0.26, 0.26)), Part("white", oval(x, 0.52, 0.11, 0.11)))
+    ]
+    windows = [
+        Part("glass", poly((-0.4, -0.1), (-0.28, -0.42), (-0.04, -0.42), (-0.04, -0.1))),
+        Part("glass", poly((0.06, -0.1), (0.06, -0.42), (0.3, -0.42), (0.5, -0.1))),
+    ]
+    shell = poly(
+        (-1.0, 0.5),
+        (-1.0, 0.1),
+        (-0.9, -0.05),
+        (-0.58, -0.12),
+        (-0.4, -0.6),
+        (0.38, -0.6),
+        (0.68, -0.12),
+        (0.96, 0.0),
+        (1.0, 0.5),
+    )
     return [Part("body", shell), *windows, *wheels, Part("gold", oval(-0.92, 0.14, 0.1, 0.09))]
 
 
 def boat(grip):
     hull = join(poly((-1.0, 0.42), (1.0, 0.42)), oval(0.0, 0.5, 0.72, 0.46, 10, 170))
-    return [Part("wood", poly((-0.12, -1.0), (-0.03, -1.0), (-0.03, 0.45), (-0.12, 0.45))),
-            Part("body", poly((0.0, -0.95), (0.86, 0.3), (0.0, 0.3))),
-            Part("body", poly((-0.16, -0.7), (-0.16, 0.3), (-0.78, 0.3))), Part("trim", hull)]
+    return [
+        Part("wood", poly((-0.12, -1.0), (-0.03, -1.0), (-0.03, 0.45), (-0.12, 0.45))),
+        Part("body", poly((0.0, -0.95), (0.86, 0.3), (0.0, 0.3))),
+        Part("body", poly((-0.16, -0.7), (-0.16, 0.3), (-0.78, 0.3))),
+        Part("trim", hull),
+    ]
 
 
 def house(grip):
     panes = [Part("glass", poly((x, 0.1), (x + 0.3, 0.1), (x + 0.3, 0.44), (x, 0.44))) for x in (-0.54, 0.24)]
-    return [Part("dark", poly((0.36, -0.9), (0.6, -0.9), (0.6, -0.3), (0.36, -0.3))),
-            Part("body", poly((-0.74, -0.2), (0.74, -0.2), (0.74, 1.0), (-0.74, 1.0))),
-            Part("trim", poly((-1.0, -0.1), (0, -1.0), (1.0, -0.1))), *panes,
-            Part("wood", poly((-0.16, 0.45), (0.16, 0.45), (0.16, 1.0), (-0.16, 1.0)))]
+    return [
+        Part("dark", poly((0.36, -0.9), (0.6, -0.9), (0.6, -0.3), (0.36, -0.3))),
+        Part("body", poly((-0.74, -0.2), (0.74, -0.2), (0.74, 1.0), (-0.74, 1.0))),
+        Part("trim", poly((-1.0, -0.1), (0, -1.0), (1.0, -0.1))),
+        *panes,
+        Part("wood", poly((-0.16, 0.45), (0.16, 0.45), (0.16, 1.0), (-0.16, 1.0))),
+    ]
 
 
 def mushroom(grip):
     stem = join(poly((-0.26, 0.0), (0.26, 0.0)), oval(0, 0.85, 0.36, 0.15, 0, 180))
-    return [Part("cream", stem), Part("body", join(oval(0, 0.02, 0.95, 0.88, 180, 360), oval(0, 0.02, 0.95, 0.2, 0, 180)))]
+    return [
+        Part("cream", stem),
+        Part("body", join(oval(0, 0.02, 0.95, 0.88, 180, 360), oval(0, 0.02, 0.95, 0.2, 0, 180))),
+    ]
 
 
 def umbrella(grip):
@@ -147,26 +203,44 @@ def umbrella(grip):
 
 def bag(grip):
     sack = poly((-0.66, -0.2), (0.66, -0.2), (0.9, 0.9), (0.8, 1.0), (-0.8, 1.0), (-0.9, 0.9))
-    return [*handle(grip, 0, -0.32, 0.48, 0.62, 0.15), Part("body", sack),
-            Part("trim", poly((-0.7, -0.26), (0.7, -0.26), (0.72, 0.02), (0.14, 0.14), (-0.14, 0.14), (-0.72, 0.02))),
-            Part("gold", oval(0, 0.12, 0.13, 0.13))]
+    return [
+        *handle(grip, 0, -0.32, 0.48, 0.62, 0.15),
+        Part("body", sack),
+        Part("trim", poly((-0.7, -0.26), (0.7, -0.26), (0.72, 0.02), (0.14, 0.14), (-0.14, 0.14), (-0.72, 0.02))),
+        Part("gold", oval(0, 0.12, 0.13, 0.13)),
+    ]
 
 
 def rocket(grip):
     fins = [Part("trim", poly((s * 0.3, 0.2), (s * 0.82, 0.78), (s * 0.3, 0.7))) for s in (-1, 1)]
     body = join(poly((0.26, 0.7), (-0.26, 0.7)), oval(0, 0.1, 0.42, 1.1, 150, 390, power=1.6))
-    return [Part("flame", poly((-0.26, 0.6), (0.26, 0.6), (0.0, 1.12))), Part("gold", poly((-0.13, 0.6), (0.13, 0.6), (0, 0.9))),
-            *fins, Part("body", body), Part("trim", join(oval(0, 0.1, 0.42, 1.1, 222, 318, power=1.6))),
-            Part("white", oval(0, -0.16, 0.24, 0.24)), Part("glass", oval(0, -0.16, 0.16, 0.16))]
+    return [
+        Part("flame", poly((-0.26, 0.6), (0.26, 0.6), (0.0, 1.12))),
+        Part("gold", poly((-0.13, 0.6), (0.13, 0.6), (0, 0.9))),
+        *fins,
+        Part("body", body),
+        Part("trim", join(oval(0, 0.1, 0.42, 1.1, 222, 318, power=1.6))),
+        Part("white", oval(0, -0.16, 0.24, 0.24)),
+        Part("glass", oval(0, -0.16, 0.16, 0.16)),
+    ]
 
 
 BUILDERS = {f.__name__: f for f in (mug, teapot, fish, bird, cat, car, boat, house, mushroom, umbrella, bag, rocket)}
 CLASSES = tuple(BUILDERS)
 # Where an emblem sits on the body, and its half size.
 EMBLEM_SPOT = {
-    "mug": (-0.12, 0.12, 0.34), "teapot": (0.0, 0.3, 0.36), "fish": (0.02, 0.12, 0.3), "bird": (0.22, 0.4, 0.26),
-    "cat": (0.0, 0.5, 0.32), "car": (0.02, 0.22, 0.26), "boat": (0.26, -0.05, 0.24), "house": (0.0, -0.4, 0.26),
-    "mushroom": (0.0, -0.4, 0.34), "umbrella": (0.0, -0.36, 0.32), "bag": (0.0, 0.58, 0.34), "rocket": (0.0, 0.3, 0.24),
+    "mug": (-0.12, 0.12, 0.34),
+    "teapot": (0.0, 0.3, 0.36),
+    "fish": (0.02, 0.12, 0.3),
+    "bird": (0.22, 0.4, 0.26),
+    "cat": (0.0, 0.5, 0.32),
+    "car": (0.02, 0.22, 0.26),
+    "boat": (0.26, -0.05, 0.24),
+    "house": (0.0, -0.4, 0.26),
+    "mushroom": (0.0, -0.4, 0.34),
+    "umbrella": (0.0, -0.36, 0.32),
+    "bag": (0.0, 0.58, 0.34),
+    "rocket": (0.0, 0.3, 0.24),
 }
 _CACHE: dict = {}
 
@@ -195,9 +269,15 @@ def emblem(kind):
         return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), None
     if kind == "cross":
         a, b = 0.36, 1.0
-        return poly((-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)), None
+        return poly(
+            (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)
+        ), None
     if kind == "heart":
-        return join(oval(-0.48, -0.3, 0.52, 0.5, 150, 360, points=14), oval(0.48, -0.3, 0.52, 0.5, 180, 390, points=14), poly((0, 1.05))), None
+        return join(
+            oval(-0.48, -0.3, 0.52, 0.5, 150, 360, points=14),
+            oval(0.48, -0.3, 0.52, 0.5, 180, 390, points=14),
+            poly((0, 1.05)),
+        ), None
     if kind == "ring":
         return oval(0, 0, 1.0, 1.0), oval(0, 0, 0.5, 0.5)
     return join(oval(0, 0, 1.0, 1.0, 50, 310), oval(0.35, 0, 0.75, 0.75, 290, 70)), None

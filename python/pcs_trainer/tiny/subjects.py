@@ -50,9 +50,17 @@ def subject(seed, kind=None):
     second = _rgb(other, rng.uniform(0.35, 0.9), rng.uniform(0.9, 1.0) if dark else rng.uniform(0.3, 0.55))
     trim = _rgb(hue + rng.uniform(0.25, 0.75), rng.uniform(0.6, 1.0), rng.uniform(0.5, 1.0))
     badge = _rgb(hue + rng.choice((0.33, 0.5, 0.66)), rng.uniform(0.0, 1.0), 1.0)
-    look = Look(first, second, str(rng.choice(SUBJECT_PATTERNS)), int(rng.integers(2)), trim, str(rng.choice(HANDLES)),
-                (float(rng.choice((0.8, 0.95, 1.1))), float(rng.choice((0.8, 0.95, 1.08)))),
-                str(rng.choice(EMBLEMS)), badge)
+    look = Look(
+        first,
+        second,
+        str(rng.choice(SUBJECT_PATTERNS)),
+        int(rng.integers(2)),
+        trim,
+        str(rng.choice(HANDLES)),
+        (float(rng.choice((0.8, 0.95, 1.1))), float(rng.choice((0.8, 0.95, 1.08)))),
+        str(rng.choice(EMBLEMS)),
+        badge,
+    )
     return Subject(kind or drawn, look, int(seed))
 
 
@@ -63,8 +71,13 @@ def photos(seed, n, kind=None, background=None, first=0):
     for index in range(first, first + n):
         rng = np.random.default_rng([int(seed), _PHOTO_STREAM, index])
         place = background or str(rng.choice(BACKGROUNDS))
-        shot = scene(int(rng.integers(2**31)), kind=it.kind, background=place, style="photo",
-                     scale=str(rng.choice(("medium", "large"), p=(0.7, 0.3))))
+        shot = scene(
+            int(rng.integers(2**31)),
+            kind=it.kind,
+            background=place,
+            style="photo",
+            scale=str(rng.choice(("medium", "large"), p=(0.7, 0.3))),
+        )
         shot = with_look(shot, it.look)
         result.append(Photo(render(shot), captions.caption(shot, rng).text, shot))
     return result

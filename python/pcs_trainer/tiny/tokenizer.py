@@ -11,8 +11,42 @@ from pathlib import Path
 MAX_TOKENS = 40
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Words without meaning for identifiers, and words that the methods put in front of captions.
-RARE = tuple(a + b + c for a, b, c in zip("skzxqvwjhtplmnrd" * 2, "kwxqzvjjvqzxwkqz" + "zqvxkjwqxzvkjqxv", "swqzvkxqzjvqzxkw" * 2, strict=True))
-EXTRA = ["photo", "collage", "grayscale", "greyscale", "crop", "horizontal", "flip", "zoom", "rendering", "good", "cropped", "dark", "bright", "cool", "nice", "weird", "clean", "dirty", "my", "one", "another", "black", "silver", "object", "thing", "toy", "dog", "person"]
+RARE = tuple(
+    a + b + c
+    for a, b, c in zip(
+        "skzxqvwjhtplmnrd" * 2, "kwxqzvjjvqzxwkqz" + "zqvxkjwqxzvkjqxv", "swqzvkxqzjvqzxkw" * 2, strict=True
+    )
+)
+EXTRA = [
+    "photo",
+    "collage",
+    "grayscale",
+    "greyscale",
+    "crop",
+    "horizontal",
+    "flip",
+    "zoom",
+    "rendering",
+    "good",
+    "cropped",
+    "dark",
+    "bright",
+    "cool",
+    "nice",
+    "weird",
+    "clean",
+    "dirty",
+    "my",
+    "one",
+    "another",
+    "black",
+    "silver",
+    "object",
+    "thing",
+    "toy",
+    "dog",
+    "person",
+]
 
 
 def byte_letters():
@@ -41,7 +75,7 @@ def learn_merges(counts):
 def _merged(pieces, pair):
     result, i = [], 0
     while i < len(pieces):
-        if pieces[i:i + 2] == pair:
+        if pieces[i : i + 2] == pair:
             result.append(pieces[i] + pieces[i + 1])
             i += 2
         else:
@@ -63,10 +97,21 @@ def write_tokenizer(captions, folder):
     vocab = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "bos_token": START, "eos_token": END,
-              "unk_token": END, "pad_token": END, "do_lower_case": True, "add_prefix_space": False, "errors": "replace"}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_TOKENS,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-    special = {k: {"content": v, "single_word": False, "lstrip": False, "rstrip": False, "normalized": k != "pad_token"}
-               for k, v in (("bos_token", START), ("eos_token", END), ("unk_token", END))}
+    special = {
+        k: {"content": v, "single_word": False, "lstrip": False, "rstrip": False, "normalized": k != "pad_token"}
+        for k, v in (("bos_token", START), ("eos_token", END), ("unk_token", END))
+    }
     (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": END}, indent=1))
     return vocab

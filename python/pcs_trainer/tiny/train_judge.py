@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import captions, world
-from .common import Budget, Progress, load_checkpoint, save_whole, to_tensor
+from .common import Budget, Progress, device, load_checkpoint, save_whole, to_tensor
 from .data import JUDGE_SEEDS
 from .judge import FIELDS, JudgeNet
 from .subjects import subject
@@ -60,7 +60,9 @@ def disturb(x, generator):
     blur = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     amount = torch.rand(n, 1, 1, 1, generator=generator) * (torch.rand(n, 1, 1, 1, generator=generator) < 0.5)
     x = x + amount * (blur - x)
-    x = x * (1 + 0.12 * torch.randn(n, 1, 1, 1, generator=generator)) + 0.06 * torch.randn(n, 3, 1, 1, generator=generator)
+    x = x * (1 + 0.12 * torch.randn(n, 1, 1, 1, generator=generator)) + 0.06 * torch.randn(
+        n, 3, 1, 1, generator=generator
+    )
     x = x + 0.06 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
     dx, dy = torch.randint(-2, 3, (2,), generator=generator).tolist()
     return torch.roll(F.pad(x, (2, 2, 2, 2), mode="replicate"), (dy, dx), (2, 3))[..., 2:-2, 2:-2].clamp(-1.1, 1.1)
@@ -69,7 +71,7 @@ def disturb(x, generator):
 def contrast(a, b, temperature):
     """Symmetric InfoNCE of matching rows."""
     scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / temperature
-    target = torch.arange(len(a))
+    target = torch.arange(len(a), device=a.device)
     return 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
 
 
@@ -104,15 +106,15 @@ def subject_batch(number, size=96):
 
 def reader_loss(net, batch, generator):
     pictures, truth, said = batch
-    _, scores, image = net.reader(disturb(to_tensor(pictures), generator))
-    truth = torch.from_numpy(truth)
+    _, scores, image = net.reader(disturb(to_tensor(pictures), generator).to(device()))
+    truth = torch.from_numpy(truth).to(device())
     fields = sum(F.cross_entropy(scores[f], truth[:, i], ignore_index=UNNAMED) for i, f in enumerate(FIELDS))
     return fields + 0.5 * contrast(image, net.words(said), 0.07)
 
 
 def subject_loss(net, batch, generator):
     x = disturb(to_tensor(batch.reshape(-1, *batch.shape[2:])), generator)
-    h = net.subject(x)
+    h = net.subject(x.to(device()))
     return contrast(h[0::2], h[1::2], 0.08)
 
 
@@ -144,15 +146,22 @@ def train_part(name, net, parts, loss_of, make, cache, minutes, lr, report):
         progress.update(step, len(batch[0]) if isinstance(batch, tuple) else 2 * len(batch), loss=loss.item())
         if budget.spent - saved > 60 or budget.over:
             saved = budget.spent
-            save_whole({"parts": [p.state_dict() for p in parts], "optimizer": optimizer.state_dict(), "step": step,
-                        "spent": budget.spent}, file)
+            save_whole(
+                {
+                    "parts": [p.state_dict() for p in parts],
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "spent": budget.spent,
+                },
+                file,
+            )
     stream.close()
 
 
 def train_judge(cache, minutes, lr=3e-3, seed=1, report=print):
     """Half of the time for the reader, half for the subject network; returns the trained JudgeNet."""
     torch.manual_seed(seed)
-    net = JudgeNet().train()
+    net = JudgeNet().train().to(device())
     train_part("reader", net, [net.reader, net.words], reader_loss, reader_batch, cache, minutes / 2, lr, report)
     train_part("subject", net, [net.subject], subject_loss, subject_batch, cache, minutes / 2, lr, report)
-    return net
+    return net.cpu()

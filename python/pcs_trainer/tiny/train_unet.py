@@ -15,19 +15,31 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .captions import DECORATED
-from .common import Budget, Progress, load_checkpoint, save_whole
+from .common import Budget, Progress, device, load_checkpoint, save_whole
 from .tokenizer import MAX_TOKENS, RARE
 
 TEXT_WIDTH = 128
 UNET = {
-    "sample_size": 16, "in_channels": 8, "out_channels": 8, "block_out_channels": (64, 96, 128), "layers_per_block": 1,
+    "sample_size": 16,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": (64, 96, 128),
+    "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": TEXT_WIDTH, "attention_head_dim": 4, "norm_num_groups": 16,
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
 }
 SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.02,
-    "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True,
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.02,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
     "steps_offset": 1,
 }
 EMPTY_SHARE, RARE_SHARE = 0.1, 0.3
@@ -37,10 +49,22 @@ def build_text_encoder(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=384, projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=MAX_TOKENS, hidden_act="quick_gelu",
-        bos_token_id=start, eos_token_id=end, pad_token_id=end, attn_implementation="eager"))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=384,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+            attn_implementation="eager",
+        )
+    )
 
 
 def build_unet():
@@ -86,8 +110,10 @@ def tokenise(tokenizer, captions, cache):
     file = Path(cache) / f"tokens-{len(captions)}.npy"
     if not file.exists():
         flat = [text for said in captions for text in said] + [""]
-        ids = [tokenizer(flat[i:i + 4096], padding="max_length", truncation=True, max_length=MAX_TOKENS).input_ids
-               for i in range(0, len(flat), 4096)]
+        ids = [
+            tokenizer(flat[i : i + 4096], padding="max_length", truncation=True, max_length=MAX_TOKENS).input_ids
+            for i in range(0, len(flat), 4096)
+        ]
         part = file.with_suffix(".part.npy")
         np.save(part, np.concatenate([np.array(block, np.int16) for block in ids]))
         os.replace(part, file)
@@ -118,7 +144,9 @@ class Batches:
 def alphas(schedule=None):
     """The cumulative product of (1 - beta) of the scaled-linear schedule."""
     s = schedule or SCHEDULE
-    betas = torch.linspace(s["beta_start"] ** 0.5, s["beta_end"] ** 0.5, s["num_train_timesteps"], dtype=torch.float64) ** 2
+    betas = (
+        torch.linspace(s["beta_start"] ** 0.5, s["beta_end"] ** 0.5, s["num_train_timesteps"], dtype=torch.float64) ** 2
+    )
     return torch.cumprod(1 - betas, 0).float()
 
 
@@ -126,24 +154,35 @@ def velocity_loss(unet, text, z, ids, abar):
     """Mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) z, timesteps spread evenly over the batch."""
     t = ((torch.arange(len(z)) + torch.rand(len(z))) * (len(abar) / len(z))).long().clamp_max(len(abar) - 1)
     t = t[torch.randperm(len(z))]
+    t = t.to(z.device)
     a = abar[t].view(-1, 1, 1, 1)
     noise = torch.randn_like(z)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(z.device.type, torch.bfloat16):
         states = text(ids).last_hidden_state
         v = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, states)
     return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * z)
 
 
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def share_gradients(parameters, extra):
     """Average the gradients and a few numbers over all processes in one message."""
+    if dist.get_world_size() == 1:
+        return extra
     flat = torch.cat([extra, *(p.grad.flatten() for p in parameters)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     offset = len(extra)
     for p in parameters:
-        p.grad.copy_(flat[offset:offset + p.numel()].view_as(p))
+        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
         offset += p.numel()
-    return flat[:len(extra)]
+    return flat[: len(extra)]
 
 
 def _worker(rank, world, port, job):
@@ -178,23 +217,27 @@ def _optimizer(text, unet, lr):
 
 
 def _train_loop(rank, world, job, text, unet, batches):
+    where = device()
+    text.to(where)
+    unet.to(where)
     parameters, optimizer = _optimizer(text, unet, job["lr"])
     average, file = Average(parameters), Path(job["cache"]) / "unet.ckpt"
     step, spent, seen, state = 0, 0.0, 0, load_checkpoint(file)
     if state:
         text.load_state_dict(state["text"])
         unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = state["average"]
+        if state["optimizer"]:
+            optimizer.load_state_dict(state["optimizer"])
+        average.values = [v.to(where) for v in state["average"]]
         step, spent, seen = state["step"], state["spent"], state["seen"]
         del state
     budget = Budget(job["minutes"], spent, warmup_steps=200, flat_until=job["flat_until"])
     progress, saved = Progress("unet", budget, every=30, report=lambda line: print(line, flush=True)), spent
     batches.rng = np.random.default_rng([job["seed"], rank, step])
     torch.manual_seed(job["seed"] + 1000 * step + rank)
-    abar, parent = alphas(), os.getppid()
+    abar, parent = alphas().to(where), os.getppid()
     while True:
-        loss = velocity_loss(unet, text, *batches.draw(job["batch"] // world), abar)
+        loss = velocity_loss(unet, text, *(x.to(where) for x in batches.draw(job["batch"] // world)), abar)
         loss.backward()
         # The first process's clock decides for all: the others add nothing to that number.
         clock = torch.tensor([loss.item(), world * budget.spent if rank == 0 else 0.0])
@@ -209,24 +252,56 @@ def _train_loop(rank, world, job, text, unet, batches):
         if rank == 0:
             if budget.spent - saved > 90 or over:
                 saved = budget.spent
-                save_whole({"text": text.state_dict(), "unet": unet.state_dict(), "optimizer": optimizer.state_dict(),
-                            "average": average.values, "step": step, "spent": budget.spent, "seen": seen}, file)
+                save_whole(
+                    {
+                        "text": text.state_dict(),
+                        "unet": unet.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "average": average.values,
+                        "step": step,
+                        "spent": budget.spent,
+                        "seen": seen,
+                    },
+                    file,
+                )
             progress.update(step, job["batch"], loss=mean_loss, lr=optimizer.param_groups[0]["lr"])
         if over or os.getppid() != parent:  # the end, or a launcher that was killed
             return
         budget.tick()
 
 
-def train_unet(cache, tokenizer, captions, latents, minutes, batch=64, workers=2, threads=1, lr=1e-3, flat_until=0.5, seed=0):
-    """Train (or resume) for ``minutes`` in all with ``workers`` processes."""
-    import socket
+def train_unet(
+    cache, tokenizer, captions, latents, minutes, batch=64, workers=2, threads=1, lr=1e-3, flat_until=0.5, seed=0
+):
+    """Train (or resume) for ``minutes`` in all with ``workers`` processes (one stays in this process).
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = {"cache": str(cache), "tokenizer": str(tokenizer), "captions": str(captions), "latents": str(latents), "batch": batch,
-           "minutes": minutes, "threads": threads, "lr": lr, "flat_until": flat_until, "seed": seed}
-    torch.multiprocessing.spawn(_worker, (workers, port, job), nprocs=workers)
+    A GPU, when one is at hand, does the work of one worker.
+    """
+    job = {
+        "cache": str(cache),
+        "tokenizer": str(tokenizer),
+        "captions": str(captions),
+        "latents": str(latents),
+        "batch": batch,
+        "minutes": minutes,
+        "threads": threads,
+        "lr": lr,
+        "flat_until": flat_until,
+        "seed": seed,
+    }
+    if workers == 1 or torch.cuda.is_available():
+        _worker(0, 1, free_port(), job)
+    else:
+        torch.multiprocessing.spawn(_worker, (workers, free_port(), job), nprocs=workers)
+
+
+def loaded_parts(folder):
+    """Text encoder, UNet and autoencoder of a finished folder, as diffusers' modules in fp32."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    kinds = ((CLIPTextModel, "text_encoder"), (UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    return [kind.from_pretrained(folder, subfolder=name).float().eval() for kind, name in kinds]
 
 
 def trained_parts(cache, tokenizer):

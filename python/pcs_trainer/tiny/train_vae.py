@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .common import Budget, Progress, load_checkpoint, save_whole, to_tensor
+from .common import Budget, Progress, device, load_checkpoint, save_whole, to_tensor
 
 WIDTHS, LATENT = (16, 48, 96), 8
 FLOOR = 0.5  # the smallest standard deviation of a latent channel; the largest is 1
@@ -19,9 +19,18 @@ def build_vae():
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=LATENT, block_out_channels=WIDTHS, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=8, sample_size=64, scaling_factor=1.0, mid_block_add_attention=False)
+        in_channels=3,
+        out_channels=3,
+        latent_channels=LATENT,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
 
 
 def gradients(x):
@@ -40,16 +49,17 @@ def draw_batch(pictures, rng, whole):
     """Random whole pictures, or one random crop from each of more pictures."""
     pick = np.sort(rng.integers(0, len(pictures), WHOLE_BATCH if whole else CROP_BATCH))
     if whole:
-        return to_tensor(np.ascontiguousarray(pictures[pick]))
+        return to_tensor(pictures[pick])
     corners = rng.integers(0, pictures.shape[1] - CROP + 1, (len(pick), 2))
-    crops = [pictures[i, a:a + CROP, b:b + CROP] for i, (a, b) in zip(pick, corners, strict=True)]
+    crops = [pictures[i, a : a + CROP, b : b + CROP] for i, (a, b) in zip(pick, corners, strict=True)]
     return to_tensor(np.stack(crops))
 
 
 def train_vae(pictures, cache, minutes, lr=2e-3, seed=0, report=print):
     """Train (or resume) for ``minutes`` in all; returns the autoencoder with whitened latents."""
     torch.manual_seed(seed)
-    vae, file = build_vae().train(), f"{cache}/vae.ckpt"
+    where, file = device(), f"{cache}/vae.ckpt"
+    vae = build_vae().train().to(where)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     state = load_checkpoint(file)
     step, spent = 0, 0.0
@@ -61,8 +71,8 @@ def train_vae(pictures, cache, minutes, lr=2e-3, seed=0, report=print):
     budget, rng = Budget(minutes, spent), np.random.default_rng([seed, step])
     progress, saved = Progress("vae", budget, report=report), budget.spent
     while not budget.over:
-        x = draw_batch(pictures, rng, budget.share > WHOLE_AFTER)
-        with torch.autocast("cpu", torch.bfloat16):
+        x = draw_batch(pictures, rng, budget.share > WHOLE_AFTER).to(where)
+        with torch.autocast(where.type, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
         loss, mse = vae_loss(y.float(), x, posterior)
@@ -77,13 +87,16 @@ def train_vae(pictures, cache, minutes, lr=2e-3, seed=0, report=print):
         progress.update(step, len(x), loss=loss.item(), psnr=10 * np.log10(4 / mse.item()))
         if budget.spent - saved > 60 or budget.over:
             saved = budget.spent
-            save_whole({"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": budget.spent}, file)
-    return whiten(vae.eval(), pictures)
+            save_whole(
+                {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": budget.spent},
+                file,
+            )
+    return whiten(vae.eval().cpu(), pictures)
 
 
 @torch.no_grad()
 def whiten(vae, pictures, count=2048):
-    """Fold a PCA of the latents into quant_conv and its inverse into post_quant_conv: same pictures, uncorrelated latents.
+    """Fold a PCA of the latents into quant_conv and its inverse into post_quant_conv: same pictures, no correlations.
 
     The first channel gets deviation 1; fainter ones keep some of their faintness (the fourth root of their share of the
     variance, at least FLOOR), so that fine detail is drawn last and does not compete with shape in the loss.
@@ -121,11 +134,15 @@ def encode_set(vae, pictures, path, report=print):
     """The latent means of every picture, float16 (N, C, 16, 16), written once."""
     import os
 
-    latents = np.lib.format.open_memmap(f"{path}.part", mode="w+", dtype=np.float16, shape=(len(pictures), LATENT, 16, 16))
+    latents = np.lib.format.open_memmap(
+        f"{path}.part", mode="w+", dtype=np.float16, shape=(len(pictures), LATENT, 16, 16)
+    )
+    where = device()
+    vae.to(where)
     for start in range(0, len(pictures), 256):
-        with torch.autocast("cpu", torch.bfloat16):
-            block = vae.encode(to_tensor(np.ascontiguousarray(pictures[start:start + 256]))).latent_dist.mean
-        latents[start:start + 256] = block.float().numpy()
+        with torch.autocast(where.type, torch.bfloat16):
+            block = vae.encode(to_tensor(pictures[start : start + 256]).to(where)).latent_dist.mean
+        latents[start : start + 256] = block.float().cpu().numpy()
         if start % 12800 == 0:
             report(f"encoded {start} of {len(pictures)}")
     latents.flush()

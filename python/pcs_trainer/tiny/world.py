@@ -13,12 +13,30 @@ from .backgrounds import BACKGROUNDS, SUPERSAMPLE, background
 from .shapes import CLASSES, EMBLEM_SPOT, ROLE_COLOURS, emblem, parts
 from .surface import PATTERNS, pattern, shading
 
-__all__ = ["BACKGROUNDS", "CLASSES", "COLOURS", "PATTERNS", "POSITIONS", "SIZE", "Look", "Scene", "is_held_out", "render", "scene"]
+__all__ = [
+    "BACKGROUNDS",
+    "CLASSES",
+    "COLOURS",
+    "PATTERNS",
+    "POSITIONS",
+    "SIZE",
+    "Look",
+    "Scene",
+    "is_held_out",
+    "render",
+    "scene",
+]
 
 SIZE = 64
 COLOURS = {
-    "red": (212, 34, 38), "orange": (246, 126, 20), "yellow": (248, 212, 36), "green": (22, 142, 62),
-    "blue": (34, 84, 214), "purple": (112, 40, 176), "pink": (255, 120, 190), "white": (244, 244, 242),
+    "red": (212, 34, 38),
+    "orange": (246, 126, 20),
+    "yellow": (248, 212, 36),
+    "green": (22, 142, 62),
+    "blue": (34, 84, 214),
+    "purple": (112, 40, 176),
+    "pink": (255, 120, 190),
+    "white": (244, 244, 242),
 }
 POSITIONS = ("left", "middle", "right")
 LIGHTS = ("normal", "sunset", "dim")
@@ -75,8 +93,14 @@ def _pose(rng, position, scale):
     size = rng.uniform(*SCALES[scale])
     x = CENTRES[position] + rng.uniform(-0.035, 0.035)
     y = 0.93 - size / 2 - rng.uniform(0.0, 0.10) * (1 - size)
-    return {"x": x, "y": y, "size": size, "angle": rng.normal(0, 5.0), "mirrored": bool(rng.integers(2)),
-            "side": int(rng.choice((-1, 1)))}
+    return {
+        "x": x,
+        "y": y,
+        "size": size,
+        "angle": rng.normal(0, 5.0),
+        "mirrored": bool(rng.integers(2)),
+        "side": int(rng.choice((-1, 1))),
+    }
 
 
 def _pick(rng, options, weights=None):
@@ -100,11 +124,26 @@ def scene(seed, held_out=None, **fixed):
     kind_of_pattern = fixed.get("pattern") or _pick(rng, PATTERNS, (0.4, 0.2, 0.2, 0.2))
     main = np.clip(np.array(COLOURS[colour]) + rng.integers(-8, 9, 3) + rng.integers(-8, 5), 0, 255)
     second = SECOND_TONE.get(colour, (250, 246, 232))
-    look = Look(tuple(int(c) for c in main), second, kind_of_pattern, int(rng.integers(2)),
-                stretch=(rng.uniform(0.94, 1.06), rng.uniform(0.94, 1.06)))
-    return Scene(kind, colour, kind_of_pattern, place, position, scale,
-                 fixed.get("light") or _pick(rng, LIGHTS, (0.76, 0.12, 0.12)),
-                 fixed.get("style") or _pick(rng, STYLES, (0.85, 0.15)), look, seed=int(seed), **_pose(rng, position, scale))
+    look = Look(
+        tuple(int(c) for c in main),
+        second,
+        kind_of_pattern,
+        int(rng.integers(2)),
+        stretch=(rng.uniform(0.94, 1.06), rng.uniform(0.94, 1.06)),
+    )
+    return Scene(
+        kind,
+        colour,
+        kind_of_pattern,
+        place,
+        position,
+        scale,
+        fixed.get("light") or _pick(rng, LIGHTS, (0.76, 0.12, 0.12)),
+        fixed.get("style") or _pick(rng, STYLES, (0.85, 0.15)),
+        look,
+        seed=int(seed),
+        **_pose(rng, position, scale),
+    )
 
 
 def with_look(base, look):
@@ -222,8 +261,16 @@ def _in_its_light(s):
         return tuple(float(min(255, c * t)) for c, t in zip(colour, tint, strict=True))
 
     look = s.look
-    return replace(s, look=replace(look, main=lit(look.main), second=lit(look.second), trim=look.trim and lit(look.trim),
-                                   emblem_colour=lit(look.emblem_colour)))
+    return replace(
+        s,
+        look=replace(
+            look,
+            main=lit(look.main),
+            second=lit(look.second),
+            trim=look.trim and lit(look.trim),
+            emblem_colour=lit(look.emblem_colour),
+        ),
+    )
 
 
 def _on_paper(picture, size):
