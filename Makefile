@@ -1,0 +1,42 @@
+# Every target sets itself up on a fresh machine: an environment in .venv, pinned by constraints.txt, and the native build.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup test test-fast lint bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: whatever asks for it later is then content with this build.
+$(VENV)/.installed: constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt triton numpy pybind11 setuptools wheel
+	$(PIP) install -q -c constraints.txt pytest hypothesis ruff mypy bitsandbytes matplotlib rich
+	$(PIP) install -q -c constraints.txt diffusers transformers accelerate peft safetensors pillow tokenizers
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.installed setup.py $(wildcard csrc/*)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+test-fast: setup
+	$(BIN)/python -m pytest tests -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf build dist *.egg-info pcs_kernels/*.so
