@@ -27,17 +27,57 @@ OPS = (
     "adamw8bit",
     "frozen_conv",
 )
+ODD, ODD_ARCH = "odd", 86
 BUDGET = Path(__file__).with_name("triton_budget.json")
 FIELDS = ("registers", "spill", "shared")
+
+
+def implementation(op: str):
+    return importlib.import_module(f"pcs_kernels.{op}.triton_impl")
 
 
 @functools.lru_cache(maxsize=None)
 def cases_of(op: str, arch: int) -> list:
     """The op's distinct specialisations: shapes that lead to the same code appear once."""
     distinct: dict[str, object] = {}
-    for case in importlib.import_module(f"pcs_kernels.{op}.triton_impl").aot_cases(arch):
+    for case in odd_cases(arch) if op == ODD else implementation(op).aot_cases(arch):
         distinct.setdefault(case.key, case)
     return list(distinct.values())
+
+
+def odd_cases(arch: int) -> list:
+    """Calls outside the launch tables that must compile too: sizes of 1 (constants to the compiler), float32, masks."""
+    import torch
+
+    from pcs_kernels._launch import meta, record
+
+    geglu, norm, cross = (implementation(op) for op in ("geglu", "group_norm_silu", "cross_attention"))
+    attention, lowrank, conv = (implementation(op) for op in ("self_attention", "lowrank_residual", "frozen_conv"))
+    full = torch.float32
+    pixel, stats = meta(1, 1, 1, 1), meta(1, 1, dtype=full)
+    needs = (True,) * 6
+    one, wide = meta(1, 1, 1, 8), meta(1, 2, 80, 40, dtype=full)
+    lse, maps = meta(1, 2, 80, dtype=full), meta(1, 6, 80, dtype=full)
+    rows, adapter, stack = meta(2, 80, 64, dtype=full), meta(40, 64, dtype=full), meta(3, 1, 64, dtype=full)
+    index, image = meta(2, dtype=torch.int64), meta(1, 8, 9, 9, dtype=full)
+    calls = (
+        lambda: geglu.backward(meta(1, 1), meta(1, 2)),
+        lambda: norm.forward(pixel, 1, None, None, 1e-5, True),
+        lambda: norm.backward(pixel, pixel, stats, stats, 1, None, None, True, True, True, True),
+        lambda: cross.forward(one, one, one, meta(1, 1, 1, dtype=full), 1.0),
+        lambda: cross.backward(one, meta(1, 1, 1, dtype=full), one, one, one, meta(1, 1, 1, dtype=full), 1.0, *needs[:3]),
+        lambda: cross.forward(wide, wide, wide, maps, 1.0),
+        lambda: cross.backward(None, maps, wide, wide, wide, maps, 1.0, *needs[:3]),
+        lambda: attention.forward(one, one, one, 1.0),
+        lambda: attention.backward(wide, wide, wide, wide, wide, lse, 1.0),
+        lambda: lowrank.forward(meta(1, 1), meta(1, 1), None, meta(1, 1), meta(1, 1), None, 1.0, None),
+        lambda: lowrank.backward(rows, rows, meta(64, 64, dtype=full), adapter, adapter.t(), None, 1.0, None,
+                                 True, False, False, True, True, False),
+        lambda: lowrank.forward(rows, meta(64, 64, dtype=full), None, stack, stack.transpose(1, 2), None, 1.0, index),
+        lambda: conv.forward_conv(image, meta(8, 8, 3, 3, dtype=full), None, 2, 0, True),
+        lambda: conv.backward_linear(meta(1, 1), meta(1, 1), True),
+    )  # fmt: skip
+    return [case for number, call in enumerate(calls) for case in record(arch, f"odd {number}", call)]
 
 
 def labels_of(op: str, arch: int) -> list[str]:
@@ -89,6 +129,12 @@ def jobs_for(ops: tuple[str, ...], archs: tuple[int, ...]) -> list[tuple[str, in
     return [(op, arch, i) for op in ops for arch in archs for i in range(len(cases_of(op, arch)))]
 
 
+def all_jobs() -> list[tuple[str, int, int]]:
+    from pcs_kernels._launch import AOT_ARCHS
+
+    return jobs_for((ODD,), (ODD_ARCH,)) + jobs_for(OPS, AOT_ARCHS)
+
+
 def table(jobs: list[tuple[str, int, int]], results: list[dict[str, int]]) -> dict[str, dict[str, dict[str, list[int]]]]:
     """op -> kernel and shape -> sm_xx -> [registers, spill, shared]."""
     numbers: dict[str, dict[str, dict[str, list[int]]]] = {}
@@ -100,7 +146,9 @@ def table(jobs: list[tuple[str, int, int]], results: list[dict[str, int]]) -> di
 
 def write(numbers: dict) -> None:
     """One line a kernel and shape, so that a change of one number is a change of one line."""
-    lines = ['{', f' "fields": {json.dumps(FIELDS)},', ' "ops": {']
+    import triton
+
+    lines = ['{', f' "triton": {json.dumps(triton.__version__)},', f' "fields": {json.dumps(FIELDS)},', ' "ops": {']
     for i, (op, kernels) in enumerate(numbers.items()):
         lines.append(f'  {json.dumps(op)}: {{')
         rows = [f"   {json.dumps(name)}: {json.dumps(by_arch)}" for name, by_arch in kernels.items()]

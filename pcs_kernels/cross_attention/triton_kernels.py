@@ -120,7 +120,10 @@ def _grad_p(
     if HAS_DMAPS:
         for g in range(groups):
             weight = tl.load(capture_at + g * tokens + t, mask=t < tokens, other=0.0).to(tl.float32)
-            slope = tl.load(dmaps_at + tl.cast(g, tl.int64) * queries + n, mask=n < queries, other=0.0).to(tl.float32) / heads
+            slope = (
+                tl.load(dmaps_at + tl.cast(g, tl.int64) * queries + n, mask=n < queries, other=0.0).to(tl.float32)
+                / heads
+            )
             dp += slope[:, None] * weight[None, :]
     return dp
 

@@ -26,7 +26,9 @@ def launch_config(samples: int, rows: int, outs: int, rank: int, arch: int, kern
     if kernel == "project":
         return {"BLOCK_M": 32, "BLOCK_K": 64 if half else 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
     if kernel == "grad":
-        return {"BLOCK_M": 32, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 4 if block_r < 128 else 8, "num_stages": 2}
+        block_m, block_c = (32, 64) if half else (16, 32)
+        warps = 4 if block_r < 128 else 8
+        return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 2}
     tiles = PRODUCT_TILES if half else ((32, 32, 32, 4, 1),)
     fits = [t for t in tiles if samples * blocks(rows, t[0]) * blocks(outs, t[1]) >= MULTIPROCESSORS[arch]]
     block_m, block_n, block_k, warps, stages = fits[0] if fits else tiles[-1]
@@ -36,9 +38,7 @@ def launch_config(samples: int, rows: int, outs: int, rank: int, arch: int, kern
     }  # fmt: skip
 
 
-def reason(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *_: object
-) -> str | None:
+def reason(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *_: object) -> str | None:
     why = unavailable(x, dots=True)
     if why is None and up.shape[-1] > MAX_RANK:
         why = f"rank {up.shape[-1]} is above {MAX_RANK}; merge the residual into the weight, or use the reference"
@@ -187,7 +187,9 @@ def aot_cases(arch: int) -> list[AotCase]:
 def _recorded(arch: int, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[AotCase]:
     batch, rows, ins, outs, rank, concepts = shape
     stack = (concepts,) if concepts else ()
-    x, dy, weight, bias = (meta(*s, dtype=dtype) for s in ((batch, rows, ins), (batch, rows, outs), (outs, ins), (outs,)))
+    x, dy, weight, bias = (
+        meta(*s, dtype=dtype) for s in ((batch, rows, ins), (batch, rows, outs), (outs, ins), (outs,))
+    )
     down, up = meta(*stack, rank, ins, dtype=torch.float32), meta(*stack, outs, rank, dtype=torch.float32)
     mask = meta(batch, rows, dtype=torch.float32)
     index = meta(batch, dtype=torch.int64) if concepts else None
