@@ -111,7 +111,9 @@ def frozen_conv(dtype: torch.dtype) -> Iterator[Case]:
             "conv2d channels last": lambda x, w=last, b=bias: F.conv2d(x, w, b, padding=1),
         }
         target = dict.fromkeys(peers, (1.7, 1.7)) if s is registry.CONV[0] and dtype == torch.bfloat16 else {}
-        yield Case("frozen_conv2d", s.name, lambda x, w=last, b=bias: pcs_kernels.frozen_conv2d(x, w, b), peers, [x], target)
+        yield Case(
+            "frozen_conv2d", s.name, lambda x, w=last, b=bias: pcs_kernels.frozen_conv2d(x, w, b), peers, [x], target
+        )
 
 
 def lowrank(dtype: torch.dtype) -> Iterator[Case]:

@@ -17,7 +17,9 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(variants: dict[str, Callable[[], object]], rounds: int = 15, least: float = 0.004) -> dict[str, list[float]]:
+def interleave(
+    variants: dict[str, Callable[[], object]], rounds: int = 15, least: float = 0.004
+) -> dict[str, list[float]]:
     """Seconds per call of each variant, `rounds` times in turn; short calls repeat to fill `least` seconds."""
     repeats = {}
     for name, call in variants.items():

@@ -32,6 +32,10 @@ def tensor(name: str, x: object) -> None:
 def floating(name: str, x: Tensor) -> None:
     tensor(name, x)
     require_type(x.dtype in FLOATS, lambda: f"{name} must be float32, float16, bfloat16 or float64, not {x.dtype}")
+    dense(name, x)
+
+
+def dense(name: str, x: Tensor) -> None:
     require_type(
         x.layout == torch.strided, lambda: f"{name} must be a dense strided tensor, not {x.layout}; mend: .to_dense()"
     )
@@ -67,9 +71,23 @@ def dtype_in(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     require_type(x.dtype in allowed, lambda: f"{name} must be {' or '.join(map(str, allowed))}, not {x.dtype}")
 
 
+def number(name: str, value: object) -> float:
+    """`value` as a float; tensors and strings are no numbers."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    return float(value)
+
+
 def finite(name: str, value: float) -> None:
     require(value == value and abs(value) != float("inf"), lambda: f"{name} must be a finite number, not {value}")
 
 
 def positive(name: str, value: float) -> None:
     require(value > 0, lambda: f"{name} must be above 0, not {value}")
+
+
+def attention_scale(scale: object, q: Tensor) -> float:
+    """The given scale, or D ** -0.5."""
+    if scale is not None:
+        return number("scale", scale)
+    return max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0

@@ -116,3 +116,8 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcs_kernels::{name}", fake, lib=LIBRARY)
+
+
+def distinct(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The outputs with every empty one made anew: what is not needed may be one shared tensor, ops must not alias."""
+    return tuple(x if x.numel() else x.new_empty(x.shape) for x in outputs)

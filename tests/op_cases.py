@@ -72,12 +72,20 @@ def self_attention() -> list[Case]:
 
 def cross_attention() -> list[Case]:
     cases = []
-    for size in ((2, 2, 63, 77, 40), (1, 8, 341, 77, 64), (1, 2, 200, 154, 80), (2, 1, 65, 320, 160), (1, 3, 70, 2, 33)):
+    for size in (
+        (2, 2, 63, 77, 40),
+        (1, 8, 341, 77, 64),
+        (1, 2, 200, 154, 80),
+        (2, 1, 65, 320, 160),
+        (1, 3, 70, 2, 33),
+    ):
         batch, _, _, tokens, _ = size
         capture = torch.rand(batch, 3, tokens)
 
         def with_maps(q, k, v, capture=capture):
-            return pcs_kernels.cross_attention(split_heads(q), k, v, capture.to(torch.promote_types(q.dtype, capture.dtype)))
+            return pcs_kernels.cross_attention(
+                split_heads(q), k, v, capture.to(torch.promote_types(q.dtype, capture.dtype))
+            )
 
         without = lambda *x: pcs_kernels.cross_attention(*x)[0]  # noqa: E731
         only_maps = lambda *x, f=with_maps: f(*x)[1]  # noqa: E731

@@ -22,7 +22,10 @@ def raw_calls():
     yes, no = (True,) * 6, (False, True, False, True, False, True)
     yield "geglu_forward", (x, "")
     yield "geglu_backward", (R(2, 5, 4), x, "")
-    yield "group_norm_silu_forward", (picture.contiguous(memory_format=torch.channels_last), 2, gain, None, 1e-5, False, "")
+    yield (
+        "group_norm_silu_forward",
+        (picture.contiguous(memory_format=torch.channels_last), 2, gain, None, 1e-5, False, ""),
+    )
     yield "group_norm_silu_backward", (R(2, 8, 4, 3), picture, mean, rstd, 2, gain, shift, True, True, True, False, "")
     yield "cross_attention_forward", (q, k, v, capture, 0.3, "")
     yield "cross_attention_forward", (q, k, v, None, 0.3, "")
@@ -204,4 +207,6 @@ def test_fp16_and_double_take_the_reference_on_the_cpu():
     for dtype in (torch.float16, torch.float64):
         x = R(4, 64).to(dtype)
         a, b = x.chunk(2, -1)
-        assert_no_worse_than(pcs_kernels.geglu(x), a.double() * torch.nn.functional.gelu(b.double()), a * torch.nn.functional.gelu(b))
+        assert_no_worse_than(
+            pcs_kernels.geglu(x), a.double() * torch.nn.functional.gelu(b.double()), a * torch.nn.functional.gelu(b)
+        )

@@ -43,10 +43,8 @@ def _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale) -> Non
 def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> None:
     check.tensor(name, state)
     check.dtype_in(name, state, (dtype,))
-    check.require(
-        state.numel() == torch.Size(shape).numel(),
-        lambda: f"{name} must hold {shape} elements, not {tuple(state.shape)}",
-    )
+    check.dense(name, state)
+    check.shape(name, state, shape, "[elements]")
     check.same_device(name, state, "param", param)
     check.require(state.is_contiguous(), lambda: f"{name} must be contiguous")
 

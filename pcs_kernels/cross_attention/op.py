@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._dispatch import Op, define, forced_backend
+from .._dispatch import Op, define, distinct, forced_backend
 from .._dtypes import accumulator
 
 OP = Op("cross_attention", __package__)
@@ -34,7 +34,7 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: 
     check.require(tokens <= MAX_TOKENS, lambda: f"k has {tokens} tokens; cross_attention takes at most 320")
     check.finite("scale", scale)
     if capture is not None:
-        check.tensor("capture", capture)
+        check.floating("capture", capture)
         check.rank("capture", capture, 3, "[B, G, T]")
         check.shape("capture", capture, (batch, capture.shape[1], tokens), "[B, G, T]")
         check.not_empty("capture", capture)
@@ -59,8 +59,10 @@ def _forward_fake(q, k, v, capture, scale, backend):
 
 
 def _backward(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
-    return OP.select(backend, q.device.type, q, k, v, capture, scale).backward(
-        dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v
+    return distinct(
+        OP.select(backend, q.device.type, q, k, v, capture, scale).backward(
+            dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v
+        )
     )
 
 
@@ -113,7 +115,7 @@ def cross_attention(
     `scale` defaults to D ** -0.5.
     """
     check.tensor("q", q)
-    scale = float(scale) if scale is not None else max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
+    scale = check.attention_scale(scale, q)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (q, k, v)):
         out, maps = _CrossAttention.apply(q, k, v, capture, scale, forced_backend())
     else:

@@ -26,6 +26,13 @@ def reason(x: Tensor, weight: Tensor) -> str | None:
     return sentence
 
 
+def _dense(x: Tensor) -> Tensor:
+    """oneDNN reads strides of plain and channels-last tensors only; anything else is copied first."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
 def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool) -> Tensor:
     if not pack:
         return reference.forward_conv(x, weight, bias, stride, padding, pack)
@@ -33,7 +40,7 @@ def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pa
 
 
 def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool) -> Tensor:
-    kernel = weight.shape[-1]
+    dy, kernel = _dense(dy), weight.shape[-1]
     if not pack or weight.shape[-2] != kernel or padding >= kernel:
         return reference.backward_conv(dy, weight, height, width, stride, padding, pack)
     if stride == 1:
@@ -45,7 +52,7 @@ def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: i
         weight,
         ("transposed", stride, padding, tuple(rest), tuple(dy.shape)),
         lambda weight: _mkldnn._reorder_convolution_transpose_weight(
-            weight, [padding] * 2, rest, [stride] * 2, [1, 1], 1, list(dy.shape)
+            weight.contiguous(), [padding] * 2, rest, [stride] * 2, [1, 1], 1, list(dy.shape)
         ),
     )
     return _mkldnn._convolution_transpose_pointwise(
@@ -58,18 +65,21 @@ def _flipped(weight: Tensor) -> Tensor:
 
 
 def _convolve(x, weight, direction, turn, bias, stride, padding) -> Tensor:
+    x, bias = _dense(x), None if bias is None else bias.contiguous()
     w = packed(
         weight,
         (direction, stride, padding, tuple(x.shape)),
         lambda weight: _mkldnn._reorder_convolution_weight(
-            turn(weight), [padding] * 2, [stride] * 2, [1, 1], 1, list(x.shape)
+            turn(weight).contiguous(), [padding] * 2, [stride] * 2, [1, 1], 1, list(x.shape)
         ),
     )
     return _mkldnn._convolution_pointwise(x, w, bias, [padding] * 2, [stride] * 2, [1, 1], 1, "none", [], "")
 
 
 def forward_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:
-    return _product(x, weight, "forward", lambda w: w, bias) if pack else reference.forward_linear(x, weight, bias, pack)
+    return (
+        _product(x, weight, "forward", lambda w: w, bias) if pack else reference.forward_linear(x, weight, bias, pack)
+    )
 
 
 def backward_linear(dy: Tensor, weight: Tensor, pack: bool) -> Tensor:
@@ -79,8 +89,7 @@ def backward_linear(dy: Tensor, weight: Tensor, pack: bool) -> Tensor:
 
 
 def _product(x, weight, direction, turn, bias) -> Tensor:
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     rows = x.numel() // x.shape[-1]
-    w = packed(
-        weight, (direction, rows), lambda weight: _mkldnn._reorder_linear_weight(turn(weight), rows)
-    )
+    w = packed(weight, (direction, rows), lambda weight: _mkldnn._reorder_linear_weight(turn(weight).contiguous(), rows))
     return _mkldnn._linear_pointwise(x, w, bias, "none", [], "")

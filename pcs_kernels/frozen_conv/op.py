@@ -37,7 +37,10 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
         lambda: f"x has {x.shape[1]} channels but weight takes {weight.shape[1]}: {tuple(weight.shape)}",
     )
     check.require(stride >= 1, lambda: f"stride must be at least 1, not {stride}")
-    check.require(padding >= 0, lambda: f"padding must not be negative: {padding}")
+    largest = max(weight.shape[2:])
+    check.require(
+        0 <= padding <= largest, lambda: f"padding must be from 0 to the kernel's {largest}, not {padding}"
+    )
     for letter, size, kernel in (("H", x.shape[2], weight.shape[2]), ("W", x.shape[3], weight.shape[3])):
         check.require(
             size + 2 * padding >= kernel,

@@ -70,9 +70,7 @@ def reason(x: Tensor, weight: Tensor) -> str | None:
     return unavailable(x, dots=True)
 
 
-def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: int, padding: int, gather: bool
-) -> Tensor:
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: int, padding: int, gather: bool) -> Tensor:
     """x [B, C, H, W] and weight [O, C, kh, kw] into y [B, O, H', W'], any strides."""
     ins, in_h, in_w = x.shape[1:]
     batch, outs, out_h, out_w = y.shape
@@ -140,9 +138,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         dy = meta(1, outs, small, small, dtype=dtype).contiguous(memory_format=torch.channels_last)
         name = f"{label} {'fp16' if dtype == torch.float16 else 'bf16'}"
         cases += record(arch, name, lambda x=x, w=w, s=stride: forward_conv(x, w, None, s, 1, True))
-        cases += record(
-            arch, name, lambda dy=dy, w=w, n=size, s=stride: backward_conv(dy, w, n, n, s, 1, True)
-        )
+        cases += record(arch, name, lambda dy=dy, w=w, n=size, s=stride: backward_conv(dy, w, n, n, s, 1, True))
     x, w, bias = meta(1, 4096, 640), meta(5120, 640), meta(5120)
     cases += record(arch, "SDXL linear bf16", lambda: forward_linear(x, w, bias, True))
     return cases + record(arch, "SDXL linear bf16", lambda: backward_linear(meta(1, 4096, 5120), w, True))

@@ -14,9 +14,7 @@ from .._math import normal_cdf, normal_pdf
 
 
 @triton.jit(do_not_specialize=["rows"])
-def geglu_fwd_kernel(
-    x_ptr, y_ptr, rows, features, stride_xm, stride_xf, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr
-):
+def geglu_fwd_kernel(x_ptr, y_ptr, rows, features, stride_xm, stride_xf, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (m < rows)[:, None] & (f < features)[None, :]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._dispatch import Op, define, forced_backend
+from .._dispatch import Op, define, distinct, forced_backend
 from .._dtypes import accumulator
 
 OP = Op("group_norm_silu", __package__)
@@ -46,8 +46,10 @@ def _forward_fake(x, groups, weight, bias, eps, silu, backend):
 
 
 def _backward(dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend):
-    return OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu).backward(
-        dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias
+    return distinct(
+        OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu).backward(
+            dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias
+        )
     )
 
 

@@ -42,9 +42,7 @@ def split_pixels(pixels: int, channels_last: bool, block_s: int) -> tuple[int, i
     return blocks(pixels, per_split), per_split
 
 
-def reason(
-    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *_: object
-) -> str | None:
+def reason(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *_: object) -> str | None:
     return unavailable(x, dots=False)
 
 

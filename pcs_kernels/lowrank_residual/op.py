@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._dispatch import Op, define, forced_backend
+from .._dispatch import Op, define, distinct, forced_backend
 
 OP = Op("lowrank_residual", __package__)
 
@@ -52,6 +52,7 @@ def _check_call(x, weight, bias, down, up, mask, scale, index) -> None:
     if index is not None:
         check.tensor("index", index)
         check.dtype_in("index", index, (torch.int64,))
+        check.dense("index", index)
         check.shape("index", index, (x.shape[0],), "[B]")
         check.same_device("index", index, "x", x)
 
@@ -81,7 +82,7 @@ def _forward_fake(x, weight, bias, down, up, mask, scale, index, backend):
 
 def _backward(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm, backend):
     implementation = OP.select(backend, dy.device.type, dy, weight, None, down, up, mask, scale, index)
-    return implementation.backward(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm)
+    return distinct(implementation.backward(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm))
 
 
 def _backward_fake(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm, backend):
@@ -150,7 +151,7 @@ def lowrank_residual(
             tuple(weight.shape[2:]) == (1, 1), lambda: f"weight must be a 1x1 convolution, not {tuple(weight.shape)}"
         )
         weight = weight.flatten(1)
-    arguments = (x, weight, bias, down, up, mask, float(scale), index, forced_backend())
+    arguments = (x, weight, bias, down, up, mask, check.number("scale", scale), index, forced_backend())
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         return _LowrankResidual.apply(*arguments)
     return torch.ops.pcs_kernels.lowrank_residual_forward(*arguments)

@@ -15,7 +15,7 @@ from .._math import sum_partials
 from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank_project_kernel
 
 MAX_RANK = 256
-MAX_FUSED_RANK = 32
+MAX_FUSED_RANK = 16
 # output tile: rows, features, K step, warps, stages; the first that gives every multiprocessor a program
 PRODUCT_TILES = ((128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3), (16, 64, 64, 4, 3))
 

@@ -126,7 +126,7 @@ _provider._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v for q [B,H,N,D], k and v [B,H,M,D]; `scale` defaults to D ** -0.5."""
     check.tensor("q", q)
-    scale = float(scale) if scale is not None else max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
+    scale = check.attention_scale(scale, q)
     provider = _provider(q.device.type, q.dtype, q.shape[-1] if q.dim() else 0)
     if provider != "op":
         for name, x in (("q", q), ("k", k), ("v", v)):

@@ -12,8 +12,7 @@ from ..cross_attention.reference import heads_last
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = (q @ k.transpose(-1, -2)).to(accumulator(q.dtype)) * scale
     lse = torch.logsumexp(scores, dim=-1)
-    p = torch.exp(scores - lse[..., None])
-    return heads_last(p.to(v.dtype) @ v), lse
+    return heads_last(torch.softmax(scores, dim=-1).to(v.dtype) @ v), lse
 
 
 def backward(

@@ -119,12 +119,8 @@ def self_bwd_kv_kernel(
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_base = _head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
     do_base = _head_base(dout_ptr, b, h, stride_db, stride_dh, ALIGN)
-    k0, k1 = load_parts(
-        _head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN), m, keys, stride_km * ALIGN, D, D0, D1
-    )
-    v0, v1 = load_parts(
-        _head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN), m, keys, stride_vm * ALIGN, D, D0, D1
-    )
+    k0, k1 = load_parts(_head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN), m, keys, stride_km * ALIGN, D, D0, D1)
+    v0, v1 = load_parts(_head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN), m, keys, stride_vm * ALIGN, D, D0, D1)
     dk0, dk1 = zero_parts(BLOCK_M, D0, D1)
     dv0, dv1 = zero_parts(BLOCK_M, D0, D1)
     for start in range(0, queries, BLOCK_N):
