@@ -3,9 +3,9 @@
     python benchmarks/step.py --size 512 --rounds 3
 
 Forward and backward at batch 1 with random weights; a low-rank pair on every `proj_out` trains. Peers are diffusers'
-UNet in float32, bfloat16, bfloat16 channels-last and that compiled. First the gradients of all variants are held against
-float32; then their steps are interleaved in one process, each between two measurements of the machine's bfloat16
-matrix-product rate. Median and spread go to benchmarks/results/step.csv with device, versions and commit.
+UNet in float32, bfloat16, bfloat16 channels-last and that compiled. First the gradients of all variants are held
+against float32; then their steps are interleaved in one process, each between two measurements of the machine's
+bfloat16 matrix-product rate. Median and spread go to benchmarks/results/step.csv with device, versions and commit.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def machine_rate() -> float:
 
 def check_gradients(steps: dict[str, Step]) -> None:
     """Every variant's gradients against float32: ours may err at most twice what the bfloat16 peer does."""
+
     def flat(step: Step) -> torch.Tensor:
         return torch.cat([g.flatten().double() for g in step()])
 
@@ -193,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, choices=sorted(TERAFLOP), default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes to warm up")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--dry", action="store_true", help="print, but do not add to the results file")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -207,8 +208,9 @@ def main() -> None:
     check_gradients(steps)
     seconds, rates = measure(steps, options.rounds)
     table = rows(options.size, seconds, rates)
-    print(f"{table[0]['device']}, {table[0]['threads']} threads, torch {torch.__version__}, {options.size} x {options.size}")
-    print(f"bf16 matrix products here: {min(rates):.3f} - {max(rates):.3f} TFLOP/s, median {statistics.median(rates):.3f}")
+    size, threads, middle = options.size, torch.get_num_threads(), statistics.median(rates)
+    print(f"{device_name()}, {threads} threads, torch {torch.__version__}, {size} x {size}")
+    print(f"bf16 matrix products here: {min(rates):.3f} - {max(rates):.3f} TFLOP/s, median {middle:.3f}")
     for row in table:
         print(f"  {row['variant']:40} {row['seconds']} s ({row['fastest']} - {row['slowest']})  "
               f"{row['ours_is_faster']} x ours  {float(row['share_of_machine']):.0%} of the machine")  # fmt: skip

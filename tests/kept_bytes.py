@@ -1,4 +1,4 @@
-"""Counting what a forward keeps for its backward, and the FLOPs of a step, without computing anything (fake tensors)."""
+"""Counting what a forward keeps for its backward, and the FLOPs of a step, without computing (fake tensors)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _kept(network: torch.nn.Module, forward, *given: torch.Tensor) -> tuple[floa
 
 
 def ours_keeps(config: dict, size: int, plan, full: bool = False) -> tuple[float, float]:
-    """As `_kept`, of our UNet with text keys and values that need a gradient (frozen) or every weight trained (full)."""
+    """As `_kept`, of our UNet: frozen, its text keys and values needing a gradient, or with every weight trained."""
     with FakeTensorMode(), bf16_by_default():
         unet = UNet.from_config(config).requires_grad_(full).set_plan(plan)
         x, t, context, added = call_of(config, size)

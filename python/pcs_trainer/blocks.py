@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pcs_kernels import cross_attention, geglu, self_attention
 
-from .layers import Conv2d, GroupNorm, LayerNorm, Linear, Masks, project
+from .layers import Conv2d, GroupNorm, LayerNorm, Linear, Masks, keeps_input, project
 from .plans import direct, rebuilt
 
 TextKV = dict[str, tuple[Tensor, Tensor]]
@@ -96,6 +96,12 @@ class FeedForward(nn.Module):
     def down(self, x: Tensor, masks: Masks) -> Tensor:
         return self.net[2](x, masks)  # [B, N, 4C] -> [B, N, C]
 
+    def halves(self, masks: Masks) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What a plan computes again and what follows it: the gate is in the first where a trained `down` needs it."""
+        if keeps_input(self.net[2]):
+            return (lambda n: geglu(self.up(n, masks))), (lambda g: self.down(g, masks))
+        return (lambda n: self.up(n, masks)), (lambda p: self.down(geglu(p), masks))
+
 
 class TransformerBlock(nn.Module):
     """Self-attention, attention over the text, feed-forward; each added to the hidden state h [B, N, C]."""
@@ -114,18 +120,14 @@ class TransformerBlock(nn.Module):
         keep = direct if plan == "eager" else rebuilt
         if plan == "C":
             o = rebuilt(lambda h: self.attn1.qkv(self.norm1(h), masks), h, then=self_attention, whole=True)
-            return rebuilt(
-                lambda *kept: self.gated(*self.attended(*kept, call, masks, direct)), o, h, k, v,
-                then=lambda g, h, maps, masks: (h + self.ff.down(g, masks), maps, masks), whole=True,
-            )  # fmt: skip
+            return rebuilt(lambda *kept: self.rest(*kept, call, masks), o, h, k, v, then=self.close, whole=True)
         o = self_attention(*keep(self.norm1, h, then=lambda n: self.attn1.qkv(n, masks)))
         h, maps, masks = self.attended(o, h, k, v, call, masks, keep)
         if plan == "B":
-            y = rebuilt(lambda h: self.gated(h, None, masks)[0], h, then=lambda g: self.ff.down(g, masks), whole=True)
-        else:
-            p = keep(self.norm3, h, then=lambda n: self.ff.up(n, masks))
-            y = keep(geglu, p, then=lambda g: self.ff.down(g, masks))
-        return h + y, maps, masks
+            again, close = self.ff.halves(masks)
+            return h + rebuilt(lambda h: again(self.norm3(h)), h, then=close, whole=True), maps, masks
+        p = keep(self.norm3, h, then=lambda n: self.ff.up(n, masks))
+        return h + keep(geglu, p, then=lambda g: self.ff.down(g, masks)), maps, masks
 
     def attended(
         self, o: Tensor, h: Tensor, k: Tensor, v: Tensor, call: Call, masks: Masks, keep: Callable
@@ -138,8 +140,13 @@ class TransformerBlock(nn.Module):
         masks = None if call.masks is None else call.masks(self.name, maps)
         return h + attn.out(o, masks), maps, masks
 
-    def gated(self, h: Tensor, maps: Tensor | None, masks: Masks) -> tuple[Tensor, Tensor, Tensor | None, Masks]:
-        return geglu(self.ff.up(self.norm3(h), masks)), h, maps, masks
+    def rest(self, o: Tensor, h: Tensor, k: Tensor, v: Tensor, call: Call, masks: Masks) -> tuple:
+        """All that plan C computes again after the self-attention's output o."""
+        h, maps, masks = self.attended(o, h, k, v, call, masks, direct)
+        return self.ff.halves(masks)[0](self.norm3(h)), h, maps, masks
+
+    def close(self, p: Tensor, h: Tensor, maps: Tensor | None, masks: Masks) -> tuple[Tensor, Tensor | None, Masks]:
+        return h + self.ff.halves(masks)[1](p), maps, masks
 
 
 class Transformer(nn.Module):

@@ -1,7 +1,7 @@
 """The UNet's projections and norms: torch's modules and names, our ops.
 
-A frozen weight goes through the frozen ops and keeps nothing; a trained one through torch's; one with low-rank residuals
-attached through `lowrank_residual`. Which of them a layer is, is read from the layer at every call.
+A frozen weight goes through the frozen ops and keeps nothing; a trained one through torch's; one with low-rank
+residuals attached through `lowrank_residual`. Which of them a layer is, is read from the layer at every call.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class LowRank:
 
 def trained(layer: nn.Module) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
+def keeps_input(layer: Linear | Conv2d) -> bool:
+    """Whether the layer's own gradients need its input."""
+    return trained(layer) or any(r.down.requires_grad or r.up.requires_grad for r in layer.residuals)
 
 
 def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:

@@ -129,9 +129,9 @@ class Model:
         variant = {"variant": "fp16"} if ".fp16." in files[0].name else {}
         options = {"dtype": self.dtype or "auto", "local_files_only": True, "output_loading_info": True} | variant
         encoder, info = _through_peer(folder, kind, options)
-        for what, names in (("lacks the tensor", info["missing_keys"]), ("has a misshapen tensor", info["mismatched_keys"])):
-            if names:
-                raise UnsupportedModel(f"{files[0]} {what} {min(names)!r}")
+        for what, key in (("lacks the tensor", "missing_keys"), ("has a misshapen tensor", "mismatched_keys")):
+            if info[key]:
+                raise UnsupportedModel(f"{files[0]} {what} {min(info[key])!r}")
         return encoder
 
     def _load_tokenizers(self) -> list[Any]:
@@ -172,7 +172,8 @@ def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
     try:
         return kind.from_pretrained(str(folder), **options)
     except Exception as error:  # transformers raises many kinds
-        raise UnsupportedModel(f"{folder} cannot be read as a {kind.__name__}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UnsupportedModel(f"{folder} cannot be read as a {kind.__name__}: {reason}") from error
 
 
 def _check_family(source: Folder | SingleFile) -> None:

@@ -1,8 +1,8 @@
 """What a training step keeps, and what it computes once more: the mechanism under the memory plans.
 
-`rebuilt(fn, *inputs, then=use)` is `use(fn(*inputs))`, exactly, with other memory: what `use` would keep of fn's results
-is computed again from fn's inputs when the backward asks for it. With `whole=True` so is everything fn itself keeps.
-One second run serves every tensor asked for; what is kept in its stead are the inputs, through save_for_backward.
+`rebuilt(fn, *inputs, then=use)` is `use(fn(*inputs))`, exactly, with other memory: what `use` would keep of fn's
+results is computed again from fn's inputs when the backward asks for it. With `whole=True` so is everything fn itself
+keeps. One second run serves every tensor asked for; what is kept in its stead are the inputs.
 
 Units of C x N kept by a transformer block with frozen weights:
 
@@ -51,16 +51,22 @@ class _Enough(Exception):
 class _SecondRun:
     """Runs fn(*inputs) again, once, when a tensor that was not kept is asked for."""
 
-    def __init__(self, fn: Callable[..., Any], inputs: tuple[Tensor, ...], whole: bool) -> None:
+    def __init__(self, fn: Callable[..., Any], whole: bool) -> None:
         self.fn = fn
         self.whole = whole
-        self.needs = [t.requires_grad for t in inputs]
-        self.kept = _Keep.apply(torch.empty(0, requires_grad=True), *inputs).grad_fn
+        self.needs: list[bool] = []
+        self.kept: Any = None
         self.packed = 0  # tensors that fn saved in its first run
         self.uses = 0  # times that `then` saved one of fn's results
         self.uses_left = 0
         self.saved: dict[int, Tensor] = {}
         self.results: list[Tensor] | None = None
+
+    def keep(self, inputs: tuple[Tensor, ...]) -> None:
+        """Hold the inputs, if anything may be asked for."""
+        if self.packed or self.uses:
+            self.needs = [t.requires_grad for t in inputs]
+            self.kept = _Keep.apply(torch.empty(0, requires_grad=True), *inputs).grad_fn
 
     def pack_inside(self, tensor: Tensor) -> Any:
         if isinstance(tensor, torch.nn.Parameter):
@@ -71,7 +77,8 @@ class _SecondRun:
     def run(self) -> None:
         self.saved.clear()
         self.uses_left = self.uses
-        inputs = [t.detach().requires_grad_(needs) for t, needs in zip(self.kept.saved_tensors, self.needs, strict=True)]
+        kept = zip(self.kept.saved_tensors, self.needs, strict=True)
+        inputs = [t.detach().requires_grad_(needs) for t, needs in kept]
         if not self.whole:
             with torch.no_grad():
                 self.results = _as_list(self.fn(*inputs))
@@ -119,7 +126,7 @@ def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], w
     """then(fn(*inputs)), keeping `inputs` rather than fn's results (and, if `whole`, rather than what fn saves)."""
     if not torch.is_grad_enabled():
         return then(*_as_list(fn(*inputs)))
-    second = _SecondRun(fn, inputs, whole)
+    second = _SecondRun(fn, whole)
     if whole:
         with saved_tensors_hooks(second.pack_inside, _unpack_inside):
             results = _as_list(fn(*inputs))
@@ -128,8 +135,10 @@ def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], w
     storages = {r.untyped_storage()._cdata: i for i, r in enumerate(results) if isinstance(r, Tensor)}
 
     def pack(tensor: Tensor) -> Any:
+        if isinstance(tensor, torch.nn.Parameter):
+            return tensor
         position = storages.get(tensor.untyped_storage()._cdata)
-        if position is None or isinstance(tensor, torch.nn.Parameter):
+        if position is None:
             return tensor
         second.uses += 1
         return second, position, tensor.size(), tensor.stride(), tensor.storage_offset()
@@ -141,7 +150,9 @@ def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], w
         return run.take_result(position).as_strided(size, stride, offset)
 
     with saved_tensors_hooks(pack, unpack):
-        return then(*results)
+        answer = then(*results)
+    second.keep(inputs)
+    return answer
 
 
 def direct(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], whole: bool = False) -> Any:

@@ -39,7 +39,7 @@ class Folder:
     def part(self, name: str) -> Path:
         folder = self.root / name
         if not folder.is_dir():
-            raise UnsupportedModel(f"{self.root} has no folder {name!r}, so it is no complete model in diffusers' layout")
+            raise UnsupportedModel(f"{self.root} has no folder {name!r}, so it is no whole model in diffusers' layout")
         return folder
 
     def has(self, name: str) -> bool:
@@ -71,7 +71,7 @@ class Hub(Folder):
         except Exception as error:  # the client raises its own, requests' and httpx's kinds
             reason = str(error).strip().split("\n")[0]
             raise UnsupportedModel(
-                f"{self.name} is no folder here, and the hub gave no {expected} of it, from its cache or the net: {reason}"
+                f"{self.name} is no folder here, and the hub gave no {expected} of it, from cache or net: {reason}"
             ) from error
         if not list(root.glob(expected)):
             raise UnsupportedModel(f"the cached copy of {self.name} has no {expected}; mend: fetch it while online")

@@ -41,8 +41,8 @@ class UNet(nn.Module):
         self.conv_in = Conv2d(c["in_channels"], channels[0], 3)
         self.time_embedding = TimestepEmbedding(channels[0], c_time)
         self.class_embedding = nn.Embedding(c["num_class_embeds"], c_time) if c["num_class_embeds"] else None
-        text_time = c["addition_embed_type"] == "text_time"
-        self.add_embedding = TimestepEmbedding(c["projection_class_embeddings_input_dim"], c_time) if text_time else None
+        c_added = c["projection_class_embeddings_input_dim"] if c["addition_embed_type"] == "text_time" else None
+        self.add_embedding = TimestepEmbedding(c_added, c_time) if c_added else None
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         width, skips = channels[0], [channels[0]]
         for i, kind in enumerate(c["down_block_types"]):
@@ -83,7 +83,7 @@ class UNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | str | Path, device: torch.device | str | None = None) -> UNet:
-        """A UNet with torch's random weights from diffusers' config.json or its contents; device="meta" costs nothing."""
+        """A UNet with torch's random weights, by diffusers' config.json or its contents; on "meta" it costs nothing."""
         if not isinstance(config, dict):
             config = json.loads(Path(config).read_text())
         with torch.device(device or "cpu"):
@@ -98,14 +98,16 @@ class UNet(nn.Module):
         return [block.name for block in self._blocks]
 
     def set_plan(self, plan: str | Sequence[str] | dict[str, str]) -> UNet:
-        """One plan for all layers, one for each of `layers()`, or by name or leading part of a name ("" is the rest)."""
+        """One plan for all layers, one for each of `layers()`, or by leading part of their names ("" is the rest)."""
         layers = self.layers()
         if isinstance(plan, dict):
             unknown = [key for key in plan if not any(name.startswith(key) for name in layers)]
             if unknown:
                 raise ValueError(f"the memory plan names {unknown[0]!r}, and no layer's name begins so")
-            matches = {name: max((key for key in plan if name.startswith(key)), key=len, default=None) for name in layers}
-            chosen = [layers[name].plan if key is None else plan[key] for name, key in matches.items()]
+            chosen = []
+            for name, layer in layers.items():
+                key = max((key for key in plan if name.startswith(key)), key=len, default=None)
+                chosen.append(layer.plan if key is None else plan[key])
         else:
             chosen = [plan] * len(layers) if isinstance(plan, str) else list(plan)
             if len(chosen) != len(layers):
@@ -182,7 +184,8 @@ class UNet(nn.Module):
             follow in that block, [B, N] or by the residual's `key`.
         """
         if x.dim() != 4 or x.shape[1] != self.settings["in_channels"]:
-            raise ValueError(f"x must be [B, {self.settings['in_channels']}, H, W] for this model, not {tuple(x.shape)}")
+            wanted = f"[B, {self.settings['in_channels']}, H, W]"
+            raise ValueError(f"x must be {wanted} for this model, not {tuple(x.shape)}")
         call = Call(context if isinstance(context, dict) else self.text_kv(context), capture, masks)
         times = iter(self._time_stack(F.silu(self.embedding(t, x, added))))
         found: dict[str, Tensor] = {}

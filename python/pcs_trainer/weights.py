@@ -15,7 +15,7 @@ GROUP = 48  # tensors converted before the file is opened again, which lets go o
 
 
 def weight_files(folder: Path, stem: str, dtype: torch.dtype | None) -> list[Path]:
-    """The safetensors of one part: whole or sharded, plain or fp16; a 16-bit run takes the fp16 ones where they exist."""
+    """The safetensors of one part: whole or sharded; a 16-bit run takes the fp16 variant where there is one."""
     variants = ["", "fp16"] if dtype in (None, torch.float32, torch.float64) else ["fp16", ""]
     for variant in variants:
         name = f"{stem}.{variant}" if variant else stem
