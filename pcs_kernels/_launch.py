@@ -77,7 +77,7 @@ def known_arch(capability: int) -> int:
     return max((arch for arch in SHARED_LIMIT if arch <= capability), default=min(SHARED_LIMIT))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return known_arch(10 * major + minor)

@@ -56,8 +56,8 @@ def check(actual, function, *args, names: str) -> None:
     """Each of `actual` against function(*args) in float64, allowed what function(*args) itself errs."""
     truth = function(*map(exact, args))
     low = function(*args)
-    as_tuple = (lambda r: r if isinstance(r, tuple) else (r,))
-    for name, a, t, l in zip(names.split(), as_tuple(actual), as_tuple(truth), as_tuple(low), strict=True):
+    results = (r if isinstance(r, tuple) else (r,) for r in (actual, truth, low))
+    for name, a, t, l in zip(names.split(), *results, strict=True):
         assert_no_worse_than(a, t, l, name)
 
 
@@ -110,7 +110,14 @@ def test_group_norm_silu(layout, silu, dtype):
     assert only_bias[0].numel() == 0 and only_bias[1].numel() == 0
 
 
-CROSS_SHAPES = ((2, 2, 63, 77, 40, 2), (1, 2, 1, 1, 64, 0), (1, 3, 17, 33, 80, 6), (1, 1, 5, 320, 160, 1), (2, 1, 70, 16, 8, 3))
+# batch, heads, queries, tokens, width, groups
+CROSS_SHAPES = (
+    (2, 2, 63, 77, 40, 2),
+    (1, 2, 1, 1, 64, 0),
+    (1, 3, 17, 33, 80, 6),
+    (1, 1, 5, 320, 160, 1),
+    (2, 1, 70, 16, 8, 3),
+)
 
 
 @dtypes
@@ -141,10 +148,11 @@ def test_cross_attention_gives_only_the_needed_gradients(needs):
         assert torch.equal(gradient, full) if needed else gradient.numel() == 0
 
 
+ATTENTION_SHAPES = (2, 2, 63, 63, 40), (1, 2, 1, 1, 64), (1, 3, 17, 77, 80), (1, 1, 130, 35, 160), (2, 1, 70, 16, 8)
+
+
 @dtypes
-@pytest.mark.parametrize(
-    "shape", ((2, 2, 63, 63, 40), (1, 2, 1, 1, 64), (1, 3, 17, 77, 80), (1, 1, 130, 35, 160), (2, 1, 70, 16, 8)), ids=str
-)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_self_attention(shape, dtype):
     batch, heads, n, m, d = shape
     q, k = heads_last(batch, heads, n, d, dtype), heads_last(batch, heads, m, d, dtype)
@@ -190,10 +198,12 @@ def test_lowrank_residual(shape, strided, dtype):
     assert lowrank.backward(dy, None, *call[2:], True, False, False, False, False, False)[0].shape == x.shape
 
 
+# batch, inputs, outputs, height, width, kernel, stride, padding, channels-last
+CONV_SHAPES = (2, 35, 21, 7, 9, 3, 1, 1, True), (1, 4, 8, 8, 8, 3, 2, 1, False), (1, 16, 16, 1, 1, 1, 1, 0, False)
+
+
 @dtypes
-@pytest.mark.parametrize(
-    "shape", ((2, 35, 21, 7, 9, 3, 1, 1, True), (1, 4, 8, 8, 8, 3, 2, 1, False), (1, 16, 16, 1, 1, 1, 1, 0, False)), ids=str
-)
+@pytest.mark.parametrize("shape", CONV_SHAPES, ids=str)
 def test_frozen_conv(shape, dtype):
     batch, ins, outs, height, width, kernel, stride, padding, channels_last = shape
     x, weight = torch.randn(batch, ins, height, width).to(dtype), torch.randn(outs, ins, kernel, kernel).to(dtype)

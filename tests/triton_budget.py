@@ -36,7 +36,7 @@ def implementation(op: str):
     return importlib.import_module(f"pcs_kernels.{op}.triton_impl")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cases_of(op: str, arch: int) -> list:
     """The op's distinct specialisations: shapes that lead to the same code appear once."""
     distinct: dict[str, object] = {}
@@ -57,15 +57,15 @@ def odd_cases(arch: int) -> list:
     pixel, stats = meta(1, 1, 1, 1), meta(1, 1, dtype=full)
     needs = (True,) * 6
     one, wide = meta(1, 1, 1, 8), meta(1, 2, 80, 40, dtype=full)
-    lse, maps = meta(1, 2, 80, dtype=full), meta(1, 6, 80, dtype=full)
+    lse, maps, weight = meta(1, 2, 80, dtype=full), meta(1, 6, 80, dtype=full), meta(1, 1, 1, dtype=full)
     rows, adapter, stack = meta(2, 80, 64, dtype=full), meta(40, 64, dtype=full), meta(3, 1, 64, dtype=full)
     index, image = meta(2, dtype=torch.int64), meta(1, 8, 9, 9, dtype=full)
     calls = (
         lambda: geglu.backward(meta(1, 1), meta(1, 2)),
         lambda: norm.forward(pixel, 1, None, None, 1e-5, True),
         lambda: norm.backward(pixel, pixel, stats, stats, 1, None, None, True, True, True, True),
-        lambda: cross.forward(one, one, one, meta(1, 1, 1, dtype=full), 1.0),
-        lambda: cross.backward(one, meta(1, 1, 1, dtype=full), one, one, one, meta(1, 1, 1, dtype=full), 1.0, *needs[:3]),
+        lambda: cross.forward(one, one, one, weight, 1.0),
+        lambda: cross.backward(one, weight, one, one, one, weight, 1.0, *needs[:3]),
         lambda: cross.forward(wide, wide, wide, maps, 1.0),
         lambda: cross.backward(None, maps, wide, wide, wide, maps, 1.0, *needs[:3]),
         lambda: attention.forward(one, one, one, 1.0),
@@ -135,7 +135,7 @@ def all_jobs() -> list[tuple[str, int, int]]:
     return jobs_for((ODD,), (ODD_ARCH,)) + jobs_for(OPS, AOT_ARCHS)
 
 
-def table(jobs: list[tuple[str, int, int]], results: list[dict[str, int]]) -> dict[str, dict[str, dict[str, list[int]]]]:
+def table(jobs: list[tuple[str, int, int]], results: list[dict[str, int]]) -> dict[str, dict]:
     """op -> kernel and shape -> sm_xx -> [registers, spill, shared]."""
     numbers: dict[str, dict[str, dict[str, list[int]]]] = {}
     for (op, arch, index), result in zip(jobs, results, strict=True):

@@ -69,14 +69,15 @@ def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: o
     return why or wide_head(q, k, v)
 
 
-def _unit_width(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _unit_width(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _config(q: Tensor, k: Tensor, kernel: str, align: int) -> dict[str, int]:
     arch = current_arch(q.device)
     half = q.dtype != torch.float32
-    return launch_config(*q.shape[:3], k.shape[2], q.shape[3], arch, kernel, half) | {"ALIGN": align}
+    batch, heads, queries, width = q.shape
+    return launch_config(batch, heads, queries, k.shape[2], width, arch, kernel, half) | {"ALIGN": align}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,8 @@ def backward(
     dout: Tensor | None, dmaps: Tensor | None, q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float,
     need_q: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, dout = _unit_width(q), _unit_width(k), _unit_width(v), _unit_width(dout)
+    q, k, v = _unit_width(q), _unit_width(k), _unit_width(v)
+    dout = None if dout is None else _unit_width(dout)
     if capture is None or dmaps is None:
         capture = dmaps = None
     else:

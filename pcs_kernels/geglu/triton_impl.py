@@ -61,7 +61,7 @@ def _grid(rows: int, features: int, config: dict[str, int]) -> tuple[int, int]:
 def forward(x: Tensor) -> Tensor:
     x2 = x.reshape(-1, x.shape[-1])
     rows, features = x2.shape[0], x2.shape[1] // 2
-    y = x.new_empty(x.shape[:-1] + (features,))
+    y = x.new_empty((*x.shape[:-1], features))
     config = launch_config(rows, features, 0)
     launch(geglu_fwd_kernel, _grid(rows, features, config), x2, y, rows, features, *x2.stride(), **config)
     return y

@@ -51,6 +51,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], -1)
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _new_like(x: Tensor) -> tuple[Tensor, Tensor, bool]:
     """A tensor of x's memory format, the [B, C, S] tensor to write, and whether that is a view of the first."""
     y = torch.empty_like(x)
@@ -75,8 +79,8 @@ def forward(
     config, splits, per_split = _tiles(xf, backward=False)
     columns = blocks(channels, config["BLOCK_C"])
     part = x.new_empty((2, batch, splits, channels), dtype=torch.float32)
-    stats = x.new_empty((2, batch, groups), dtype=torch.float32)
-    mean, rstd = stats[0], stats[1]
+    mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
+    weight, bias = _dense(weight), _dense(bias)
     launch(
         gn_stats_kernel, (batch * splits, columns), xf, part[0], part[1], channels, pixels, splits, per_split,
         *xf.stride(), **config,
@@ -99,6 +103,7 @@ def backward(
     silu: bool, need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     xf, dyf = _flat(x), _flat(dy)
+    mean, rstd, weight, bias = mean.contiguous(), rstd.contiguous(), _dense(weight), _dense(bias)
     batch, channels, pixels = xf.shape
     config, splits, per_split = _tiles(xf, backward=True)
     columns = blocks(channels, config["BLOCK_C"])

@@ -55,7 +55,11 @@ def _samples(x: Tensor, index: Tensor | None) -> Tensor:
         return x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 2 else x.reshape(1, -1, x.shape[-1])
 
 
-def _concept_strides(adapter: Tensor) -> tuple[int, int, int]:
+def _dense_rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).contiguous()
+
+
+def _concept_strides(adapter: Tensor) -> tuple[int, ...]:
     return (0, *adapter.stride()) if adapter.dim() == 2 else adapter.stride()
 
 
@@ -80,22 +84,23 @@ def _project(x: Tensor, a: Tensor, index: Tensor | None) -> Tensor:
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor | None, scale: float,
     index: Tensor | None, keep_s: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x weight^T + bias + mask scale (x a^T) b^T for x [B, L, K], and x a^T [B, L, R] when kept."""
     samples, rows, ins = x.shape
     outs, rank = weight.shape[0], a.shape[-2]
     config = _config(x, outs, rank, "product")
     fused = rank <= MAX_FUSED_RANK
-    s = None if fused else _project(x, a, index)
-    if fused and keep_s:
-        s = x.new_empty((samples, rows, rank), dtype=torch.float32)
+    if fused:
+        s = x.new_empty((samples, rows, rank) if keep_s else 0, dtype=torch.float32)
+    else:
+        s = _project(x, a, index)
     y = x.new_empty((samples, rows, outs))
     tiles_n = blocks(outs, config["BLOCK_N"])
     # a pointer must be some tensor even where the flags say that it is not read
-    optional = (x if t is None else t for t in (mask, index, s))
+    optional = (x if t is None else t for t in (mask, index))
     launch(
         lowrank_product_kernel, (blocks(rows, config["BLOCK_M"]) * tiles_n, samples), x, weight,
-        x if bias is None else bias, a, b, *optional, y, rows, outs, ins, rank, tiles_n, float(scale),
+        x if bias is None else bias, a, b, *optional, s, y, rows, outs, ins, rank, tiles_n, float(scale),
         *x.stride(), *weight.stride(), *_concept_strides(a), *_concept_strides(b),
         HAS_BIAS=bias is not None, HAS_MASK=mask is not None, HAS_INDEX=index is not None,
         READ_S=not fused, SAVE_S=fused and keep_s, **config,
@@ -127,7 +132,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, mask: Tensor | None, scale: float,
     index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    rows_mask = None if mask is None else mask.reshape(-1).contiguous()
+    rows_mask, index = _dense_rows(mask), _dense_rows(index)
     bias = None if bias is None else bias.contiguous()
     y, _ = _product(_samples(x, index), weight, bias, down, up, rows_mask, scale, index, keep_s=False)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -140,28 +145,29 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """t = dy up;  dx = dy W + mask scale t down;  ddown = (mask scale t)^T x;  dup = (mask scale dy)^T (x down^T)"""
     dx = dweight = dbias = ddown = dup = dmask = dy.new_empty(0)
-    need_mask = need_mask and mask is not None
-    rows_mask = None if mask is None else mask.reshape(-1).contiguous()
+    rows_mask, index = _dense_rows(mask), _dense_rows(index)
     dy3 = _samples(dy, index)
-    t = None
+    if need_bias:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    t = dy3.new_empty(0)
     if need_x:
         flipped = weight.transpose(0, 1), None, up.transpose(-1, -2), down.transpose(-1, -2)
         dx, t = _product(dy3, *flipped, rows_mask, scale, index, keep_s=need_down or need_mask)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     elif need_down or need_mask:
         t = _project(dy3, up.transpose(-1, -2), index)
-    if need_bias:
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    if x is None:
+        return dx, dweight, dbias, ddown, dup, dmask
+    x3 = _samples(x, index)
     if need_weight:
         dweight = dy.reshape(-1, dy.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
-    x3 = _samples(x, index) if need_down or need_up or need_mask else None
     if need_down:
         ddown = _adapter_grad(x3, t.view(*x3.shape[:2], -1), rows_mask, scale, index, down, features_first=False)
     if need_up or need_mask:
         s = _project(x3, down, index)
         if need_up:
             dup = _adapter_grad(dy3, s.view(*dy3.shape[:2], -1), rows_mask, scale, index, up, features_first=True)
-        if need_mask:
+        if need_mask and mask is not None:
             dmask = ((s.view(t.shape) * t).sum(-1) * scale).to(mask.dtype).view(mask.shape)
     return dx, dweight, dbias, ddown, dup, dmask
 

@@ -49,7 +49,7 @@ def lowrank_product_kernel(
     READ_S: tl.constexpr, SAVE_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = x w^T + bias + (mask scale) (s b^T), s = x a^T summed in the same loop over K, or read in steps of BLOCK_R."""
+    """y = x w^T + bias + (mask scale) (s b^T), s = x a^T summed in the same loop, or read in steps of BLOCK_R."""
     pid = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -76,7 +76,7 @@ def lowrank_product_kernel(
             s = _load_tile(s_base, m, r, rank, 1, rows, rank) * weight[:, None]
             y = _add_residual(s, b_base, n, r, stride_bn, stride_br, outs, rank, y, x_ptr.dtype.element_ty)
     else:
-        if SAVE_S:
+        if SAVE_S:  # noqa: SIM102 - a constant and a tensor do not combine with `and`
             if pid % tiles_n == 0:
                 at = s_base + m[:, None].to(tl.int64) * rank + r[None, :]
                 tl.store(at, s, mask=(m < rows)[:, None] & (r < rank)[None, :])
