@@ -9,12 +9,11 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
-OPS = "self_attention cross_attention geglu group_norm_silu adamw8bit lowrank_residual bindings".split()
+OPS = ["self_attention", "cross_attention", "geglu", "group_norm_silu", "adamw8bit", "lowrank_residual", "bindings"]
 HEADERS = [str(header) for header in Path("csrc").glob("*.h")]
 # gcc 12 takes the undefined operands inside its own AVX-512 headers for mistakes of ours.
-FLAGS = (
-    "-O3 -g0 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-uninitialized -Wno-maybe-uninitialized".split()
-)
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SETS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     SETS["avx2"] = "-mavx2 -mfma -mf16c"

@@ -223,12 +223,14 @@ PCS_INLINE vf root(vf v) {
 }
 
 struct Update {
-  float beta1, beta2, scale, keep_before, keep_after, size, eps;
+  float beta1, beta2, fresh1, fresh2, scale, keep_before, keep_after, size, eps;
   bool stochastic;
   uint32_t key;
   explicit Update(const AdamW& s) {
     const double correction2 = std::sqrt(1.0 - std::pow(double(s.beta2), double(s.step)));
-    beta1 = s.beta1, beta2 = s.beta2, scale = s.grad_scale;
+    beta1 = float(s.beta1), fresh1 = float(1.0 - s.beta1);  // 1 - 0.999f would be off by 1e-5
+    beta2 = float(s.beta2), fresh2 = float(1.0 - s.beta2);
+    scale = float(s.grad_scale);
     const float keep = float(1.0 - double(s.lr) * s.weight_decay);
     keep_before = s.decay_first ? keep : 1.0f;
     keep_after = s.decay_first ? 1.0f : keep;
@@ -239,8 +241,8 @@ struct Update {
   }
   PCS_INLINE void moments(vf g, vf& m, vf& v) const {
     g = g * scale;
-    m = m * beta1 + g * (1.0f - beta1);
-    v = v * beta2 + g * g * (1.0f - beta2);
+    m = m * beta1 + g * fresh1;
+    v = v * beta2 + g * g * fresh2;
   }
   PCS_INLINE vf parameter(vf p, vf m, vf v) const {
     return (p * keep_before - size * m * reciprocal<float>(root(v) + eps)) * keep_after;

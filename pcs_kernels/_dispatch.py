@@ -56,7 +56,7 @@ class Op:
         try:
             return importlib.import_module(f"{self.package}.{suffix}")
         except ImportError as error:
-            return NEEDS.get(backend_name) if error.name == backend_name else f"{backend_name} cannot load: {error}"
+            return NEEDS[backend_name] if error.name == "triton" else str(error)
 
     def why_not(self, backend_name: str, *args: Any) -> str | None:
         """None when `backend_name` can run this call, else the reason in one sentence."""

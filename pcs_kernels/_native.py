@@ -47,7 +47,7 @@ def library() -> ModuleType:
 
 
 def _openmp_of_torch() -> tuple[int, int] | None:
-    """The addresses of GOMP_parallel and omp_get_thread_num in torch's OpenMP runtime; without it plain threads work."""
+    """The addresses of GOMP_parallel and omp_get_thread_num in torch's OpenMP runtime; else plain threads work."""
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     for path in glob.glob(os.path.join(folder, "lib[gio]*omp*.so*")):
         try:
@@ -89,7 +89,8 @@ def heads(x: Tensor | None) -> tuple[int, int, int, int]:
     """A [B, H, N, D] tensor with unit stride on D as the C++ side takes it."""
     if x is None:
         return (0, 0, 0, 0)
-    return (x.data_ptr(), *x.stride()[:3])
+    batch, head, row, _ = x.stride()
+    return (x.data_ptr(), batch, head, row)
 
 
 def unit_rows(x: Tensor) -> Tensor:

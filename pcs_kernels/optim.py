@@ -58,7 +58,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, grad_scale: float = 1.0) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient; `grad_scale` multiplies the gradients (clipping, accumulation)."""
+        """Update every parameter that has a gradient; `grad_scale` multiplies them (clipping, accumulation)."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

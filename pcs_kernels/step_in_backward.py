@@ -10,7 +10,7 @@ clip="previous"  the coefficient comes from the norm of the step before (the fir
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class StepInBackward:
             self._set_coefficient(self._take_norm())
             self._steps_now = True
         total = None
-        for loss_of in losses:
-            loss = loss_of()
+        for micro_batch in losses:
+            loss = micro_batch()
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         self.finish()
@@ -99,6 +99,7 @@ class StepInBackward:
 
     def _update(self, p: Tensor) -> None:
         self.opt.update(p, self._groups[p], self._coefficient)
+        self._passes[p] = 0
         p.grad = None
 
     def _take_norm(self) -> float:

@@ -49,7 +49,7 @@ def good_arguments(name: str) -> dict[str, object]:
 
 
 def spoil_tensor(x: torch.Tensor, rng: random.Random) -> object:
-    """One way of many to get a tensor wrong (or unusual: some of these are right, and must then be answered rightly)."""
+    """One way of many to get a tensor wrong, or unusual: what is right after all must be answered rightly."""
     ways = [
         lambda: x.unsqueeze(0),
         lambda: x.flatten(),
@@ -91,7 +91,9 @@ def spoil_tensor(x: torch.Tensor, rng: random.Random) -> object:
 def spoil(value: object, rng: random.Random) -> object:
     if isinstance(value, torch.Tensor):
         return spoil_tensor(value, rng)
-    return rng.choice([None, "no", -1, 0, 10**9, 2**70, -0.5, float("nan"), float("inf"), [1], object(), torch.ones(2), 1.5])
+    return rng.choice(
+        [None, "no", -1, 0, 10**9, 2**70, -0.5, float("nan"), float("inf"), [1], object(), torch.ones(2), 1.5]
+    )
 
 
 def names_an_argument(name: str, message: str) -> bool:
@@ -124,7 +126,9 @@ def run(name: str, arguments: dict[str, object]):
 
 
 def copied(arguments: dict[str, object]) -> dict[str, object]:
-    return {k: v.clone() if isinstance(v, torch.Tensor) and k not in ("qmap1", "qmap2") else v for k, v in arguments.items()}
+    return {
+        k: v.clone() if isinstance(v, torch.Tensor) and k not in ("qmap1", "qmap2") else v for k, v in arguments.items()
+    }
 
 
 def answer(name: str, arguments: dict[str, object]) -> list[torch.Tensor]:
@@ -143,14 +147,14 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.double(), expected.double(), rtol=loose, atol=loose, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", ("", "reference", "native", "triton"))
+@pytest.mark.parametrize("backend", ("reference", "native", "triton"))
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_malformed_call_is_answered_or_refused(name, backend, monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = False
     monkeypatch.setattr("pcs_kernels._dispatch._forced", backend)
     rng = random.Random(f"{name} {backend}")
     refused = 0
-    for number in range(CALLS // 4):
+    for number in range(CALLS):
         torch.manual_seed(number)
         arguments = good_arguments(name)
         for spoilt in rng.sample(list(arguments), min(len(arguments), rng.choice((1, 1, 1, 2)))):
@@ -161,7 +165,9 @@ def test_every_malformed_call_is_answered_or_refused(name, backend, monkeypatch)
         except Exception as error:
             refused += 1
             message = str(error)
-            assert names_an_argument(name, message), f"{name}({describe(reference)}) says {type(error).__name__}: {message}"
+            assert names_an_argument(name, message), (
+                f"{name}({describe(reference)}) says {type(error).__name__}: {message}"
+            )
             continue
         monkeypatch.setattr("pcs_kernels._dispatch._forced", "reference")
         expected = answer(name, reference)
@@ -170,7 +176,7 @@ def test_every_malformed_call_is_answered_or_refused(name, backend, monkeypatch)
             continue  # infinities and overflow may come out in another way; that they come out without harm is enough
         for a, b in zip(found, expected, strict=True):
             assert same(a, b), f"{name}({describe(reference)}) differs from the reference"
-    assert refused > CALLS // 40
+    assert refused > CALLS // 10
 
 
 def test_good_calls_are_answered():

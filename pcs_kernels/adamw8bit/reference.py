@@ -24,7 +24,7 @@ def hash32(x: Tensor) -> Tensor:
 
 
 def random_bits(seed: int, step: int, n: int, device: torch.device) -> Tensor:
-    """16 random bits for each of n elements: hash32(low(i) ^ hash32(high(i) ^ hash32(step ^ hash32(seed)))) & 0xFFFF."""
+    """16 bits for each of n elements: hash32(low(i) ^ hash32(high(i) ^ hash32(step ^ hash32(seed)))) & 0xFFFF."""
     i = torch.arange(n, dtype=torch.int64, device=device)
     key = hash32(torch.tensor(seed & 0xFFFFFFFF, device=device))
     key = hash32(key ^ (step & 0xFFFFFFFF))

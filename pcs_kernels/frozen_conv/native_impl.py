@@ -91,5 +91,6 @@ def backward_linear(dy: Tensor, weight: Tensor, pack: bool) -> Tensor:
 def _product(x, weight, direction, turn, bias) -> Tensor:
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     rows = x.numel() // x.shape[-1]
-    w = packed(weight, (direction, rows), lambda weight: _mkldnn._reorder_linear_weight(turn(weight).contiguous(), rows))
+    pack = lambda weight: _mkldnn._reorder_linear_weight(turn(weight).contiguous(), rows)  # noqa: E731
+    w = packed(weight, (direction, rows), pack)
     return _mkldnn._linear_pointwise(x, w, bias, "none", [], "")

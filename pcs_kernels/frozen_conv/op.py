@@ -38,9 +38,7 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
     )
     check.require(stride >= 1, lambda: f"stride must be at least 1, not {stride}")
     largest = max(weight.shape[2:])
-    check.require(
-        0 <= padding <= largest, lambda: f"padding must be from 0 to the kernel's {largest}, not {padding}"
-    )
+    check.require(0 <= padding <= largest, lambda: f"padding must be from 0 to the kernel's {largest}, not {padding}")
     for letter, size, kernel in (("H", x.shape[2], weight.shape[2]), ("W", x.shape[3], weight.shape[3])):
         check.require(
             size + 2 * padding >= kernel,
@@ -172,7 +170,7 @@ def _must_be_frozen(function: str, mend: str, **parameters: Tensor | None) -> No
 def frozen_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1, pack: bool = True
 ) -> Tensor:
-    """conv2d with a frozen weight: x [B,C,H,W], weight [O,C,kh,kw]; gradients flow to x and nothing is kept for them."""
+    """conv2d of x [B,C,H,W] with a frozen weight [O,C,kh,kw]; gradients flow to x and nothing is kept for them."""
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenConv2d.apply(x, weight, bias, stride, padding, pack, forced_backend())

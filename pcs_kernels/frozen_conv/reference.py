@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 
 def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool) -> Tensor:
@@ -13,7 +13,7 @@ def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pa
 
 def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool) -> Tensor:
     size = (dy.shape[0], weight.shape[1], height, width)
-    return torch.nn.grad.conv2d_input(size, weight, dy, stride, padding)
+    return conv2d_input(size, weight, dy, stride, padding)
 
 
 def forward_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:

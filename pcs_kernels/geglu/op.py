@@ -28,7 +28,7 @@ def _forward(x: Tensor, backend: str) -> Tensor:
 
 def _forward_fake(x: Tensor, backend: str) -> Tensor:
     _check_x(x)
-    return x.new_empty(x.shape[:-1] + (x.shape[-1] // 2,))
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 def _backward(dy: Tensor, x: Tensor, backend: str) -> Tensor:

@@ -77,9 +77,9 @@ def forward(
     index: Tensor | None,
 ) -> Tensor:
     w = packed(weight, "lowrank forward", lambda weight: _pack(weight, rows_are_columns=True))
-    adapters = (_pack(p.to(x.dtype), rows_are_columns=True) for p in (down, up))
+    a, b = (_pack(p.to(x.dtype), rows_are_columns=True) for p in (down, up))
     bias = None if bias is None else bias.contiguous()
-    return _project(x, w, weight.shape[0], bias, *adapters, down.shape[-2], mask, scale, index)[0]
+    return _project(x, w, weight.shape[0], bias, a, b, down.shape[-2], mask, scale, index)[0]
 
 
 def backward(
@@ -102,8 +102,8 @@ def backward(
     dx = t = None
     if need_x:
         w = packed(weight, "lowrank backward", lambda weight: _pack(weight, rows_are_columns=False))
-        adapters = (_pack(p.to(dy.dtype), rows_are_columns=False) for p in (up, down))
-        dx, low = _project(dy, w, weight.shape[1], None, *adapters, down.shape[-2], mask, scale, index)
+        a, b = (_pack(p.to(dy.dtype), rows_are_columns=False) for p in (up, down))
+        dx, low = _project(dy, w, weight.shape[1], None, a, b, down.shape[-2], mask, scale, index)
         t = low[:, : down.shape[-2]]
     ddown_here = need_down and t is not None and x is not None
     empty = dy.new_empty(0)
@@ -115,8 +115,8 @@ def backward(
             need_up, need_mask,
         )  # fmt: skip
     _, dweight, dbias, ddown, dup, dmask = gradients
-    if ddown_here:
-        samples = 1 if index is None else x.shape[0]  # type: ignore[union-attr]
-        rows = x.reshape(samples, -1, x.shape[-1])  # type: ignore[union-attr]
+    if t is not None and x is not None and ddown_here:
+        samples = 1 if index is None else x.shape[0]
+        rows = x.reshape(samples, -1, x.shape[-1])
         ddown = reference.sum_by_concept(t.reshape(samples, -1, t.shape[-1]).transpose(1, 2) @ rows, index, down)
     return (empty if dx is None else dx), dweight, dbias, ddown, dup, dmask

@@ -2,7 +2,8 @@
 
     y = x W^T + b + mask * scale * (x down^T) up^T
 
-x [..., C_in]; weight [C_out, C_in] or [C_out, C_in, 1, 1]; bias [C_out]; down [R, C_in], up [C_out, R]; mask x.shape[:-1].
+x [..., C_in]; weight [C_out, C_in] or [C_out, C_in, 1, 1]; bias [C_out]; down [R, C_in], up [C_out, R];
+mask of shape x.shape[:-1].
 Many concepts on one frozen weight: down [K, R, C_in], up [K, C_out, R], index [B] says which one sample b of x takes.
 Kept for the backward: x where down, up, weight or mask take a gradient, else nothing but the weights.
 """
@@ -144,7 +145,7 @@ def lowrank_residual(
     scale: float = 1.0,
     index: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + bias + mask * scale * (x down^T) up^T on x [..., C_in]; with `index` [B] each sample has its own adapter."""
+    """x W^T + bias + mask * scale * (x down^T) up^T on x [..., C_in]; `index` [B] picks each sample's adapter."""
     check.tensor("weight", weight)
     if weight.dim() == 4:
         check.require(

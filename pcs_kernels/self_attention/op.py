@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._dispatch import Op, define, forced_backend, forced_provider
+from .._dispatch import BackendUnavailable, Op, define, forced_backend, forced_provider
 from .._dtypes import accumulator
 
 OP = Op("self_attention", __package__)
@@ -144,7 +144,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     reason = xformers_reason(q.device.type)
-    check.require(reason is None, lambda: f"self_attention: {reason}")
+    if reason is not None:
+        raise BackendUnavailable(f"self_attention: {reason}")
     from xformers.ops import memory_efficient_attention
 
     out = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)

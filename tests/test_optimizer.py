@@ -1,0 +1,336 @@
+"""AdamW with 8-bit states: it trains, its states are bitsandbytes', its rounding is unbiased and repeats."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import pcs_kernels
+from pcs_kernels.adamw8bit import codes, reference
+from pcs_kernels.optim import AdamW8bit, step_in_backward
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+def network(seed: int = 0) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64))
+
+
+def batches(n: int):
+    generator = torch.Generator().manual_seed(5)
+    teacher = torch.randn(64, 64, generator=generator) / 8
+    for _ in range(n):
+        x = torch.randn(64, 64, generator=generator)
+        yield x, torch.tanh(x @ teacher)
+
+
+def train(net, opt, steps: int) -> list[float]:
+    losses = []
+    for x, y in batches(steps):
+        loss = torch.nn.functional.mse_loss(net(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("backend", ("reference", "native"))
+def test_200_steps_track_torch(backend):
+    ours, theirs = network(), network()
+    settings = dict(lr=2e-3, weight_decay=1e-2)
+    with pcs_kernels.backend(backend):
+        found = train(ours, AdamW8bit(ours.parameters(), min_8bit_size=4096, **settings), 200)
+    expected = train(theirs, torch.optim.AdamW(theirs.parameters(), **settings), 200)
+    assert expected[-1] < 0.3 * expected[0]
+    assert sum(found[-20:]) == pytest.approx(sum(expected[-20:]), rel=0.01)
+
+
+def state_of(values: torch.Tensor, signed: bool):
+    code, absmax = codes.encode(values, codes.code_map(signed), 256)
+    return code, absmax
+
+
+def test_maps_are_those_of_bitsandbytes():
+    for signed in (True, False):
+        assert torch.equal(codes.code_map(signed), bitsandbytes.functional.create_dynamic_map(signed))
+
+
+@pytest.mark.parametrize("backend", ("reference", "native"))
+def test_states_equal_bitsandbytes_within_one_code(backend):
+    """One step from the same states. bitsandbytes' CPU quantiser looks values up in a table of step 3e-5, so codes of
+    values below that share of their block are held against exact nearest codes instead."""
+    torch.manual_seed(0)
+    n = 256 * 40 + 17
+    values, gradient = torch.randn(n), torch.randn(n) * torch.logspace(-3, 0, n)
+    ours, theirs = (torch.nn.Parameter(values.clone()) for _ in range(2))
+    a = AdamW8bit([ours], lr=1e-2, weight_decay=0.1)
+    b = bitsandbytes.optim.AdamW8bit([theirs], lr=1e-2, weight_decay=0.1)
+    for _ in range(5):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        b.step()
+        with pcs_kernels.backend(backend):
+            a.step()
+        gradient = torch.randn(n) * torch.logspace(-3, 0, n)
+        found, expected = a.state[ours], b.state[theirs]
+        for number, signed in ((1, True), (2, False)):
+            scale = expected[f"absmax{number}"]
+            torch.testing.assert_close(found[f"absmax{number}"], scale, rtol=1e-5, atol=0)
+            code, wanted = found[f"state{number}"].int(), expected[f"state{number}"].int()
+            share = codes.code_map(signed)[wanted.long()].abs()
+            coarse = share < (1e-3 if signed else 1e-4)
+            assert int((code - wanted).abs()[~coarse].max()) <= 1
+            assert float((code != wanted)[~coarse].float().mean()) < 0.02
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        a.load_state_dict(b.state_dict())  # the next step starts from the same states
+        ours.data.copy_(theirs.data)
+
+
+@pytest.mark.parametrize("signed", (True, False))
+def test_native_codes_are_the_nearest(signed):
+    """Every value of a fine grid, coded by one native step and by the reference."""
+    grid = torch.cat([torch.logspace(-9, 0, 20_000), torch.linspace(0, 1, 20_000)])
+    grid = torch.cat([grid, -grid]) if signed else grid
+    grid = torch.cat([torch.ones(1), grid])[: 256 * (grid.numel() // 256)]
+    whole = grid.numel() // 256 * 256
+    grid = grid[:whole].view(-1, 256)
+    grid[:, 0] = 1.0  # every block's largest value, so that the grid is not rescaled
+    grid = grid.flatten()
+    expected, _ = codes.encode(grid, codes.code_map(signed), 256)
+    p, zero = torch.zeros(whole), torch.full((whole,), 127, dtype=torch.uint8)
+    m, v = zero.clone(), torch.zeros(whole, dtype=torch.uint8)
+    absmax = [torch.zeros(whole // 256) for _ in range(2)]
+    gradient = grid if signed else grid.sqrt()
+    with pcs_kernels.backend("native"):
+        pcs_kernels.adamw8bit.step_8bit(
+            p, gradient, m, v, *absmax, codes.code_map(True), codes.code_map(False),
+            0.0, 0.0, 0.0, 1e-8, 0.0, 1, 256, 1.0, None, True,
+        )  # fmt: skip
+    difference = ((m if signed else v).int() - expected.int()).abs()
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).float().mean()) < 0.002
+
+
+def test_state_dicts_travel_both_ways():
+    ours, theirs = network(), network()
+    a = AdamW8bit(ours.parameters(), lr=1e-3)
+    b = bitsandbytes.optim.AdamW8bit(theirs.parameters(), lr=1e-3)
+    train(ours, a, 3)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    theirs.load_state_dict(ours.state_dict())
+    for x, y in batches(1):
+        for net, opt in ((ours, a), (theirs, b)):
+            opt.zero_grad()
+            torch.nn.functional.mse_loss(net(x), y).backward()
+            opt.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    fresh = AdamW8bit(network().parameters())
+    fresh.load_state_dict(b.state_dict())
+    assert fresh.param_groups[0]["lr"] == 1e-3
+    kept = [s["state1"].dtype for s in fresh.state.values()]
+    assert kept == [torch.uint8, torch.float32, torch.uint8, torch.float32]
+
+
+def test_own_state_dict_resumes_bit_for_bit(tmp_path):
+    straight, resumed = network(), network()
+    opt = AdamW8bit(straight.parameters())
+    train(straight, opt, 10)
+    opt = AdamW8bit(resumed.parameters())
+    both = list(batches(10))
+    for i, (x, y) in enumerate(both):
+        if i == 5:
+            torch.save({"net": resumed.state_dict(), "opt": opt.state_dict()}, tmp_path / "half.pt")
+            half = torch.load(tmp_path / "half.pt", weights_only=True)
+            resumed = network(seed=9)
+            resumed.load_state_dict(half["net"])
+            opt = AdamW8bit(resumed.parameters(), lr=1.0)
+            opt.load_state_dict(half["opt"])
+        opt.zero_grad()
+        torch.nn.functional.mse_loss(resumed(x), y).backward()
+        opt.step()
+    for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_dict_that_does_not_fit_is_refused():
+    a = AdamW8bit([torch.nn.Parameter(torch.randn(5000))])
+    a.param_groups[0]["params"][0].grad = torch.randn(5000)
+    a.step()
+    saved = a.state_dict()
+    with pytest.raises(ValueError, match="state1 of parameter 0 does not fit"):
+        AdamW8bit([torch.nn.Parameter(torch.randn(5001))]).load_state_dict(saved)
+    with pytest.raises(ValueError, match="absmax1 of parameter 0 must hold 10 blocks of 512"):
+        AdamW8bit([torch.nn.Parameter(torch.randn(5000))], block_size=512).load_state_dict(saved)
+    with pytest.raises(ValueError, match="parameter groups"):
+        AdamW8bit([torch.nn.Parameter(torch.randn(5000)) for _ in range(2)]).load_state_dict(saved)
+
+
+def test_stochastic_rounding_is_unbiased_and_repeats():
+    value = torch.full((1_000_000,), 1.0 + 0.3 / 128)  # three tenths of the way between two bfloat16 numbers
+    rounded = reference.round_stochastically(value, seed=3, step=1)
+    up = float((rounded.float() > 1.0).float().mean())
+    assert up == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 1e6) ** 0.5)
+    assert torch.equal(rounded, reference.round_stochastically(value, 3, 1))
+    assert not torch.equal(rounded, reference.round_stochastically(value, 3, 2))
+    assert not torch.equal(rounded, reference.round_stochastically(value, 4, 1))
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0])
+    assert torch.equal(reference.round_stochastically(special, 0, 1)[[0, 1, 3]], special[[0, 1, 3]].bfloat16())
+    assert reference.round_stochastically(special, 0, 1)[2].isnan()
+
+
+def test_small_updates_of_bfloat16_are_not_lost():
+    """Updates under half a unit in the last place move the mean, where rounding to nearest stands still."""
+    moved = {}
+    for seed in (0, None):
+        p = torch.nn.Parameter(torch.ones(8192, dtype=torch.bfloat16))
+        opt = AdamW8bit([p], lr=2e-4, weight_decay=0.0, seed=seed)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        moved[seed] = 1 - float(p.float().mean())
+    assert moved[0] == pytest.approx(100 * 2e-4, rel=0.1)
+    assert moved[None] == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("grad_dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("n", (5000, 256 * 33, 37))
+def test_native_equals_reference(dtype, grad_dtype, n):
+    if dtype == torch.float32 and grad_dtype == torch.bfloat16:
+        pytest.skip("gradients have the parameter's dtype or float32")
+    found = {}
+    for backend in ("reference", "native"):
+        torch.manual_seed(0)
+        p = torch.randn(n).to(dtype)
+        size = codes.blocks(n, 256)
+        state = [
+            torch.full((n,), 127, dtype=torch.uint8),
+            torch.zeros(n, dtype=torch.uint8),
+            torch.zeros(size),
+            torch.zeros(size),
+        ]
+        with pcs_kernels.backend(backend):
+            for step in range(1, 4):
+                g = torch.randn(n).to(grad_dtype)
+                pcs_kernels.adamw8bit.step_8bit(
+                    p, g, *state, codes.code_map(True), codes.code_map(False),
+                    1e-3, 0.9, 0.999, 1e-8, 1e-2, step, 256, 0.5, 11, False,
+                )  # fmt: skip
+        found[backend] = p
+    unit = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    difference = (found["native"].float() - found["reference"].float()).abs()
+    assert float(difference.max()) <= unit * float(found["reference"].float().abs().max())
+    assert float((difference > 0).float().mean()) < (0.02 if dtype == torch.bfloat16 else 1.0)
+
+
+def test_decay_after_the_update_is_bitsandbytes_on_cuda():
+    p, g = torch.randn(64), torch.randn(64)
+    for first in (True, False):
+        q = p.clone()
+        pcs_kernels.adamw8bit.step_32bit(
+            q, g, torch.zeros(64), torch.zeros(64), 0.1, 0.0, 0.0, 0.0, 0.5, 1, 1.0, None, first
+        )
+        update = 0.1 * g.sign()
+        torch.testing.assert_close(q, p * 0.95 - update if first else (p - update) * 0.95)
+
+
+@pytest.mark.parametrize("clip", ("two_pass", "previous"))
+@pytest.mark.parametrize("max_norm", (None, 0.05))
+def test_step_in_backward_equals_the_ordinary_step(clip, max_norm):
+    ours, theirs = network(), network()
+    a, b = AdamW8bit(ours.parameters(), lr=1e-3), AdamW8bit(theirs.parameters(), lr=1e-3)
+    handle = step_in_backward(a, max_norm=max_norm, clip=clip)
+    previous = None
+    for x, y in batches(6):
+        loss = handle.backward(lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y))
+        assert all(p.grad is None for p in ours.parameters())
+        expected = torch.nn.functional.mse_loss(theirs(x), y)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        b.zero_grad()
+        expected.backward()
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()]))
+        used = previous if clip == "previous" and previous is not None else norm
+        previous = norm
+        b.step(grad_scale=1.0 if max_norm is None else min(1.0, max_norm / (used + 1e-6)))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    handle.remove()
+    ours(torch.randn(1, 64)).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_step_in_backward_accumulates():
+    ours, theirs = network(), network()
+    a, b = AdamW8bit(ours.parameters()), AdamW8bit(theirs.parameters())
+    handle = step_in_backward(a, accumulate=3, max_norm=0.05, clip="two_pass")
+    for _ in range(2):
+        micro = list(batches(3))
+        handle.backward(*[lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y) / 3 for x, y in micro])
+        b.zero_grad()
+        for x, y in micro:
+            (torch.nn.functional.mse_loss(theirs(x), y) / 3).backward()
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()]))
+        b.step(grad_scale=min(1.0, 0.05 / (norm + 1e-6)))
+        assert handle.norm == pytest.approx(norm, rel=1e-5)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_step_in_backward_with_plain_backwards():
+    ours, theirs = network(), network()
+    a, b = AdamW8bit(ours.parameters()), AdamW8bit(theirs.parameters())
+    step_in_backward(a, accumulate=2)
+    for _ in range(2):
+        for x, y in batches(2):
+            torch.nn.functional.mse_loss(ours(x), y).backward()
+        b.zero_grad()
+        for x, y in batches(2):
+            torch.nn.functional.mse_loss(theirs(x), y).backward()
+        b.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_one_gradient_alive_at_a_time():
+    net = torch.nn.Sequential(*[torch.nn.Linear(64, 64, bias=False) for _ in range(6)])
+    opt = AdamW8bit(net.parameters())
+    most = []
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: most.append(sum(q.grad is not None for q in net.parameters())))
+    step_in_backward(opt).backward(lambda: net(torch.randn(4, 64)).square().sum())
+    assert max(most) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(lr=-1), "lr must be"),
+        (dict(lr=float("nan")), "lr must be"),
+        (dict(betas=(0.9, 1.0)), "betas must be"),
+        (dict(block_size=100), "block_size must be a power of two"),
+        (dict(weight_decay=-0.1), "weight_decay must be"),
+    ],
+)
+def test_bad_settings_are_named(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        AdamW8bit([torch.nn.Parameter(torch.randn(4))], **arguments)
+
+
+def test_bad_step_in_backward_is_named():
+    net = network()
+    opt = AdamW8bit(net.parameters())
+    with pytest.raises(TypeError, match="opt must be"):
+        step_in_backward(torch.optim.SGD(net.parameters(), lr=0.1))
+    for bad, sentence in ((dict(accumulate=0), "accumulate"), (dict(max_norm=0), "max_norm"), (dict(clip="x"), "clip")):
+        with pytest.raises(ValueError, match=sentence):
+            step_in_backward(opt, **bad)
+
+
+def test_channels_last_parameters_are_refused_with_a_mend():
+    p = torch.nn.Parameter(torch.randn(8, 8, 3, 3).contiguous(memory_format=torch.channels_last))
+    p.grad = torch.randn_like(p)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="param must be contiguous; mend"):
+        AdamW8bit([p]).step()
