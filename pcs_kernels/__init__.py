@@ -7,6 +7,7 @@ Every function has a pure-torch reference, a Triton kernel and a native CPU kern
 from . import optim as optim
 from ._dispatch import BackendUnavailable as BackendUnavailable
 from ._dispatch import backend as backend
+from ._packed import forget_packed_weights as forget_packed_weights
 from .cross_attention import cross_attention as cross_attention
 from .frozen_conv import frozen_conv2d as frozen_conv2d
 from .frozen_conv import frozen_linear as frozen_linear
