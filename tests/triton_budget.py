@@ -148,9 +148,9 @@ def write(numbers: dict) -> None:
     """One line a kernel and shape, so that a change of one number is a change of one line."""
     import triton
 
-    lines = ['{', f' "triton": {json.dumps(triton.__version__)},', f' "fields": {json.dumps(FIELDS)},', ' "ops": {']
+    lines = ["{", f' "triton": {json.dumps(triton.__version__)},', f' "fields": {json.dumps(FIELDS)},', ' "ops": {']
     for i, (op, kernels) in enumerate(numbers.items()):
-        lines.append(f'  {json.dumps(op)}: {{')
+        lines.append(f"  {json.dumps(op)}: {{")
         rows = [f"   {json.dumps(name)}: {json.dumps(by_arch)}" for name, by_arch in kernels.items()]
         lines.append(",\n".join(rows))
         lines.append("  }" + ("," if i + 1 < len(numbers) else ""))

@@ -31,7 +31,7 @@ def launch_config(channels: int, pixels: int, channels_last: bool, arch: int, ba
         block_s = size // block_c
     else:
         block_s = min(pow2(pixels), 512)
-        block_c = size // block_s
+        block_c = min(size // block_s, 16)
     return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 1}
 
 

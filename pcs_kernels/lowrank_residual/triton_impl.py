@@ -17,14 +17,15 @@ from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank
 MAX_RANK = 256
 MAX_FUSED_RANK = 16
 # output tile: rows, features, K step, warps, stages; the first that gives every multiprocessor a program
-PRODUCT_TILES = ((128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3), (16, 64, 64, 4, 3))
+PRODUCT_TILES = ((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4), (16, 64, 32, 4, 4))
 
 
 def launch_config(samples: int, rows: int, outs: int, rank: int, arch: int, kernel: str, half: bool = True) -> dict:
     """Tiles of `kernel`: "product", "project" or "grad"."""
     block_r = max(16, pow2(rank))
     if kernel == "project":
-        return {"BLOCK_M": 32, "BLOCK_K": 64 if half else 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+        block_k = 64 if half and block_r <= 32 else 32
+        return {"BLOCK_M": 32, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 4}
     if kernel == "grad":
         block_m, block_c = (32, 64) if half else (16, 32)
         warps = 4 if block_r < 128 else 8

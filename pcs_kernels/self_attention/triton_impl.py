@@ -34,12 +34,16 @@ TILES = {
     "bwd_q": ((64, 64, 64, 4, 2), (96, 64, 32, 4, 2), (160, 16, 32, 4, 2), (256, 16, 32, 4, 1)),
     "bwd_kv": ((64, 64, 32, 4, 2), (96, 64, 32, 4, 2), (160, 16, 32, 4, 2), (256, 16, 32, 4, 1)),
 }
+# the forward's tiles up to D = 64: products of whole warp groups leave the registers for wider ones
+NARROW_FORWARD = {90: (128, 64), 100: (128, 64), 120: (64, 64)}
 
 
 def launch_config(batch: int, heads: int, rows: int, width: int, arch: int, kernel: str, half: bool = True) -> dict:
     """Tiles of `kernel` ("forward", "bwd_q", "bwd_kv"); `rows` are what the programs share out."""
     d0, d1 = split_width(width)
     _, own, inner, warps, stages = next(row for row in TILES[kernel] if width <= row[0])
+    if kernel == "forward" and width <= 64:
+        own, inner = NARROW_FORWARD.get(arch, (128, 32))
     if not half:  # float32 products run on plain arithmetic, which holds its operands in registers
         own, inner, stages = 16, 16, 1
     while own > 16 and batch * heads * blocks(rows, own) < MULTIPROCESSORS[arch]:
