@@ -80,6 +80,13 @@ void apply(const LowrankArguments& a, const LowrankShape& s, float scale, int th
              pointer<const T>(a.bias), pointer<const float>(a.mask), pointer<const int64_t>(a.concepts),
              pointer<T>(a.low), pointer<T>(a.y), s, scale};
   const int64_t row_tasks = s.samples * job.tasks_a_sample, column_tasks = (s.outputs + COLUMNS - 1) / COLUMNS;
+  if (column_tasks == 1) {
+    parallel_for(row_tasks, threads, [&](int64_t t) {
+      job.low_rank(t);
+      job.project(t, 1);
+    });
+    return;
+  }
   parallel_for(row_tasks, threads, [&](int64_t t) { job.low_rank(t); });
   parallel_for(row_tasks * column_tasks, threads, [&](int64_t t) { job.project(t, column_tasks); });
 }

@@ -39,6 +39,11 @@ def _pack(matrices: Tensor, rows_are_columns: bool) -> Tensor:
     return out
 
 
+def _adapter(p: Tensor, dtype: torch.dtype, rows_are_columns: bool) -> Tensor:
+    """down or up, packed anew whenever a training step has changed it."""
+    return packed(p, ("adapter", dtype, rows_are_columns), lambda p: _pack(p.to(dtype), rows_are_columns))
+
+
 def _project(
     x: Tensor,
     w: Tensor,
@@ -77,7 +82,7 @@ def forward(
     index: Tensor | None,
 ) -> Tensor:
     w = packed(weight, "lowrank forward", lambda weight: _pack(weight, rows_are_columns=True))
-    a, b = (_pack(p.to(x.dtype), rows_are_columns=True) for p in (down, up))
+    a, b = (_adapter(p, x.dtype, rows_are_columns=True) for p in (down, up))
     bias = None if bias is None else bias.contiguous()
     return _project(x, w, weight.shape[0], bias, a, b, down.shape[-2], mask, scale, index)[0]
 
@@ -102,7 +107,7 @@ def backward(
     dx = t = None
     if need_x:
         w = packed(weight, "lowrank backward", lambda weight: _pack(weight, rows_are_columns=False))
-        a, b = (_pack(p.to(dy.dtype), rows_are_columns=False) for p in (up, down))
+        a, b = (_adapter(p, dy.dtype, rows_are_columns=False) for p in (up, down))
         dx, low = _project(dy, w, weight.shape[1], None, a, b, down.shape[-2], mask, scale, index)
         t = low[:, : down.shape[-2]]
     ddown_here = need_down and t is not None and x is not None
