@@ -54,7 +54,8 @@ def call_of(config: dict, size: int) -> tuple:
 
 
 def _owned(network: torch.nn.Module, *tensors: torch.Tensor) -> set[int]:
-    return {t.untyped_storage()._cdata for t in (*network.parameters(), *tensors)}
+    derived = network.derived() if isinstance(network, UNet) else []
+    return {t.untyped_storage()._cdata for t in (*network.parameters(), *derived, *tensors)}
 
 
 def _kept(network: torch.nn.Module, forward, *given: torch.Tensor) -> tuple[float, float]:

@@ -208,7 +208,7 @@ def test_a_hub_name_uses_the_cache_and_says_what_is_missing(folder, tmp_path, mo
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     hub_cache(tmp_path, folder)
     same_prediction(load_model("somebody/small"), expected)
-    with pytest.raises(UnsupportedModel, match="somebody/other is no folder here, and the hub gave no model_index.json"):
+    with pytest.raises(UnsupportedModel, match=r"somebody/other is no folder here, .* no model_index.json"):
         load_model("somebody/other")
     next(tmp_path.rglob("unet/*.safetensors")).unlink()
     with pytest.raises(UnsupportedModel, match="somebody/small has no unet/"):
@@ -267,10 +267,10 @@ def test_missing_pieces_and_other_families(copy, tmp_path):
         with pytest.raises(UnsupportedModel, match=message):
             load_model(where)
     (copy / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UnsupportedModel, match="holds a FluxPipeline; supported are Stable Diffusion 1.x, 2.x and XL"):
+    with pytest.raises(UnsupportedModel, match=r"holds a FluxPipeline; supported are Stable Diffusion 1.x, 2.x and XL"):
         load_model(copy)
     (copy / "model_index.json").write_text("{")
-    with pytest.raises(UnsupportedModel, match="model_index.json cannot be read as JSON"):
+    with pytest.raises(UnsupportedModel, match=r"model_index.json cannot be read as JSON"):
         load_model(copy)
     (copy / "model_index.json").unlink()
     file = copy / "unet" / WEIGHTS

@@ -45,7 +45,8 @@ def test_a_plan_per_layer_keeps_what_lies_between():
 
 def test_flops_of_the_step_and_of_each_plan():
     forward, eager = step_flops(SD15_REAL, 64, "eager")
-    assert forward == pytest.approx(0.803e12, rel=0.01)
+    enlarged = 18 * (1280**2 * (16**2 + 32**2) + 640**2 * 64**2)  # the convolutions after an enlargement
+    assert forward == pytest.approx(0.803e12 - enlarged * (1 - 16 / 36), rel=0.01)
     more = {plan: (step_flops(SD15_REAL, 64, plan)[1] - eager) / forward for plan in ("A", "B", "C", "checkpoint")}
     print(f"forward {forward / 1e12:.3f} TFLOP, frozen step {eager / 1e12:.3f}; computed again: {more}")
     assert more["A"] == 0

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from pcs_trainer.blocks import Resample
 from pcs_trainer.layers import LowRank
 from pcs_trainer.plans import PLANS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -257,6 +258,24 @@ def test_the_text_product_is_one_and_costs_no_memory(model):
         changed = unet.text_kv(context)
         torch.testing.assert_close(changed[name][0], 2 * before[name][0])
         weights[0].div_(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_enlargement_and_its_convolution_are_one(dtype):
+    torch.manual_seed(0)
+    resample = Resample(8, 1).to(dtype)
+    x = torch.randn(2, 8, 5, 6, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain = resample(x, (10, 12))
+    gradient = torch.randn_like(plain)
+    (expected,) = torch.autograd.grad(plain, x, gradient)
+    resample.requires_grad_(False)
+    for _ in range(2):
+        joined = resample(x, (10, 12))
+        assert relative(joined, plain) < torch.finfo(dtype).eps * 4
+        assert relative(torch.autograd.grad(joined, x, gradient)[0], expected) < torch.finfo(dtype).eps * 4
+        with torch.no_grad():
+            resample.conv.weight.mul_(2)  # the kernels made from the weight follow it
+            plain, expected = 2 * plain - resample.conv.bias.reshape(-1, 1, 1), 2 * expected
 
 
 def test_float32_masters_train_in_a_bfloat16_network(model):

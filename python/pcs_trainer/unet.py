@@ -116,6 +116,11 @@ class UNet(nn.Module):
             layer.plan = name
         return self
 
+    def derived(self) -> list[Tensor]:
+        """Tensors made once from frozen weights and kept beside them, on the CPU."""
+        kernels = [m.enlarged.kernels for m in self.modules() if isinstance(m, Resample)]
+        return [k for k in kernels if k is not None]
+
     def attach(self, name: str, residual: LowRank) -> LowRank:
         """Put a low-rank residual on the projection `name`; it is no part of the state dict."""
         layer = self.get_submodule(name)
