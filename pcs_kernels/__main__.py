@@ -56,10 +56,10 @@ def rows() -> list[tuple[str, str, str]]:
 
 def main() -> None:
     try:
-        native = f"native build {_native.instruction_set()}"
         _native.library()
+        native = f"native build {_native.instruction_set()}"
     except ImportError as error:
-        native = f"no native build: {error}"
+        native = str(error)
     triton = "triton installed" if importlib.util.find_spec("triton") else "triton not installed"
     device = torch.cuda.get_device_name() if device_type() == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     python = sys.version.split()[0]

@@ -1,0 +1,36 @@
+"""What the README claims is what the results files say, and its code runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_numbers_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import plot
+
+    readme = plot.README.read_text()
+    assert plot.with_numbers(readme) == readme, "run: python benchmarks/plot.py"
+
+
+def test_every_function_it_names_exists():
+    import pcs_kernels
+
+    for name in set(re.findall(r"pcs_kernels\.([a-zA-Z_.0-9]+)\(", (ROOT / "README.md").read_text())):
+        found = pcs_kernels
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert callable(found), name
+
+
+def test_benchmarks_run_to_the_end(tmp_path):
+    """One op, few rounds: the gate, the timing, the targets and the results file."""
+    out = tmp_path / "ops.csv"
+    command = [sys.executable, "benchmarks/run.py", "--op", "geglu", "--rounds", "3", "--out", str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    lines = out.read_text().splitlines()
+    assert len(lines) == 1 + 12 and "ratio" in lines[0]
