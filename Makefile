@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup test test-fast lint bench clean
+.PHONY: setup test lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -16,7 +16,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: constraints.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt triton numpy pybind11 setuptools wheel
-	$(PIP) install -q -c constraints.txt pytest hypothesis ruff mypy bitsandbytes matplotlib rich
+	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ruff mypy bitsandbytes matplotlib rich
 	$(PIP) install -q -c constraints.txt diffusers transformers accelerate peft safetensors pillow tokenizers
 	touch $@
 
@@ -24,11 +24,9 @@ $(VENV)/.ready: $(VENV)/.installed setup.py $(wildcard csrc/*)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+# One process a core, a file at a time: threads inside them would only get in each other's way.
 test: setup
-	$(BIN)/python -m pytest tests
-
-test-fast: setup
-	$(BIN)/python -m pytest tests -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --durations=15
 
 lint: setup
 	$(BIN)/ruff check .
