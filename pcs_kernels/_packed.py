@@ -8,16 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-_cache: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, Any]]] = {}
+MOST_VARIANTS = 2
+
+_cache: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, dict[Hashable, Any]]]] = {}
 
 
 def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any]) -> Any:
+def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], variant: Hashable = None) -> Any:
     """pack(weight), computed once per `kind` until the weight is written to in place.
 
+    The best packing may depend on the input's shape: that is the `variant`, of which the latest two are kept.
     Writes through `weight.data` cannot be seen, as nowhere in torch: call `forget_packed_weights()` after them.
     """
     root = weight if weight._base is None else weight._base
@@ -26,10 +29,12 @@ def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any]) -> Any
     if entry is None or entry[0]() is not root or entry[1] != _version(root):
         entry = (weakref.ref(root, lambda _: _cache.pop(key, None)), _version(root), {})
         _cache[key] = entry
-    place = (kind, weight.data_ptr(), tuple(weight.shape), weight.stride())
-    if place not in entry[2]:
-        entry[2][place] = pack(weight.detach())
-    return entry[2][place]
+    variants = entry[2].setdefault((kind, weight.data_ptr(), tuple(weight.shape), weight.stride()), {})
+    if variant not in variants:
+        if len(variants) == MOST_VARIANTS:
+            variants.pop(next(iter(variants)))
+        variants[variant] = pack(weight.detach())
+    return variants[variant]
 
 
 def forget_packed_weights() -> None:

@@ -122,6 +122,16 @@ def test_packed_weights_die_with_the_weight():
     assert len(_packed._cache) == 0
 
 
+def test_packed_weights_of_many_shapes_do_not_pile_up():
+    _packed.forget_packed_weights()
+    weight = torch.randn(8, 16)
+    for rows in range(1, 9):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(pcs_kernels.frozen_linear(x, weight), x @ weight.t())
+    ((_, _, kinds),) = _packed._cache.values()
+    assert [len(variants) for variants in kinds.values()] == [_packed.MOST_VARIANTS]
+
+
 def test_unpacked_keeps_nothing():
     _packed.forget_packed_weights()
     pcs_kernels.frozen_conv2d(torch.randn(1, 4, 5, 5), torch.randn(8, 4, 3, 3), pack=False)

@@ -50,10 +50,11 @@ def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: i
     ]  # rows that the last step of the kernel did not reach
     w = packed(
         weight,
-        ("transposed", stride, padding, tuple(rest), tuple(dy.shape)),
+        ("transposed", stride, padding),
         lambda weight: _mkldnn._reorder_convolution_transpose_weight(
             weight.contiguous(), [padding] * 2, rest, [stride] * 2, [1, 1], 1, list(dy.shape)
         ),
+        variant=tuple(dy.shape) + tuple(rest),
     )
     return _mkldnn._convolution_transpose_pointwise(
         dy, w, None, [padding] * 2, rest, [stride] * 2, [1, 1], 1, "none", [], ""
@@ -68,10 +69,11 @@ def _convolve(x, weight, direction, turn, bias, stride, padding) -> Tensor:
     x, bias = _dense(x), None if bias is None else bias.contiguous()
     w = packed(
         weight,
-        (direction, stride, padding, tuple(x.shape)),
+        (direction, stride, padding),
         lambda weight: _mkldnn._reorder_convolution_weight(
             turn(weight).contiguous(), [padding] * 2, [stride] * 2, [1, 1], 1, list(x.shape)
         ),
+        variant=tuple(x.shape),
     )
     return _mkldnn._convolution_pointwise(x, w, bias, [padding] * 2, [stride] * 2, [1, 1], 1, "none", [], "")
 
@@ -92,5 +94,5 @@ def _product(x, weight, direction, turn, bias) -> Tensor:
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     rows = x.numel() // x.shape[-1]
     pack = lambda weight: _mkldnn._reorder_linear_weight(turn(weight).contiguous(), rows)  # noqa: E731
-    w = packed(weight, (direction, rows), pack)
+    w = packed(weight, direction, pack, variant=rows)
     return _mkldnn._linear_pointwise(x, w, bias, "none", [], "")
