@@ -4,6 +4,7 @@ Every function has a pure-torch reference, a Triton kernel and a native CPU kern
 `python -m pcs_kernels` prints which of them this machine runs, and why not the others.
 """
 
+from . import nn as nn
 from . import optim as optim
 from ._dispatch import BackendUnavailable as BackendUnavailable
 from ._dispatch import backend as backend
