@@ -59,7 +59,7 @@ def test_the_average_follows_and_swaps():
         weight += 1
     average.update(1000)
     average.swap()
-    assert torch.equal(weight, torch.full((3,), 0.5)) and torch.equal(average.values[0], torch.ones(3))
+    assert torch.equal(weight, torch.full((3,), 1 - 0.5**4)) and torch.equal(average.values[0], torch.ones(3))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Writes results.json and contact_sheet.png beside the weights. Every caption here
 import argparse
 import json
 import os
+import textwrap
 import time
 from pathlib import Path
 
@@ -182,20 +183,16 @@ def contact_sheet(parts, path, count=48, columns=12):
 
     scenes, texts, _ = test_set(count, SHEET_OFFSET)
     drawn, real = draw_all(parts, texts), np.stack([world.render(s) for s in scenes])
-    cell, label, scale = 132, 40, 2
+    side, cell, label = 96, 100, 46
     sheet = Image.new("RGB", (columns * cell, (count // columns) * (2 * cell + label)), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     for i, text in enumerate(texts):
         x, y = (i % columns) * cell, (i // columns) * (2 * cell + label)
         for row, picture in enumerate((drawn[i], real[i])):
-            sheet.paste(
-                Image.fromarray(picture).resize((64 * scale, 64 * scale), Image.BICUBIC), (x + 2, y + 2 + row * cell)
-            )
-        words, lines = text.split(), [""]
-        for word in words:
-            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 22 else [*lines, word]
-        pen.multiline_text((x + 3, y + 2 * cell), "\n".join(lines[:4]), fill=(40, 40, 40), spacing=0, font_size=9)
-    sheet.quantize(192).save(path, optimize=True)
+            sheet.paste(Image.fromarray(picture).resize((side, side), Image.BICUBIC), (x + 2, y + 2 + row * cell))
+        lines = textwrap.wrap(text, 19)[:5]
+        pen.multiline_text((x + 3, y + 2 * cell - 1), "\n".join(lines), fill=(40, 40, 40), spacing=0, font_size=9)
+    sheet.save(path, optimize=True)
 
 
 def evaluate(folder=WEIGHTS, count=1000, report=print):
@@ -209,7 +206,7 @@ def evaluate(folder=WEIGHTS, count=1000, report=print):
     report(json.dumps(results["drawn"]))
     n_scenes, n_texts, n_names = test_set(max(50, count * 3 // 10), NOVEL_OFFSET, held_out=True)
     results["novel_triples"] = agreement(judge.read(draw_all(parts, n_texts, first_seed=5000)), n_scenes, n_names)
-    b_scenes, b_texts, b_names = test_set(max(50, count // 5), BARE_OFFSET, bare=True)
+    b_scenes, b_texts, b_names = test_set(max(40, count // 5), BARE_OFFSET, bare=True)
     bare = agreement(judge.read(draw_all(parts, b_texts, first_seed=9000)), b_scenes, b_names)
     results["bare_captions"] = {k: bare[k] for k in ("kind", "colour", "pattern", "scale")}
     report(json.dumps({k: results[k] for k in ("novel_triples", "bare_captions")}))

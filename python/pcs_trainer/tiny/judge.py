@@ -180,7 +180,7 @@ def agreement(found, scenes, names=None):
         counted = [
             ok
             for ok, s, i in zip(right[field], scenes, range(len(scenes)), strict=True)
-            if getattr(s, field) is not None and (names is None or field in names[i])
+            if getattr(s, field) is not None and (names is None or field == "style" or field in names[i])
         ]
         result[field] = float(np.mean(counted)) if counted else float("nan")
     result["triple"] = float(

@@ -87,13 +87,17 @@ def build_own_unet():
 class Average:
     """An exponential moving average of parameters whose memory grows from nothing to 1 / (1 - decay) steps."""
 
-    def __init__(self, parameters, decay=0.999):
+    EVERY = 4  # steps between updates: one pass over all weights costs as much as a sample
+
+    def __init__(self, parameters, decay=0.996):
         self.parameters, self.decay = list(parameters), decay
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self, step):
-        keep = min(self.decay, (1 + step) / (10 + step))
+        if step % self.EVERY:
+            return
+        keep = min(self.decay**self.EVERY, (1 + step) / (10 * self.EVERY + step))
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - keep)
 
     @torch.no_grad()
@@ -213,7 +217,7 @@ def _optimizer(text, unet, lr):
     plain = [p for p in parameters if p.ndim < 2 or id(p) in embedding]
     decayed = [p for p in parameters if not (p.ndim < 2 or id(p) in embedding)]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    return parameters, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), foreach=True)
+    return parameters, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
 
 
 def _train_loop(rank, world, job, text, unet, batches):
@@ -228,6 +232,8 @@ def _train_loop(rank, world, job, text, unet, batches):
         unet.load_state_dict(state["unet"])
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
+            for group in optimizer.param_groups:  # a checkpoint brings its own choice along
+                group.update(foreach=None, fused=True)
         average.values = [v.to(where) for v in state["average"]]
         step, spent, seen = state["step"], state["spent"], state["seen"]
         del state
