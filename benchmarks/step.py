@@ -30,7 +30,7 @@ TERAFLOP = {256: 0.373, 512: 1.80}  # one frozen step, counted from the layer sh
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 COLUMNS = ("date", "commit", "device", "threads", "torch", "size", "variant", "rounds", "seconds", "fastest", "slowest",
            "ours_is_faster", "teraflop_per_second", "machine_teraflop_per_second", "share_of_machine")  # fmt: skip
-PLANS = ("A", "B", "C")
+PLANS = ("eager", "A", "B", "C")
 Step = Callable[[], list[torch.Tensor]]
 
 
@@ -143,7 +143,10 @@ def machine_rate() -> float:
 
 
 def check_gradients(steps: dict[str, Step]) -> None:
-    """Every variant's gradients against float32: ours may err at most twice what the bfloat16 peer does."""
+    """Every variant's gradients against float32: ours may err at most twice what the bfloat16 peer does.
+
+    A peer that errs more is timed all the same, and said to err.
+    """
 
     def flat(step: Step) -> torch.Tensor:
         return torch.cat([g.flatten().double() for g in step()])
@@ -151,8 +154,9 @@ def check_gradients(steps: dict[str, Step]) -> None:
     exact = flat(steps["diffusers fp32"])
     error = {name: ((flat(step) - exact).norm() / exact.norm()).item() for name, step in steps.items()}
     for name, e in error.items():
-        print(f"  gradients against float32: {name:40} {e:.2e}", flush=True)
-        if e > 2 * max(error["diffusers bf16"], 1e-3):
+        wrong = e > 2 * max(error["diffusers bf16"], 1e-3)
+        print(f"  gradients against float32: {name:40} {e:.2e}{'  wrong' if wrong else ''}", flush=True)
+        if wrong and name.startswith("pcs"):
             raise SystemExit(f"{name}: wrong gradients (relative error {e:.2e}); nothing is timed")
 
 
@@ -180,13 +184,15 @@ def rows(size: int, seconds: dict[str, list[float]], rates: list[float]) -> list
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     mine, machine = statistics.median(seconds["pcs plan A"]), statistics.median(rates)
     made = []
-    for name, values in seconds.items():
-        median = statistics.median(values)
+    for name, times in seconds.items():
+        median = statistics.median(times)
         speed = TERAFLOP[size] / median
-        made.append(dict(zip(COLUMNS, (
+        values = (
             datetime.date.today().isoformat(), commit.stdout.strip(), device_name(), torch.get_num_threads(),
-            torch.__version__, size, name, len(values), f"{median:.3f}", f"{min(values):.3f}", f"{max(values):.3f}",
-            f"{median / mine:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}"), strict=True)))  # fmt: skip
+            torch.__version__, size, name, len(times), f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}",
+            f"{median / mine:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}",
+        )  # fmt: skip
+        made.append(dict(zip(COLUMNS, values, strict=True)))
     return made
 
 
