@@ -38,6 +38,7 @@ class Case:
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Every case, its tensors on torch's default device."""
     for make in (self_attention, cross_attention, group_norm, geglu, frozen_conv, lowrank):
         yield from make(dtype)
 
@@ -161,18 +162,28 @@ def with_backward(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor])
     return run
 
 
-def gate(case: Case) -> None:
+def on_triton(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same call with our Triton kernels forced: what a GPU times, whatever the dispatch would prefer there."""
+
+    def forced(*inputs):
+        with pcs_kernels.backend("triton"):
+            return call(*inputs)
+
+    return forced
+
+
+def gate(case: Case, ours: Callable[..., torch.Tensor]) -> None:
     """The tolerance rule of the tests on this very case, or no timing."""
     if case.op in ("frozen_conv2d", "lowrank_residual"):
         return  # weights are bound inside; the tests hold these shapes
-    with torch.no_grad(), pcs_kernels.backend("reference"):
-        exact, low = results(case.ours(*[x.double() for x in case.inputs])), results(case.ours(*case.inputs))
     with torch.no_grad():
-        for found, *references in zip(results(case.ours(*case.inputs)), exact, low, strict=True):
+        with pcs_kernels.backend("reference"):
+            exact, low = results(case.ours(*[x.double() for x in case.inputs])), results(case.ours(*case.inputs))
+        for found, *references in zip(results(ours(*case.inputs)), exact, low, strict=True):
             assert_no_worse_than(found, *references)
 
 
-def adamw(rounds: int) -> Iterator[dict[str, object]]:
+def adamw(rounds: int, device: str) -> Iterator[dict[str, object]]:
     s = registry.ADAMW[0]
     start = torch.randn(s.rows)
     gradient = torch.randn(s.rows)
@@ -190,7 +201,7 @@ def adamw(rounds: int) -> Iterator[dict[str, object]]:
         variants["bitsandbytes AdamW8bit"] = optimizer(lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3))
     except ImportError:
         print("bitsandbytes is not installed: its row is missing")
-    targets = {"bitsandbytes AdamW8bit": 40.0, "torch fused AdamW, 32-bit states": 1 / 1.5}
+    targets = {"bitsandbytes AdamW8bit": 40.0, "torch fused AdamW, 32-bit states": 1 / 1.5} if device == "cpu" else {}
     yield from rows_of("adamw8bit", s.name, "float32", "step", timing.interleave(variants, rounds), targets)
 
 
@@ -222,31 +233,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="only ops whose name holds this")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=timing.RESULTS / "ops_cpu.csv", help="the CSV file to add rows to")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda our side is the Triton kernels")
+    parser.add_argument("--out", type=Path, help="the CSV file to add rows to (results/ops_DEVICE.csv)")
     parser.add_argument("--dry", action="store_true", help="print only, record nothing")
     args = parser.parse_args()
+    out = args.out or timing.RESULTS / f"ops_{args.device}.csv"
+    torch.set_default_device(args.device)
     torch.manual_seed(0)
     found: list[dict[str, object]] = []
     for dtype in (torch.bfloat16, torch.float32):
         for case in cases(dtype):
             if args.op and args.op not in case.op:
                 continue
-            gate(case)
+            ours = on_triton(case.ours) if args.device == "cuda" else case.ours
+            gate(case, ours)
             for i, (direction, turn) in enumerate((("forward", forward), ("both", with_backward))):
-                calls = {name: turn(call, case.inputs) for name, call in {"ours": case.ours, **case.peers}.items()}
+                calls = {name: turn(call, case.inputs) for name, call in {"ours": ours, **case.peers}.items()}
                 seconds = timing.interleave(calls, args.rounds)
-                targets = {peer: both[i] for peer, both in case.targets.items()}
+                targets = {peer: both[i] for peer, both in case.targets.items() if args.device == "cpu"}
                 for row in rows_of(case.op, case.shape, str(dtype)[6:], direction, seconds, targets):
                     show(row)
                     found.append(row)
     if not args.op or args.op in "adamw8bit":
-        for row in adamw(args.rounds):
+        for row in adamw(args.rounds, args.device):
             show(row)
             found.append(row)
     if not args.dry:
         facts = timing.circumstances()
-        timing.append(args.out, [{**facts, **row} for row in found])
-        print(f"{len(found)} rows added to {args.out}")
+        timing.append(out, [{**facts, **row} for row in found])
+        print(f"{len(found)} rows added to {out}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def finish() -> None:
+    """Wait for the GPU, where there is one at work."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def interleave(
     variants: dict[str, Callable[[], object]], rounds: int = 15, least: float = 0.004
 ) -> dict[str, list[float]]:
@@ -24,8 +30,10 @@ def interleave(
     repeats = {}
     for name, call in variants.items():
         call()
+        finish()
         start = time.perf_counter()
         call()
+        finish()
         repeats[name] = max(1, int(least / max(time.perf_counter() - start, 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
@@ -33,6 +41,7 @@ def interleave(
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
+            finish()
             seconds[name].append((time.perf_counter() - start) / repeats[name])
     return seconds
 

@@ -23,8 +23,13 @@ def normal(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def constant(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """A frozen operand, in the dtype of the input it goes with."""
-    return lambda like: x.to(like.dtype)
+    """A frozen operand, in the dtype and on the device of the input it goes with."""
+    return lambda like: x.to(like.dtype).to(like.device)
+
+
+def like(capture: Tensor, q: Tensor) -> Tensor:
+    """Token weights as cross_attention takes them with q: float32, or float64 with float64."""
+    return capture.to(q.device, torch.promote_types(q.dtype, capture.dtype))
 
 
 def geglu() -> list[Case]:
@@ -83,9 +88,7 @@ def cross_attention() -> list[Case]:
         capture = torch.rand(batch, 3, tokens)
 
         def with_maps(q, k, v, capture=capture):
-            return pcs_kernels.cross_attention(
-                split_heads(q), k, v, capture.to(torch.promote_types(q.dtype, capture.dtype))
-            )
+            return pcs_kernels.cross_attention(split_heads(q), k, v, like(capture, q))
 
         without = lambda *x: pcs_kernels.cross_attention(*x)[0]  # noqa: E731
         only_maps = lambda *x, f=with_maps: f(*x)[1]  # noqa: E731
@@ -102,7 +105,7 @@ def lowrank_residual() -> list[Case]:
         mask = torch.rand(2, rows, dtype=torch.float64)
         masked = lambda *t: pcs_kernels.lowrank_residual(*t, scale=0.7)  # noqa: E731
         conv = lambda x, w, d, u: pcs_kernels.lowrank_residual(x, w[:, :, None, None], None, d, u)  # noqa: E731
-        stacked = lambda *t: pcs_kernels.lowrank_residual(*t, index=torch.tensor([2, 0]))  # noqa: E731
+        stacked = lambda *t: pcs_kernels.lowrank_residual(*t, index=torch.tensor([2, 0], device=t[0].device))  # noqa: E731
         stack = [torch.stack([p, p * 2, p * 3]) for p in (down, up)]
         size = f"{rows}x{c_in}->{c_out} r{rank}"
         cases.append(Case(f"lowrank {size} masked", masked, [x, weight, bias, down, up, mask]))
@@ -137,15 +140,17 @@ def all_cases() -> list[Case]:
     return [case for maker in makers for case in maker()]
 
 
-def evaluate(case: Case, backend: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> dict[str, Tensor]:
+def evaluate(
+    case: Case, backend: str, dtype: torch.dtype, compute: torch.dtype | None = None, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Outputs and every input's gradient on one backend; values are rounded to `dtype`, arithmetic is in `compute`."""
     generator = torch.Generator().manual_seed(1)
     compute = compute or dtype
-    leaves = [x.to(dtype).to(compute).requires_grad_() for x in case.inputs]
+    leaves = [x.to(dtype).to(device, compute).requires_grad_() for x in case.inputs]
     with pcs_kernels.backend(backend):
         outputs = case.call(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        seeds = [torch.randn(y.shape, generator=generator).to(dtype).to(y.dtype) for y in outputs]
+        seeds = [torch.randn(y.shape, generator=generator).to(dtype).to(y) for y in outputs]
         torch.autograd.backward(outputs, seeds)
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return found | {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}

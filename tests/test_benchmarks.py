@@ -34,3 +34,10 @@ def test_benchmarks_run_to_the_end(tmp_path):
     assert ran.returncode == 0, ran.stderr
     lines = out.read_text().splitlines()
     assert len(lines) == 1 + 12 and "ratio" in lines[0]
+
+
+def test_the_gpu_script_runs_to_the_end(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--out", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert {"gpu_tests.txt", "gpu_rates.json", "ops_cuda.csv"} <= {p.name for p in tmp_path.iterdir()}
