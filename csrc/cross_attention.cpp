@@ -22,6 +22,14 @@ struct Forward {
   int64_t depth = round_up(s.D, KS<E>), width = round_up(s.D, W), tokens = round_up(s.M, W);
   int64_t k_size = packed_size<E>(s.M, s.D), v_size = packed_size<E>(s.D, s.M);
   Buffer<E> packed_k{s.B * s.H * k_size}, packed_v{s.B * s.H * v_size};
+  Buffer<float> weights{s.B * G * tokens};  // capture, padded with zeros to whole vectors
+
+  void pad_capture() {
+    for (int64_t bg = 0; bg < s.B * G; bg++) {
+      std::copy(capture + bg * s.M, capture + (bg + 1) * s.M, weights.get() + bg * tokens);
+      std::fill(weights.get() + bg * tokens + s.M, weights.get() + (bg + 1) * tokens, 0.0f);
+    }
+  }
 
   void pack(int64_t bh) {
     const int64_t b = bh / s.H, h = bh % s.H;
@@ -36,7 +44,7 @@ struct Forward {
     if (capture) std::fill(mean.get(), mean.get() + BQ * tokens, 0.0f);
     float share[BQ];
     const float to_log2 = scale * LOG2E;
-    float* const score = scores.get();
+    float *const score = scores.get(), *const sums = mean.get();
     const int64_t ld = tokens;
     for (int64_t h = 0; h < s.H; h++) {
       const int64_t bh = b * s.H + h;
@@ -52,7 +60,7 @@ struct Forward {
       for (int64_t r = 0; r < n; r++) {
         float* row = scores.get() + r * tokens;
         share[r] = 1.0f / softmax_row(row, p.get() + r * tokens, s.M, tokens);
-        if (capture) add_row(mean.get() + r * tokens, row, share[r] / float(s.H), tokens);
+        if (capture) add_row(sums + r * ld, row, share[r] / float(s.H), ld);
       }
       T* to = out.at<T>(b, h, i);
       const int64_t stride = out.row, D = s.D;
@@ -63,8 +71,9 @@ struct Forward {
           store_n(to + r * stride + c, x * share[r], int(D - c));
       });
     }
-    for (int64_t g = 0; g < G; g++)
-      for (int64_t r = 0; r < n; r++) maps[(b * G + g) * s.N + i + r] = captured(b, g, mean.get() + r * tokens);
+    for (int64_t bg = b * G; bg < (b + 1) * G; bg++)
+      for (int64_t r = 0; r < n; r++)
+        maps[bg * s.N + i + r] = dot(mean.get() + r * tokens, weights.get() + bg * tokens, tokens);
   }
 
   static void add_row(float* sums, const float* row, float factor, int64_t n) {
@@ -87,13 +96,15 @@ struct Forward {
     return sum(sums);
   }
 
-  float captured(int64_t b, int64_t g, const float* mean) const {
-    const float* weights = capture + (b * G + g) * s.M;
-    vf sums = {};
+  static float dot(const float* a, const float* b, int64_t n) {
+    vf even = {}, odd = {};
     int64_t c = 0;
-    for (; c + W <= s.M; c += W) sums += load(mean + c) * load(weights + c);
-    if (c < s.M) sums += load_n(mean + c, int(s.M - c)) * load_n(weights + c, int(s.M - c));
-    return sum(sums);
+    for (; c + 2 * W <= n; c += 2 * W) {
+      even += load(a + c) * load(b + c);
+      odd += load(a + c + W) * load(b + c + W);
+    }
+    if (c < n) even += load(a + c) * load(b + c);
+    return sum(even + odd);
   }
 };
 
@@ -218,6 +229,7 @@ void forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, c
              int64_t G, AttentionShape s, float scale, int threads) {
   Forward<T> job{q, k, v, out, capture, maps, G, s, scale};
   const int64_t tiles = (s.N + BQ - 1) / BQ;
+  job.pad_capture();
   parallel_for(s.B * s.H, threads, [&](int64_t bh) { job.pack(bh); });
   parallel_for(s.B * tiles, threads, [&](int64_t t) { job.rows(t / tiles, t % tiles * BQ); });
 }
