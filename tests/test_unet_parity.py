@@ -107,8 +107,10 @@ def test_the_full_sd15_configuration():
     with torch.device("meta"):
         network = UNet2DConditionModel(**SD15_REAL)
     network = network.to_empty(device="cpu").requires_grad_(False)
+    noise = torch.randn(max(p.numel() for p in network.parameters()))
     for name, p in network.named_parameters():
-        p.normal_(float("norm" in name and "weight" in name), 0.02 if p.dim() == 1 else p[0].numel() ** -0.5)
+        scale = 0.02 if p.dim() == 1 else p[0].numel() ** -0.5
+        p.copy_(noise[: p.numel()].view_as(p) * scale + float("norm" in name and "weight" in name))
     unet = UNet.from_config(dict(network.config), device="meta")
     unet.load_state_dict(network.state_dict(), strict=True, assign=True)
     unet.requires_grad_(False)
