@@ -53,10 +53,27 @@ def ops_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def step_table() -> str:
+    rows = [row for row in newest(timing.RESULTS / "step.csv") if row["size"] == "512"]
+    if not rows:
+        return ""
+    facts = rows[0]
+    lines = [
+        f"One Personalized-Residuals step, forward and backward, batch 1, SD1.5 at 512, on {facts['device']},"
+        f" {facts['threads']} threads, torch {facts['torch']}, {facts['date']} (median; the share is of the machine's own"
+        " bf16 matrix rate in that run):\n",
+        "| | seconds | over ours | share |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['variant']} | {row['seconds']} | {row['ours_is_faster']} | {row['share_of_machine']} |")
+    return "\n".join(lines) + "\n\n"
+
+
 def with_numbers(readme: str) -> str:
     """The README with the part between the markers made anew."""
     before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{ops_table()}{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n{step_table()}{ops_table()}{END}{rest.split(END, 1)[1]}"
 
 
 if __name__ == "__main__":
