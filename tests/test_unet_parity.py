@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcs_trainer.plans import PLANS
 from pcs_trainer.unet import UNet
 from unet_families import FAMILIES, SD15_REAL, inputs, ours_like, peer, peer_prediction, relative
 
@@ -67,8 +66,8 @@ def test_bf16_errs_at_most_twice_what_the_peer_does(family):
     assert relative(actual, expected) <= 2 * relative(theirs, expected) + 1e-3
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_frozen_network_gives_the_text_gradient_under_every_plan(family, plan):
+@pytest.mark.parametrize("plan", ["A", "C"])
+def test_a_frozen_network_gives_the_peers_text_gradient(family, plan):
     _, _, unet, (x, t, context, added), expected, gradient, text_gradient = family
     unet.set_plan(plan).requires_grad_(False)
     text = context.clone().requires_grad_()
