@@ -60,8 +60,8 @@ def step_table() -> str:
     facts = rows[0]
     lines = [
         f"One Personalized-Residuals step, forward and backward, batch 1, SD1.5 at 512, on {facts['device']},"
-        f" {facts['threads']} threads, torch {facts['torch']}, {facts['date']} (median; the share is of the machine's own"
-        " bf16 matrix rate in that run):\n",
+        f" {facts['threads']} threads, torch {facts['torch']}, {facts['date']} (median; the share is of the machine's"
+        " own bf16 matrix rate in that run):\n",
         "| | seconds | over ours | share |",
         "|---|---|---|---|",
     ]
