@@ -8,7 +8,7 @@ import torch
 from .common import to_pictures
 from .train_unet import SCHEDULE, alphas
 
-GUIDANCE, STEPS = 4.0, 25
+GUIDANCE, STEPS = 5.0, 25
 
 
 def write_folder(folder, vae, text, tokenizer, unet, tokenizer_files):
