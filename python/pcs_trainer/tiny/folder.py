@@ -1,5 +1,6 @@
 """Writes the trained parts as a folder that diffusers' StableDiffusionPipeline reads, and draws with such parts."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def write_folder(folder, vae, text, tokenizer, unet, tokenizer_files):
         shutil.copy(folder / "README.md", part / "README.md")
     for file in part.rglob("*.safetensors"):
         file.chmod(0o644)
+    for file in part.rglob("config.json"):  # where the parts were read from is nobody's business
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
