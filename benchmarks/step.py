@@ -11,7 +11,6 @@ bfloat16 matrix-product rate. Median and spread go to benchmarks/results/step.cs
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import timing
 import torch
 from pcs_trainer.layers import LowRank
 from pcs_trainer.unet import UNet
@@ -27,7 +27,7 @@ from torch import nn
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 TERAFLOP = {256: 0.373, 512: 1.80}  # one frozen step, counted from the layer shapes
-RESULTS = Path(__file__).parent / "results" / "step.csv"
+RESULTS = timing.RESULTS / "step.csv"
 COLUMNS = ("date", "commit", "device", "threads", "torch", "size", "variant", "rounds", "seconds", "fastest", "slowest",
            "ours_is_faster", "teraflop_per_second", "machine_teraflop_per_second", "share_of_machine")  # fmt: skip
 PLANS = ("eager", "A", "B", "C")
@@ -220,14 +220,8 @@ def main() -> None:
     for row in table:
         print(f"  {row['variant']:40} {row['seconds']} s ({row['fastest']} - {row['slowest']})  "
               f"{row['ours_is_faster']} x ours  {float(row['share_of_machine']):.0%} of the machine")  # fmt: skip
-    if options.dry:
-        return
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(table)
+    if not options.dry:
+        timing.append(RESULTS, table)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 
 namespace PCS_ISA {
 
-
 // dst[0..n) = src * factor, converted.
 template <class T>
 PCS_INLINE void write_row(T* dst, const float* src, int64_t n, float factor) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,12 +83,6 @@ def sum_partials(part: Tensor, out: Tensor, owner: Tensor | None = None) -> Tens
         num_stages=1,
     )
     return out
-
-
-def empty_like_heads_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[B, H, N, D] whose memory is [B, N, H, D], so that .transpose(1, 2).reshape(B, N, H * D) is a view."""
-    batch, heads, rows, width = x.shape
-    return x.new_empty((batch, rows, heads, width), dtype=dtype or x.dtype).transpose(1, 2)
 
 
 def common_align(*tensors: Tensor | None) -> int:

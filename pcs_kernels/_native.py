@@ -93,11 +93,6 @@ def heads(x: Tensor | None) -> tuple[int, int, int, int]:
     return (x.data_ptr(), batch, head, row)
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """x itself where its last dimension is dense, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def values(p: Tensor | None) -> tuple[int, int]:
     """A small contiguous parameter of either dtype: (address, dtype)."""
     return (0, 0) if p is None else (p.data_ptr(), dtype_code(p))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..self_attention.native_impl import _sizes, heads_last_empty
+from .._layout import heads_last_empty, unit_rows
+from ..self_attention.native_impl import _sizes
 
 LIBRARY = _native.library()
 
@@ -16,7 +17,7 @@ def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = map(_native.unit_rows, (q, k, v))
+    q, k, v = map(unit_rows, (q, k, v))
     capture = None if capture is None else capture.contiguous()
     groups = 0 if capture is None else capture.shape[1]
     out = heads_last_empty(q)
@@ -40,8 +41,8 @@ def backward(
     need_k: bool,
     need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = map(_native.unit_rows, (q, k, v))
-    dout = None if dout is None else _native.unit_rows(dout)
+    q, k, v = map(unit_rows, (q, k, v))
+    dout = None if dout is None else unit_rows(dout)
     capture = None if capture is None else capture.contiguous()
     dmaps = None if dmaps is None else dmaps.to(torch.float32).contiguous()
     groups = 0 if capture is None or dmaps is None else capture.shape[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _check as check
 from .._dispatch import Op, define, distinct, forced_backend
 from .._dtypes import accumulator
+from .._layout import heads_last_empty
 
 OP = Op("cross_attention", __package__)
 MAX_TOKENS = 320
@@ -42,11 +43,6 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: 
         check.same_device("capture", capture, "q", q)
 
 
-def _heads_last_empty(x: Tensor) -> Tensor:
-    batch, heads, rows, width = x.shape
-    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
-
-
 def _forward(q, k, v, capture, scale, backend):
     _check_call(q, k, v, capture, scale)
     return OP.select(backend, q.device.type, q, k, v, capture, scale).forward(q, k, v, capture, scale)
@@ -55,7 +51,7 @@ def _forward(q, k, v, capture, scale, backend):
 def _forward_fake(q, k, v, capture, scale, backend):
     _check_call(q, k, v, capture, scale)
     groups = 0 if capture is None else capture.shape[1]
-    return _heads_last_empty(q), q.new_empty((q.shape[0], groups, q.shape[2]), dtype=accumulator(q.dtype))
+    return heads_last_empty(q), q.new_empty((q.shape[0], groups, q.shape[2]), dtype=accumulator(q.dtype))
 
 
 def _backward(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
@@ -68,7 +64,7 @@ def _backward(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, back
 
 def _backward_fake(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
     return tuple(
-        _heads_last_empty(x) if needed else q.new_empty(0) for x, needed in ((q, need_q), (k, need_k), (v, need_v))
+        heads_last_empty(x) if needed else q.new_empty(0) for x, needed in ((q, need_q), (k, need_k), (v, need_v))
     )
 
 

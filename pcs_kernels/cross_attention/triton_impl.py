@@ -25,7 +25,8 @@ from .._launch import (
     split_width,
     unavailable,
 )
-from .._math import common_align, empty_like_heads_last, strides, sum_partials, wide_head
+from .._layout import heads_last_empty, unit_rows
+from .._math import common_align, strides, sum_partials, wide_head
 from .triton_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel, cross_fwd_kernel
 
 MAX_TOKENS = 320
@@ -69,10 +70,6 @@ def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: o
     return why or wide_head(q, k, v)
 
 
-def _unit_width(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _config(q: Tensor, k: Tensor, kernel: str, align: int) -> dict[str, int]:
     arch = current_arch(q.device)
     half = q.dtype != torch.float32
@@ -81,7 +78,7 @@ def _config(q: Tensor, k: Tensor, kernel: str, align: int) -> dict[str, int]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_width(q), _unit_width(k), _unit_width(v)
+    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     batch, heads, queries, _ = q.shape
     tokens = k.shape[2]
     groups = 0 if capture is None else capture.shape[1]
@@ -90,7 +87,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
     block_g = min(pow2(max(groups, 1)), MAX_BLOCK_G)
     tiles = blocks(queries, config["BLOCK_N"])
     programs = batch * tiles * (heads if capture is None else 1)
-    out = empty_like_heads_last(q)
+    out = heads_last_empty(q)
     maps = q.new_empty((batch, groups, queries), dtype=torch.float32)
     # a pointer must be some tensor even where the flags say that it is not read
     weights = q if capture is None else capture.contiguous()
@@ -110,8 +107,8 @@ def backward(
     dout: Tensor | None, dmaps: Tensor | None, q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float,
     need_q: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = _unit_width(q), _unit_width(k), _unit_width(v)
-    dout = None if dout is None else _unit_width(dout)
+    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
+    dout = None if dout is None else unit_rows(dout)
     if capture is None or dmaps is None:
         capture = dmaps = None
     else:
@@ -124,7 +121,7 @@ def backward(
     layout = *strides(q, align), *strides(k, align), *strides(v, align), *strides(dout, align)
     given = {"HAS_DOUT": dout is not None, "HAS_DMAPS": dmaps is not None}
     inputs = q, k, v, *(q if t is None else t for t in (dout, capture, dmaps))
-    dq = empty_like_heads_last(q) if need_q else q.new_empty(0)
+    dq = heads_last_empty(q) if need_q else q.new_empty(0)
     rows = q.new_empty((2, batch, heads, queries), dtype=torch.float32) if need_k or need_v else None
     lse, delta = (None, None) if rows is None else (rows[0], rows[1])
     tiles = blocks(queries, config["BLOCK_N"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._layout import heads_last_empty, unit_rows
 
 LIBRARY = _native.library()
 
@@ -18,13 +19,8 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
     return (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
 
 
-def heads_last_empty(x: Tensor) -> Tensor:
-    batch, heads, rows, width = x.shape
-    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = map(_native.unit_rows, (q, k, v))
+    q, k, v = map(unit_rows, (q, k, v))
     out = heads_last_empty(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     LIBRARY.self_attention_forward(
@@ -37,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = map(_native.unit_rows, (dout, q, k, v))
+    dout, q, k, v = map(unit_rows, (dout, q, k, v))
     dq, dk, dv = map(heads_last_empty, (q, k, v))
     LIBRARY.self_attention_backward(
         _native.dtype_code(q), *map(_native.heads, (dout, q, k, v, out)), _native.address(lse.contiguous()),

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _check as check
 from .._dispatch import BackendUnavailable, Op, define, forced_backend, forced_provider
 from .._dtypes import accumulator
+from .._layout import heads_last_empty
 
 OP = Op("self_attention", __package__)
 
@@ -34,11 +35,6 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     check.finite("scale", scale)
 
 
-def _heads_last_empty(x: Tensor) -> Tensor:
-    batch, heads, rows, width = x.shape
-    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
-
-
 def _forward(q, k, v, scale, backend):
     _check_call(q, k, v, scale)
     return OP.select(backend, q.device.type, q, k, v, scale).forward(q, k, v, scale)
@@ -46,7 +42,7 @@ def _forward(q, k, v, scale, backend):
 
 def _forward_fake(q, k, v, scale, backend):
     _check_call(q, k, v, scale)
-    return _heads_last_empty(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return heads_last_empty(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def _backward(dout, q, k, v, out, lse, scale, backend):
@@ -54,7 +50,7 @@ def _backward(dout, q, k, v, out, lse, scale, backend):
 
 
 def _backward_fake(dout, q, k, v, out, lse, scale, backend):
-    return _heads_last_empty(q), _heads_last_empty(k), _heads_last_empty(v)
+    return heads_last_empty(q), heads_last_empty(k), heads_last_empty(v)
 
 
 define(

@@ -22,7 +22,8 @@ from .._launch import (
     split_width,
     unavailable,
 )
-from .._math import common_align, empty_like_heads_last, strides, wide_head
+from .._layout import heads_last_empty, unit_rows
+from .._math import common_align, strides, wide_head
 from .triton_kernels import self_bwd_kv_kernel, self_bwd_q_kernel, self_fwd_kernel
 
 MAX_WIDTH = 256
@@ -59,10 +60,6 @@ def reason(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *_: obje
     return why or wide_head(q, k, v)
 
 
-def _unit_width(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _config(q: Tensor, rows: int, kernel: str, align: int) -> dict:
     half = q.dtype != torch.float32
     config = launch_config(q.shape[0], q.shape[1], rows, q.shape[3], current_arch(q.device), kernel, half)
@@ -70,13 +67,13 @@ def _config(q: Tensor, rows: int, kernel: str, align: int) -> dict:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_width(q), _unit_width(k), _unit_width(v)
+    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     align = common_align(q, k, v)
     config = _config(q, queries, "forward", align)
     tiles = blocks(queries, config["BLOCK_N"])
-    out = empty_like_heads_last(q)
+    out = heads_last_empty(q)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     launch(
         self_fwd_kernel, (batch * heads * tiles,), q, k, v, out, lse, queries, keys, heads, tiles, scale * LOG2E,
@@ -88,13 +85,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v, out = (_unit_width(t) for t in (dout, q, k, v, out))
+    dout, q, k, v, out = (unit_rows(t) for t in (dout, q, k, v, out))
     lse = lse.contiguous()
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     align = common_align(q, k, v, dout, out)
     layout = *strides(q, align), *strides(k, align), *strides(v, align), *strides(dout, align)
-    dq, dk, dv = (empty_like_heads_last(t) for t in (q, k, v))
+    dq, dk, dv = (heads_last_empty(t) for t in (q, k, v))
     delta = torch.empty_like(lse)
     config = _config(q, queries, "bwd_q", align)
     tiles = blocks(queries, config["BLOCK_N"])
