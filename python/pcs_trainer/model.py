@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .schedule import Schedule
-from .sources import Folder, SingleFile, find_source, read_json
+from .sources import TINY, Folder, SingleFile, find_source, read_json
 from .unet import UNet
 from .unet_config import UnsupportedModel
 from .weights import load_weights, weight_files
@@ -67,6 +67,15 @@ class Model:
         return self._get("schedule")
 
     @property
+    def name(self) -> str:
+        """What to call this model in a sentence."""
+        return "the embedded model" if self.embedded else str(getattr(self.source, "name", None) or self.source.path)
+
+    @property
+    def embedded(self) -> bool:
+        return self.source.path == TINY
+
+    @property
     def loaded(self) -> list[str]:
         """The parts that are in memory now."""
         return list(self._parts)
@@ -79,7 +88,10 @@ class Model:
             self._parts.pop(name, None)
 
     def _settle(self, module: nn.Module) -> nn.Module:
-        return module.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        module = module.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        half = self.dtype is None and any(p.dtype == torch.float16 for p in module.parameters())
+        # A CPU has no arithmetic in float16: the files' half precision is for their size alone.
+        return module.float() if half and self.device == "cpu" else module
 
     def _load_unet(self) -> UNet:
         if isinstance(self.source, SingleFile):
@@ -94,7 +106,7 @@ class Model:
         if self.device == "meta":
             return self._settle(unet)
         load_weights(unet, weight_files(folder, "diffusion_pytorch_model", self.dtype), self.dtype, self.device)
-        return unet.requires_grad_(False).eval()
+        return self._settle(unet)
 
     def _text_parts(self, name: str) -> list[Path]:
         return [self.source.part(n) for n in (name, f"{name}_2") if n == name or self.source.has(n)]
@@ -153,7 +165,7 @@ class Model:
         if self.device != "meta":
             files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
             load_weights(vae, files, self.dtype, self.device, OLD_VAE_NAMES)
-        return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        return self._settle(vae).to(memory_format=torch.channels_last)
 
     def _load_schedule(self) -> Schedule:
         if isinstance(self.source, SingleFile):
@@ -190,7 +202,7 @@ def load_model(
 ) -> Model:
     """A model from a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded one).
 
-    dtype: None keeps the files' own. device: "meta" builds the networks without weights.
+    dtype: None keeps the files' own (float16 becomes float32 on a CPU). device: "meta" builds the networks without weights.
     config: for a single file, the folder (or hub name) with the configuration files diffusers should convert it by.
     """
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))

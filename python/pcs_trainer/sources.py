@@ -34,7 +34,7 @@ class Folder:
     """A folder in diffusers' layout (unet/, text_encoder/, vae/, ..., model_index.json)."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = self.path = root
 
     def part(self, name: str) -> Path:
         folder = self.root / name
@@ -93,7 +93,7 @@ class SingleFile:
     """A checkpoint in one file; diffusers converts it, part by part, with the configuration files of `config`."""
 
     def __init__(self, file: Path, config: str | None) -> None:
-        self.file = file
+        self.file = self.path = file
         self.options = {"config": config, "local_files_only": True} if config else {}
 
     def converted(self, kind: type, part: str | None) -> Any:

@@ -118,7 +118,7 @@ def tokenise(tokenizer, captions, cache):
             tokenizer(flat[i : i + 4096], padding="max_length", truncation=True, max_length=MAX_TOKENS).input_ids
             for i in range(0, len(flat), 4096)
         ]
-        part = file.with_suffix(".part.npy")
+        part = file.with_suffix(f".{os.getpid()}.npy")  # every worker may write it
         np.save(part, np.concatenate([np.array(block, np.int16) for block in ids]))
         os.replace(part, file)
     ids = np.load(file)
@@ -211,13 +211,15 @@ def in_order(text, unet):
 
 
 def _optimizer(text, unet, lr):
-    """AdamW; no decay on norms, biases and embeddings."""
+    """AdamW with 8-bit states; no decay on norms, biases and embeddings."""
+    from pcs_kernels.optim import AdamW8bit
+
     parameters = in_order(text, unet)
     embedding = {id(p) for n, p in text.named_parameters() if "embedding" in n}
     plain = [p for p in parameters if p.ndim < 2 or id(p) in embedding]
     decayed = [p for p in parameters if not (p.ndim < 2 or id(p) in embedding)]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    return parameters, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    return parameters, AdamW8bit(groups, lr=lr, betas=(0.9, 0.99))
 
 
 def _train_loop(rank, world, job, text, unet, batches):
@@ -232,8 +234,6 @@ def _train_loop(rank, world, job, text, unet, batches):
         unet.load_state_dict(state["unet"])
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
-            for group in optimizer.param_groups:  # a checkpoint brings its own choice along
-                group.update(foreach=None, fused=True)
         average.values = [v.to(where) for v in state["average"]]
         step, spent, seen = state["step"], state["spent"], state["seen"]
         del state

@@ -1,0 +1,157 @@
+"""A concept: its file, its place on the model, what broken files say."""
+
+import pickle
+
+import pytest
+import torch
+from pcs_trainer import load_model
+from pcs_trainer.concept import Concept, attached, fingerprint, load_concept, predict, same_base
+from pcs_trainer.text import encode
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny")
+
+
+def residuals(model, rank=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, p in model.unet.named_parameters():
+        if name.endswith("proj_out.weight"):
+            stem = "unet." + name.removesuffix(".weight")
+            tensors[f"{stem}.down"] = torch.randn(rank, p.shape[1], generator=g) / rank
+            tensors[f"{stem}.up"] = 0.1 * torch.randn(p.shape[0], rank, generator=g)
+    return tensors
+
+
+def concept_of(model, **more):
+    width = model.text_encoder.get_input_embeddings().weight.shape[1]
+    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(3)) * 0.02
+    meta = {"token": "<dog>", "class_word": "cat", "base_name": "a"}
+    concept = Concept("personalized_residuals", residuals(model), {"<dog>": [rows]}, meta, fingerprint(model))
+    for name, value in more.items():
+        setattr(concept, name, value)
+    return concept
+
+
+def test_a_file_brings_back_the_same_concept(model, tmp_path):
+    concept = concept_of(model)
+    concept.save(tmp_path / "dog.safetensors")
+    again = load_concept(tmp_path / "dog.safetensors", model)
+    assert torch.equal(predict(model, [concept], "a <dog> cat"), predict(model, [again], "a <dog> cat"))
+    assert again.meta["class_word"] == "cat" and again.method == concept.method and again.base == concept.base
+    assert [f.name for f in tmp_path.iterdir()] == ["dog.safetensors"]
+
+
+def test_putting_on_and_taking_off_leaves_the_base_as_it_was(model):
+    before = predict(model, [], "a red mug")
+    text = model.text_encoder
+    name, weight = next((n, p) for n, p in text.named_parameters() if n.endswith("fc1.weight"))
+    tensors = residuals(model) | {
+        "unet.conv_in.weight": model.unet.conv_in.weight * 1.1,
+        "unet.conv_out.bias.diff": torch.ones_like(model.unet.conv_out.bias),
+        f"text_encoder.text_model.{name.removeprefix('text_model.')}": weight * 0.9,
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.down": torch.randn(2, weight.shape[1]),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.up": torch.randn(weight.shape[1], 2),
+    }
+    concept = concept_of(model, tensors=tensors)
+    with attached(model, [concept]):
+        changed = predict(model, [], "a red mug")
+    assert not torch.equal(changed, before)
+    assert torch.equal(predict(model, [], "a red mug"), before)
+
+
+def test_strength_zero_is_the_base_and_half_lies_between(model):
+    whole = {"unet.conv_out.weight": torch.zeros_like(model.unet.conv_out.weight)}
+    concept = concept_of(model, tensors=whole, words={})
+    base = model.unet.conv_out.weight.detach().clone()
+    with attached(model, [concept], [0.0]):
+        assert torch.equal(model.unet.conv_out.weight, base)
+    with attached(model, [concept], [0.5]):
+        torch.testing.assert_close(model.unet.conv_out.weight, base * 0.5)
+    with pytest.raises(ValueError, match="one strength for each"):
+        with attached(model, [concept], [0.5, 0.5]):
+            pass
+
+
+def test_two_concepts_of_one_name_are_refused_and_can_be_renamed(model):
+    a, b = concept_of(model), concept_of(model)
+    with pytest.raises(ValueError, match="renamed"), attached(model, [a, b]):
+        pass
+    with attached(model, [a, b.renamed("<cat>")]) as words:
+        assert set(words) == {"<dog>", "<cat>"}
+    assert not any(layer.residuals for layer in model.unet.modules() if hasattr(layer, "residuals"))
+
+
+def test_another_base_is_refused_by_name(model, tmp_path):
+    concept = concept_of(model, base="0123456789abcdef:1,2,3")
+    concept.meta["base_name"] = "some/other-model"
+    concept.save(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="some/other-model"):
+        load_concept(tmp_path / "c.safetensors", model)
+    load_concept(tmp_path / "c.safetensors", model, force=True)
+
+
+def test_a_concept_without_effect_is_refused(model, tmp_path):
+    tensors = {n: t * (not n.endswith(".up")) for n, t in residuals(model).items()}
+    concept_of(model, tensors=tensors, words={}).save(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="changes nothing"):
+        load_concept(tmp_path / "c.safetensors", model)
+
+
+def test_the_same_model_in_another_precision_is_the_same(model):
+    half = load_model("tiny", dtype=torch.bfloat16)
+    assert same_base(fingerprint(model), fingerprint(half))
+    config, _, values = fingerprint(model).partition(":")
+    assert not same_base(fingerprint(model), f"{config}:{','.join(['0.5', *values.split(',')[1:]])}")
+
+
+def test_broken_files_say_what_is_wrong(model, tmp_path):
+    path = tmp_path / "c.safetensors"
+    concept_of(model).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        load_concept(path)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="pickle"):
+        load_concept(path)
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="pickle"):
+        load_concept(path)
+    tensors = residuals(model)
+    name = next(iter(tensors))
+    concept_of(model, tensors=tensors | {name: tensors[name] * float("nan")}).save(path)
+    with pytest.raises(ValueError, match="NaN") as error:
+        load_concept(path)
+    assert name in str(error.value)
+    concept_of(model, tensors={"strange.weight": torch.ones(2)}).save(path)
+    with pytest.raises(ValueError, match="strange.weight"):
+        load_concept(path)
+    concept_of(model, tensors={"unet.conv_in.weight": torch.ones(3, 3)}).save(path)
+    with pytest.raises(ValueError, match="conv_in.weight"):
+        load_concept(path, model)
+    with pytest.raises(ValueError, match="not there"):
+        load_concept(tmp_path / "none.safetensors")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(model, tmp_path):
+    (tmp_path / "folder").write_text("a file where a folder is wanted")
+    with pytest.raises(OSError, match="could not be written"):
+        concept_of(model).save(tmp_path / "folder" / "c.safetensors")
+    assert [f.name for f in tmp_path.iterdir()] == ["folder"]
+
+
+def test_learned_words_stand_where_they_are_said(model):
+    width = model.text_encoder.get_input_embeddings().weight.shape[1]
+    words = {"<dog>": [torch.ones(2, width)], "sksy": [torch.ones(1, width)]}
+    text = encode(model, ["a photo of a <dog> cat, sksy", "sksyx <DOG>"], words)
+    assert text.places(0, "<dog>") == [5, 6] and text.places(0, "cat") == [7] and text.places(0, "sksy") == [9]
+    assert not text.places(1, "sksy") and len(text.places(1, "<dog>")) == 2
+    with torch.no_grad():
+        red = model.tokenizer.convert_tokens_to_ids("red</w>")
+        row = model.text_encoder.get_input_embeddings().weight[[red]].clone()
+        torch.testing.assert_close(
+            encode(model, ["a red mug"]).states, encode(model, ["a <r> mug"], {"<r>": [row]}).states
+        )
