@@ -1,0 +1,196 @@
+"""A ledger of every storage that a training step makes: what is alive when, in which part of the step, for which layer.
+
+On the meta device a storage has its size and no bytes, so a step of any model is counted in about a second, exactly and
+without computing it. Work is counted beside it, in FLOPs plus a price for each byte written.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+OPS = torch.ops.pcs_kernels
+FLOPS_A_BYTE = 100  # what a byte written costs beside a FLOP: consumer and server GPUs lie between 70 and 170
+# The ops whose CPU kernels pack the weight, and where it stands among their arguments.
+PACKING = {
+    OPS.frozen_linear_forward: 1,
+    OPS.frozen_linear_backward: 1,
+    OPS.frozen_conv2d_forward: 1,
+    OPS.frozen_conv2d_backward: 1,
+    OPS.lowrank_residual_forward: 1,
+    OPS.lowrank_residual_backward: 2,
+}
+KINDS = ("kept activations", "gradients", "working memory")
+
+
+def _flops(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
+    """2 per multiply-add of products, convolutions and attention; everything else counts by its bytes alone."""
+    if packet in (OPS.frozen_linear_forward, OPS.frozen_linear_backward, OPS.lowrank_residual_forward):
+        return 2 * out_of(out).numel() * args[0].shape[-1]
+    if packet is OPS.lowrank_residual_backward:
+        return 2 * prod(args[0].shape) * args[2].shape[1]
+    if packet is OPS.frozen_conv2d_forward:
+        return 2 * out.numel() * prod(args[1].shape[1:])
+    if packet is OPS.frozen_conv2d_backward:
+        return 2 * args[0].numel() * prod(args[1].shape[1:])
+    if packet in (OPS.self_attention_forward, OPS.cross_attention_forward):
+        return 4 * args[0].numel() * args[1].shape[2]
+    if packet is OPS.self_attention_backward:
+        return 10 * args[1].numel() * args[2].shape[2]
+    if packet is OPS.cross_attention_backward:
+        return 10 * args[2].numel() * args[3].shape[2]
+    count = flop_registry.get(packet)
+    return count(*args, **kwargs, out_val=out) if count is not None else 0
+
+
+def out_of(out: Any) -> Tensor:
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+@dataclass
+class _Storage:
+    size: int
+    born: int
+    kind: str
+    died: int | None = None
+
+
+@dataclass
+class LayerCount:
+    """One layer's share of a step: bytes kept for its backward, the most its backward adds to them, its work."""
+
+    kept: int = 0
+    inside: int = 0
+    work: float = 0.0
+
+
+@dataclass
+class StepCount:
+    """What one step holds beside what was there before it."""
+
+    kept: int  # at the end of the forward
+    peak: int
+    parts: dict[str, int]  # the peak by kind
+    gradients: int  # the most bytes of gradients alive at once
+    work: float
+    layers: dict[str, LayerCount] = field(default_factory=dict)  # in the order in which they run
+    head: int = 0  # the most before the backward reaches a layer, over what was kept then
+    packed: int = 0  # frozen weights packed for the CPU's kernels, once for each direction, beside the weights
+
+
+class Ledger(TorchDispatchMode):
+    """Counts storages made while it is entered; `owned` were there before and are not counted."""
+
+    def __init__(self, owned: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._owned = {t.untyped_storage()._cdata for t in owned}
+        self._alive: dict[int, tuple[_Storage, weakref.ref]] = {}
+        self._all: list[_Storage] = []
+        self._now = 0
+        self._forward = True
+        self._kept = 0
+        self._work = 0.0
+        self._layers: dict[str, LayerCount] = {}
+        self._marks: dict[str, int] = {}  # live bytes when a layer's forward ended
+        self._before = 0  # live bytes when the last layer's forward ended
+        self._segment = ""
+        self._packed: dict[tuple, int] = {}
+        self._high: dict[str, int] = {}  # the most alive while the backward was in a segment
+        self.live = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._now += 1
+        made = 0
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                made += self._add(t)
+        if func.overloadpacket in PACKING:
+            self._packs(func.overloadpacket, args[PACKING[func.overloadpacket]])
+        work = _flops(func.overloadpacket, args, kwargs, out) + FLOPS_A_BYTE * made
+        self._work += work
+        if not self._forward:
+            self._high[self._segment] = max(self._high.get(self._segment, 0), self.live)
+            if self._segment:
+                self._layers[self._segment].work += work
+        return out
+
+    def _add(self, t: Tensor) -> int:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._owned or key in self._alive:
+            return 0
+        size = storage.nbytes()
+        entry = _Storage(size, self._now, "forward" if self._forward else "working memory")
+        self._alive[key] = entry, weakref.ref(storage, lambda _: self._drop(key))
+        self._all.append(entry)
+        self.live += size
+        return size
+
+    def _packs(self, packet: Any, weight: Tensor) -> None:
+        key = packet, weight.untyped_storage()._cdata, weight.storage_offset(), weight.shape
+        self._packed[key] = weight.nbytes
+
+    def _drop(self, key: int) -> None:
+        entry, _ = self._alive.pop(key)
+        entry.died = self._now
+        self.live -= entry.size
+
+    def watch(self, layers: dict[str, nn.Module]) -> list[Any]:
+        """Follow layers through the step; returns the hooks' handles, to be removed after it."""
+        return [layer.register_forward_hook(self._left(name)) for name, layer in layers.items()]
+
+    def _left(self, name: str) -> Callable[..., None]:
+        def entered(gradient: Tensor) -> None:
+            self._segment = name
+
+        def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
+            self._layers[name] = LayerCount(kept=self.live - self._before)
+            self._before = self._marks[name] = self.live
+            if out_of(out).requires_grad:
+                out_of(out).register_hook(entered)
+
+        return hook
+
+    def forward_ends(self) -> None:
+        """What is alive now was kept for the backward."""
+        self._forward = False
+        self._kept = self.live
+        for entry, _ in self._alive.values():
+            entry.kind = "kept activations"
+
+    def is_gradient(self, t: Tensor) -> None:
+        """Say that a tensor made in this step is a parameter's gradient."""
+        found = self._alive.get(t.untyped_storage()._cdata)
+        if found is not None:
+            found[0].kind = "gradients"
+
+    def result(self) -> StepCount:
+        change: dict[int, dict[str, int]] = {}
+        for entry in self._all:
+            kind = entry.kind if entry.kind in KINDS else "working memory"
+            last = self._now if entry.died is None else entry.died
+            for when, sign in ((entry.born, 1), (last + 1, -1)):
+                at = change.setdefault(when, dict.fromkeys(KINDS, 0))
+                at[kind] += sign * entry.size
+        now, peak = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        gradients = 0
+        for when in sorted(change):
+            now = {kind: now[kind] + change[when][kind] for kind in KINDS}
+            gradients = max(gradients, now["gradients"])
+            if sum(now.values()) > sum(peak.values()):
+                peak = now
+        for name, layer in self._layers.items():
+            layer.inside = self._high.get(name, 0) - self._marks[name]
+        head = max(self._high.get("", 0), self._kept) - self._before
+        packed = sum(self._packed.values())
+        return StepCount(self._kept, sum(peak.values()), peak, gradients, self._work, self._layers, head, packed)
