@@ -140,7 +140,7 @@ def masked_blocks(unet: UNet, keys: Sequence[str | None]) -> list[str]:
 
 @dataclass
 class Attention:
-    """Whose attention is looked at: for LAG's masks, for maps to look at, or for both; nothing where neither is asked."""
+    """Whose attention is looked at: for LAG's masks, for maps to look at, for both or for neither."""
 
     weights: Tensor | None = None  # [P, G, T]: 1 at the places of each group's words
     blocks: list[str] | None = None  # where maps are needed; None: everywhere

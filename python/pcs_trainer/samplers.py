@@ -2,7 +2,7 @@
 
 Each takes predict(x, t) -> what the network says of noisy x at timestep t, the noise schedule, the number of steps,
 unit noise [B, C, H, W], a generator (or one a picture) for the noise that is added on the way, and
-on_step(step, steps, x) after each step, which may return False to stop there. The schedule's own configuration decides
+on_step(step, steps, x) after step 0, 1, ..., which may return False to stop there. The schedule's configuration decides
 the timesteps, the last noise level and the clipping, by the rules and defaults of diffusers' scheduler of that name.
 
 Letters: abar the share of signal, sigma = sqrt((1 - abar) / abar), lambda = -log sigma.
@@ -129,7 +129,7 @@ def ddim(
         x = math.sqrt(b) * clean + math.sqrt(max(1 - b - spread**2, 0.0)) * eps
         if eta > 0:
             x = x + spread * draw(x.shape, generator, x)
-        if not _goes_on(on_step, step + 1, len(times), x):
+        if not _goes_on(on_step, step, len(times), x):
             break
     return x
 
@@ -169,7 +169,7 @@ def dpmpp_2m(
         ratio = float(sigmas[step + 1] * alphas[step + 1] / (sigmas[step] * alphas[step]))
         x = ratio * x - float(alphas[step + 1] * np.expm1(-h)) * guess
         older = clean
-        if not _goes_on(on_step, step + 1, len(times), x):
+        if not _goes_on(on_step, step, len(times), x):
             break
     return x
 
@@ -234,7 +234,7 @@ def euler(
     x = scale * noise
     for step, (now, after) in enumerate(pairwise(sigmas.tolist())):
         x = x + (after - now) * _slope(predict, x, float(times[step]), now, schedule.prediction)
-        if not _goes_on(on_step, step + 1, len(times), x):
+        if not _goes_on(on_step, step, len(times), x):
             break
     return x
 
@@ -256,7 +256,7 @@ def euler_ancestral(
         down = math.sqrt(max(after**2 - up**2, 0.0))
         x = x + (down - now) * _slope(predict, x, float(times[step]), now, schedule.prediction)
         x = x + up * draw(x.shape, generator, x)
-        if not _goes_on(on_step, step + 1, len(times), x):
+        if not _goes_on(on_step, step, len(times), x):
             break
     return x
 

@@ -85,6 +85,7 @@ def sample(
     on_step: Callable[[int, int, Tensor], object] | None = None,
     progress: bool = False,
     index: Sequence[int | None] | Tensor | None = None,
+    hold_first: bool = False,
 ) -> list[Image] | tuple[Any, ...]:
     """Pictures of prompts; with return_maps and return_latents a tuple: pictures, Maps, latents [P, C, h, w].
 
@@ -92,11 +93,13 @@ def sample(
     negative: one for all, or one a prompt. guidance: 1 is none; None is the model's own. latents: the initial noise.
     index: the concept of each prompt (None: none), all drawn together; without it every prompt has all concepts.
     return_maps: True for the concepts' words, or a list of words. words: further learned words and their rows.
-    on_step(step, steps, latents) after each step of all batches; returning False ends the call with the pictures of
-    the batches that are finished.
+    hold_first: the text's first token stays the frozen encoder's, as it does for concepts that were learned so.
+    on_step(step, steps, latents) after step 0, 1, ... of all batches; returning False ends the call with the pictures
+    of the batches that are finished.
     """
     guidance = _default_guidance(model) if guidance is None else float(guidance)
     scene = make_scene(model, prompts, concepts, strengths, negative if guidance != 1 else None, index, words)
+    scene.hold_first |= hold_first
     draw_batch = _sampler(sampler, eta)
     count, like = len(scene.prompts), model.unet.conv_in.weight
     pixels, shape = _sizes(model, size)
@@ -145,8 +148,8 @@ def _sizes(model: Model, size: int | tuple[int, int] | None) -> tuple[tuple[int,
     channels, takes = model.vae.config.latent_channels, model.unet.settings["in_channels"]
     if takes != channels or model.unet.class_embedding is not None:
         raise ValueError(
-            f"this UNet reads {takes} channels where its latents have {channels} (inpainting, enlarging, or a model with "
-            f"classes); sample() draws from a prompt alone"
+            f"this UNet reads {takes} channels where its latents have {channels}, or classes too, as models for "
+            f"inpainting and enlarging do; sample() draws from a prompt alone"
         )
     factor = latent_factor(model)
     if size is None:
@@ -177,11 +180,11 @@ class _Steps:
             self.bar.close()
 
     def __call__(self, step: int, steps: int, x: Tensor) -> bool:
-        self.done += 1
         if self.bar is not None:
             self.bar.update()
         if self.on_step is not None and self.on_step(self.done, self.total, x) is False:
             self.stopped = True
+        self.done += 1
         return not self.stopped
 
 

@@ -31,6 +31,7 @@ class Scene:
     strengths: list[float]
     index: list[int] | None  # the concept of each picture; None: all concepts on every picture
     words: dict[str, list[Tensor]] = field(default_factory=dict)
+    hold_first: bool = False
     stacks: list[LowRank] = field(default_factory=list)
 
     @contextmanager
@@ -86,7 +87,7 @@ class Scene:
 
     def _encoded(self, pictures: Sequence[int], words: Words) -> Text:
         before = [] if self.negatives is None else [self.negatives[i] for i in pictures]
-        hold = any(c.hold_first for i in pictures for c in self.own(i))
+        hold = self.hold_first or any(c.hold_first for i in pictures for c in self.own(i))
         text = encode(self.model, [*before, *(self.prompts[i] for i in pictures)], words, hold)
         text = text.to(self.model.unet.conv_in.weight)
         if text.pooled is not None and _zeroes_empty_negatives(self.model):
