@@ -1,0 +1,190 @@
+"""What LAG costs: one guided sampling step of SD1.5 with LAG against the same with the concept merged into the weights.
+
+    python benchmarks/lag.py --size 512 --rounds 5
+
+Random bfloat16 weights of the real shapes, a low-rank residual of 0.05 x width on every proj_out, classifier-free
+guidance (a batch of two). Beside LAG stands the same done as attention-map tools do it: the probabilities of all
+tokens written out, averaged over the heads and kept. The variants take turns in one process; a ratio is taken round by
+round over the merged step. Rows are added to benchmarks/results/lag.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "python"), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import timing
+import torch
+from step import SD15, random_weights, residuals
+from torch import Tensor, nn
+
+from pcs_trainer import blocks
+from pcs_trainer.lag import Attention, Lag, masked_blocks
+from pcs_trainer.layers import Conv2d, LowRank
+from pcs_trainer.sampling import Predictor
+from pcs_trainer.text import Text
+from pcs_trainer.unet import UNet
+
+RESULTS = timing.RESULTS / "lag.csv"
+PLACES = [5, 6]  # of the subject's words in the prompt
+ASKED = {"ratio": 1.03, "map bytes": 2_000_000}
+
+
+class Bench:
+    """One network whose proj_out layers are swapped: merged ones, plain ones with residuals."""
+
+    def __init__(self, size: int) -> None:
+        torch.manual_seed(0)
+        weights = random_weights()
+        pairs = residuals(weights)
+        self.unet = UNet.from_config(SD15, device="meta")
+        self.unet.load_state_dict(weights, assign=True)
+        self.unet.requires_grad_(False)
+        self.merged: dict[str, nn.Module] = {}
+        self.plain: dict[str, nn.Module] = {}
+        for name, (down, up) in pairs.items():
+            layer = self.unet.get_submodule(name)
+            joined = Conv2d(layer.in_channels, layer.out_channels, 1).requires_grad_(False)
+            new = layer.weight.float() + (up @ down).reshape(layer.weight.shape)
+            joined.weight, joined.bias = nn.Parameter(new.bfloat16(), requires_grad=False), layer.bias
+            self.unet.attach(name, LowRank(down, up, key="subject"))
+            self.merged[name], self.plain[name] = joined, layer
+        self.blocks = masked_blocks(self.unet, ["subject"])
+        self.pixels, self.latents = (size, size), (size // 8, size // 8)
+        self.x = torch.randn(1, 4, *self.latents)
+        self.text = Text(torch.randn(2, 77, 768).bfloat16(), None, [])
+
+    def put(self, layers: dict[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.unet.get_submodule(parent), leaf, layer)
+
+    def predictor(self, lag: Lag | None, tokens: int = 0) -> Predictor:
+        groups = (lag is not None) + tokens
+        if not groups:
+            return Predictor(self.unet, self.text, self.pixels, 7.5, 1, Attention(), range(1), self.latents)
+        weights = torch.zeros(1, groups, 77)
+        weights[0, 0, PLACES] = 1
+        weights[0, 1:, 7] = 1
+        names = [f"word {i}" for i in range(tokens)]
+        attention = Attention(weights, None if tokens else self.blocks, lag, ["subject"] * (lag is not None), names)
+        return Predictor(self.unet, self.text, self.pixels, 7.5, 1, attention, range(1), self.latents)
+
+    def step(self, layers: dict[str, nn.Module], predict: Predictor) -> Callable[[], Tensor]:
+        @torch.no_grad()
+        def call() -> Tensor:
+            self.put(layers)
+            predict.step = 0
+            return predict(self.x, 500.0)
+
+        return call
+
+    def materialised(self, layers: dict[str, nn.Module], predict: Predictor, kept: list[Tensor]) -> Callable:
+        """The same step with every token's probabilities written out, and kept averaged over the heads."""
+        fused, plain = blocks.cross_attention, self.step(layers, predict)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            p = (q @ k.transpose(-1, -2)).float().mul_(q.shape[-1] ** -0.5).softmax(-1)
+            kept.append(p.mean(1))
+            out = (p.to(q.dtype) @ v).transpose(1, 2).contiguous().transpose(1, 2)
+            return out, None if capture is None else capture @ kept[-1].transpose(1, 2)
+
+        def call() -> Tensor:
+            kept.clear()
+            blocks.cross_attention = attention
+            try:
+                return plain()
+            finally:
+                blocks.cross_attention = fused
+
+        return call
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@torch.no_grad()
+def captured_bytes(bench: Bench, predict: Predictor) -> int:
+    """All that one forward hands back beside the prediction."""
+    bench.put(bench.plain)
+    both = torch.cat([bench.x, bench.x]).bfloat16()
+    maps = bench.unet(both, 500.0, predict.kv, capture=predict.capture, masks=predict.masker)[1]
+    return sum(m.numel() * m.element_size() for m in maps.values())
+
+
+def variants(bench: Bench) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
+    """(steps, the bytes of maps that each leaves)"""
+    plain, lag, shown = bench.predictor(None), bench.predictor(Lag()), bench.predictor(Lag(), tokens=2)
+    kept: list[Tensor] = []
+    steps = {
+        "merged": bench.step(bench.merged, plain),
+        "residuals": bench.step(bench.plain, plain),
+        "LAG": bench.step(bench.plain, lag),
+        "LAG, and two words' maps returned": bench.step(bench.plain, shown),
+        "LAG by written-out probabilities": bench.materialised(bench.plain, lag, kept),
+    }
+    says = {name: step() for name, step in steps.items()}
+    written = sum(m.numel() * m.element_size() for m in kept)
+    check(says)
+    bytes_of = {"LAG": captured_bytes(bench, lag), "LAG, and two words' maps returned": captured_bytes(bench, shown)}
+    return steps, bytes_of | {"LAG by written-out probabilities": written}
+
+
+def check(says: dict[str, Tensor]) -> None:
+    """Two ways to the same prediction are nearer to each other, by far, than LAG is to the whole concept."""
+    masked = relative(says["LAG"], says["merged"])
+    print(f"  LAG against merged: {masked:.1e}", flush=True)
+    for name, other in (
+        ("residuals", "merged"),
+        ("LAG by written-out probabilities", "LAG"),
+        ("LAG, and two words' maps returned", "LAG"),
+    ):
+        found = relative(says[name], says[other])
+        print(f"  {name} against {other}: {found:.1e}", flush=True)
+        if not found < 0.4 * masked:
+            raise SystemExit(f"{name} differs from {other} by {found:.1e}; nothing is timed")
+
+
+def rows(size: int, seconds: dict[str, list[float]], bytes_of: dict[str, int]) -> list[dict[str, object]]:
+    made = []
+    for name, times in seconds.items():
+        middle, low, high = timing.ratio(times, seconds["merged"])
+        made.append(
+            timing.circumstances() | {
+                "size": size, "batch": 2, "variant": name, "rounds": len(times),
+                "seconds": f"{statistics.median(times):.4f}", "fastest": f"{min(times):.4f}",
+                "slowest": f"{max(times):.4f}", "over_merged": f"{middle:.4f}", "lower_quartile": f"{low:.4f}",
+                "upper_quartile": f"{high:.4f}", "map_bytes": bytes_of.get(name, 0),
+            }
+        )  # fmt: skip
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="variants to time beside the merged one")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    bench = Bench(options.size)
+    steps, bytes_of = variants(bench)
+    chosen = {n: s for n, s in steps.items() if not options.only or n == "merged" or n in options.only}
+    table = rows(options.size, timing.interleave(chosen, options.rounds), bytes_of)
+    for row in table:
+        print(f"  {row['variant']:36} {row['seconds']} s ({row['fastest']} - {row['slowest']})  x {row['over_merged']} "
+              f"({row['lower_quartile']} - {row['upper_quartile']})  {row['map_bytes']} bytes of maps")  # fmt: skip
+    timing.append(options.out, table)
+    lag = next((row for row in table if row["variant"] == "LAG"), None)
+    if lag and (float(lag["over_merged"]) > ASKED["ratio"] or lag["map_bytes"] > ASKED["map bytes"]):
+        raise SystemExit(f"LAG is asked to cost at most {ASKED['ratio']} x and {ASKED['map bytes']} bytes")
+
+
+if __name__ == "__main__":
+    main()
