@@ -8,7 +8,7 @@ Every key but the title may be left out, and its section with it:
     photos           pictures (a path, a PIL picture or a uint8 array [H, W, 3])
     sheet            {"columns": [name], "rows": [{"prompt": str, "cells": [picture | None]}], "note": str}
     numbers          {"columns": [name], "rows": [[cell]], "note": str}; numbers stand to the right
-    curves           [{"name": str, "steps": [int], "loss": [float], "smoothed": [...], "subject": [...], "prior": [...]}]
+    curves           [{"name": str, "steps": [int], "loss": [float]}], each with "smoothed", "subject", "prior" if known
     attention        {"items": [{"label": str, "picture": picture, "maps": [array [h, w]], "prompt": str}], "note": str}
     timings          [{"name": str, "seconds": float}]
     memory           [{"name": str, "parts": {component: bytes}}]
@@ -31,21 +31,8 @@ from typing import Any
 
 from .report_figures import curve_svg, data_uri, heat_uri
 
-KEYS = [
-    "title",
-    "lead",
-    "photos",
-    "sheet",
-    "numbers",
-    "curves",
-    "attention",
-    "timings",
-    "memory",
-    "proof",
-    "settings",
-    "environment",
-    "failures",
-]
+KEYS = ("title", "lead", "photos", "sheet", "numbers", "curves", "attention", "timings", "memory", "proof")
+KEYS += ("settings", "environment", "failures")
 
 
 def clock(seconds: float) -> str:
@@ -61,11 +48,11 @@ def clock(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in words: 512 B, 4.2 MB, 6.1 GB (powers of 1024)."""
+    """Bytes in words: 512 B, 4.2 MB, 6.13 GB (powers of 1000)."""
     for unit in ("B", "KB", "MB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
+        count /= 1000
     return f"{count:.2f} GB"
 
 
@@ -204,9 +191,9 @@ def _proof(proof: list[dict[str, Any]]) -> str:
 
 
 def _settings(settings: list[dict[str, Any]]) -> str:
+    opened = " open" if len(settings) == 1 else ""
     return "".join(
-        f"<details{' open' if len(settings) == 1 else ''}><summary>{escape(one['name'])}</summary>{_list(one['values'])}</details>"
-        for one in settings
+        f"<details{opened}><summary>{escape(one['name'])}</summary>{_list(one['values'])}</details>" for one in settings
     )
 
 
@@ -244,13 +231,13 @@ def page(data: dict[str, Any]) -> str:
     sections = [f'<section id="{key}"><h2>{escape(name)}</h2>{body}</section>' for key, name, body in made]
     contents = "".join(f'<a href="#{key}">{escape(name)}</a>' for key, name, _ in made)
     template = Template((Path(__file__).parent / "report_template.html").read_text(encoding="utf-8"))
-    version = own_version()
+    version, today = own_version(), f"{datetime.now():%d %B %Y}"
     return template.substitute(
         title=escape(data["title"]),
         lead=escape(data.get("lead", "")),
         contents=contents,
         sections="\n".join(sections),
-        footer=f"Made by pcs {version} on {datetime.now():%d %B %Y}. This page holds all it shows and asks nobody for anything.",
+        footer=f"Made by pcs {version} on {today}. This page holds all it shows and asks nobody for anything.",
         version=version,
     )
 
