@@ -28,6 +28,7 @@ class StepInBackward:
         self.max_norm = max_norm
         self.clip = clip
         self.norm: float | None = None  # of the last finished step
+        self.refused = 0  # parameters whose gradient was not finite in the last step: they were left as they are
         self._measuring = False  # the first of two passes: norms only
         self._steps_now = max_norm is None  # whether hooks may update already
         self._coefficient = 1.0
@@ -42,6 +43,7 @@ class StepInBackward:
         With two passes the callable of a single micro-batch is called twice and must compute the same loss both times.
         """
         losses = (loss_of, *more)
+        self.refused = 0
         if len(losses) != self.accumulate:
             raise ValueError(f"step_in_backward was made for {self.accumulate} micro-batches, not {len(losses)}")
         if self.max_norm is not None and self.clip == "two_pass" and self.accumulate == 1:
@@ -97,8 +99,29 @@ class StepInBackward:
         if self._steps_now:
             self._update(p)
 
+    def forget(self) -> None:
+        """Drop what an unfinished step has gathered: nothing more of it is applied."""
+        self._passes.clear()
+        self._squares.clear()
+        for p in self._groups:
+            p.grad = None
+        self._steps_now = self.max_norm is None or (self.clip == "previous" and self.norm is not None)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What the next step's clipping depends on."""
+        return {"norm": self.norm}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        self.norm = state["norm"]
+        if self.max_norm is not None:
+            self._steps_now = self.clip == "previous" and self.norm is not None
+            self._set_coefficient(self.norm)
+
     def _update(self, p: Tensor) -> None:
-        self.opt.update(p, self._groups[p], self._coefficient)
+        if bool(torch.isfinite(p.grad).all()):  # type: ignore[arg-type]
+            self.opt.update(p, self._groups[p], self._coefficient)
+        else:
+            self.refused += 1
         self._passes[p] = 0
         p.grad = None
 

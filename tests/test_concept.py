@@ -70,9 +70,8 @@ def test_strength_zero_is_the_base_and_half_lies_between(model):
         assert torch.equal(model.unet.conv_out.weight, base)
     with attached(model, [concept], [0.5]):
         torch.testing.assert_close(model.unet.conv_out.weight, base * 0.5)
-    with pytest.raises(ValueError, match="one strength for each"):
-        with attached(model, [concept], [0.5, 0.5]):
-            pass
+    with pytest.raises(ValueError, match="one strength for each"), attached(model, [concept], [0.5, 0.5]):
+        pass
 
 
 def test_two_concepts_of_one_name_are_refused_and_can_be_renamed(model):

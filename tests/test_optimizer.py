@@ -334,3 +334,27 @@ def test_channels_last_parameters_are_refused_with_a_mend():
     p.grad = torch.randn_like(p)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="param must be contiguous; mend"):
         AdamW8bit([p]).step()
+
+
+@pytest.mark.parametrize("size", [16, 8192])
+def test_a_step_is_seen_by_whoever_keeps_copies_of_the_weight(size):
+    """The packed copies that kernels keep, and autograd's checks, go by the tensor's version."""
+    p = torch.nn.Parameter(torch.randn(size))
+    opt = AdamW8bit([p])
+    p.grad = torch.ones_like(p)
+    before = p._version
+    opt.step()
+    assert p._version > before
+
+
+def test_a_residual_trained_by_this_optimizer_is_the_one_that_is_used():
+    x, weight = torch.randn(2, 9, 64), torch.randn(64, 64)
+    down, up = torch.nn.Parameter(torch.randn(8, 64)), torch.nn.Parameter(torch.zeros(64, 8))
+    opt = AdamW8bit([down, up], lr=0.1)
+    for _ in range(3):
+        pcs_kernels.lowrank_residual(x, weight, None, down, up).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    with torch.no_grad():
+        y = pcs_kernels.lowrank_residual(x, weight, None, down, up)
+        torch.testing.assert_close(y, x @ weight.T + (x @ down.T) @ up.T, rtol=1e-4, atol=1e-3)

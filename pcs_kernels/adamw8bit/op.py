@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import _check as check
 from .._dispatch import Op, define, forced_backend
@@ -73,6 +74,11 @@ def _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, blo
         _check_state(name, state, (256,), torch.float32, param)
 
 
+def _written(*tensors) -> None:
+    """Tell autograd, and the packed copies of weights, that the kernel has written to these."""
+    increment_version(t for t in tensors if not t.is_inference())
+
+
 def _step_8bit(
     param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2,
     lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first, backend,
@@ -84,6 +90,7 @@ def _step_8bit(
         param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2,
         lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first,
     )  # fmt: skip
+    _written(param, state1, state2, absmax1, absmax2)
 
 
 def _step_8bit_fake(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings):
@@ -105,6 +112,7 @@ def _step_32bit(
     OP.select(backend, param.device.type, param, grad).step_32bit(
         param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale, seed, decay_first
     )
+    _written(param, exp_avg, exp_avg_sq)
 
 
 def _step_32bit_fake(param, grad, exp_avg, exp_avg_sq, *settings):

@@ -279,15 +279,19 @@ def _put_wholes(
 
 
 @torch.no_grad()
-def predict(model: Model, concepts: Sequence[Concept], prompt: str, strength: float = 1.0) -> Tensor:
+def predict(
+    model: Model, concepts: Sequence[Concept], prompt: str, strength: float = 1.0,
+    words: dict[str, list[Tensor]] | None = None, hold_first: bool = False,
+) -> Tensor:  # fmt: skip
     """One prediction for fixed noise: what tells whether a concept does anything, and whether two do the same."""
     settings = model.unet.settings
     side = min(16, int(model.unet.config.get("sample_size") or 16))
     generator = torch.Generator().manual_seed(0)
     weight = model.unet.conv_in.weight
     x = torch.randn(1, settings["in_channels"], side, side, generator=generator).to(weight)
-    with attached(model, concepts, [strength] * len(concepts)) as words:
-        text = encode(model, [prompt], words, any(c.hold_first for c in concepts)).to(weight)
+    with attached(model, concepts, [strength] * len(concepts)) as theirs:
+        hold_first = hold_first or any(c.hold_first for c in concepts)
+        text = encode(model, [prompt], (words or {}) | theirs, hold_first).to(weight)
         context = model.unet.text_kv(text.states)
         added = text.added(8 * side, 8 * side) or {}
         if model.unet.class_embedding is not None:

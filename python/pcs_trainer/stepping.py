@@ -1,0 +1,153 @@
+"""One optimizer step: rates, clipping on the global norm, sharing between processes, the guard against NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcs_kernels.optim import AdamW8bit, step_in_backward
+
+from .settings import Settings
+
+GOOD_EVERY = 10  # steps between copies of a good state
+LARGEST_COPY = 50_000_000  # parameters: above it, checkpoints on disk are the only way back
+
+
+class Stepper:
+    """The optimizer of a run and all that surrounds its step."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], s: Settings) -> None:
+        import torch.distributed as dist
+
+        self.parameters, self.s = parameters, s
+        self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        rows = [p for n, p in parameters.items() if n.startswith("word.")]
+        others = [p for n, p in parameters.items() if not n.startswith("word.")]
+        groups = [{"params": others, "lr": s.learning_rate, "weight_decay": s.weight_decay}] if others else []
+        if rows:
+            rate = s.token_learning_rate or s.learning_rate
+            groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
+        kind = AdamW8bit if s.optimizer == "adamw8bit" else torch.optim.AdamW
+        extra = {"seed": s.seed} if s.optimizer == "adamw8bit" else {}
+        self.optimizer = kind(groups, betas=(0.9, 0.999), **extra)
+        self.rates = [group["lr"] for group in groups]
+        self.handle = None
+        if s.step_in_backward and self.world == 1:
+            self.handle = step_in_backward(self.optimizer, s.accumulate, s.clip_norm or None, s.clip)
+        self.reason = ""
+        self._good: tuple[int, list[Tensor]] | None = None
+
+    @property
+    def rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def factor(self, step: int) -> float:
+        """Warm-up, then the schedule: what the rates are multiplied by."""
+        s = self.s
+        if step < s.warmup:
+            return (step + 1) / s.warmup
+        share = (step - s.warmup) / max(1, s.steps - s.warmup)
+        if s.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * share))
+        return 1 - share if s.lr_schedule == "linear" else 1.0
+
+    def step(self, losses: list[Callable[[], Tensor]], step: int) -> bool:
+        """Run the micro-batches and update; False where a number was not finite and nothing was updated."""
+        factor = self.factor(step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        good = self._in_backward(losses) if self.handle is not None else self._after_backward(losses)
+        if good and step % GOOD_EVERY == 0:
+            self._remember(step + 1)
+        return good
+
+    def _in_backward(self, losses: list[Callable[[], Tensor]]) -> bool:
+        """The optimizer runs inside the backward; a loss that is not finite ends the step before any backward."""
+        assert self.handle is not None
+
+        class NotFinite(Exception):
+            pass
+
+        def guarded(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                loss = compute()
+                if not bool(torch.isfinite(loss)):
+                    raise NotFinite
+                return loss
+
+            return run
+
+        try:
+            self.handle.backward(*(guarded(compute) for compute in losses))
+        except NotFinite:
+            self.handle.forget()
+            self.reason = "the loss is not finite"
+            return False
+        if self.handle.refused:
+            self.reason = "a gradient is not finite"
+            return False
+        return True
+
+    def _after_backward(self, losses: list[Callable[[], Tensor]]) -> bool:
+        trained = list(self.parameters.values())
+        finite = True
+        for compute in losses:
+            loss = compute()
+            finite = finite and bool(torch.isfinite(loss))
+            loss.backward()
+        if self.world > 1:
+            _share_gradients(trained, self.world)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        norm = float(torch.stack([g.float().norm() for g in gradients]).norm()) if gradients else 0.0
+        good = finite and math.isfinite(norm)
+        if good:
+            scale = min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0
+            if isinstance(self.optimizer, AdamW8bit):
+                self.optimizer.step(grad_scale=scale)
+            else:
+                torch._foreach_mul_(gradients, scale)
+                self.optimizer.step()
+        self.reason = "" if good else "a gradient is not finite" if finite else "the loss is not finite"
+        for p in trained:
+            p.grad = None
+        return good
+
+    def _remember(self, step: int) -> None:
+        trained = list(self.parameters.values())
+        if sum(p.numel() for p in trained) > LARGEST_COPY or not all(bool(torch.isfinite(p).all()) for p in trained):
+            return
+        self._good = (step, [p.detach().clone() for p in trained])
+
+    @torch.no_grad()
+    def restore_good(self) -> int | None:
+        """Back to the last copy; the step it was made after, or None where there is none."""
+        trained = list(self.parameters.values())
+        if self._good is None:
+            return None
+        for p, value in zip(trained, self._good[1], strict=True):
+            p.copy_(value)
+        return self._good[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        held = {} if self.handle is None else {"handle": self.handle.state_dict()}
+        return {"optimizer": self.optimizer.state_dict()} | held
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.handle is not None:
+            self.handle.load_state_dict(state["handle"])
+
+
+def _share_gradients(trained: list[nn.Parameter], world: int) -> None:
+    """The mean of all processes' gradients; what had none in one process counts as zero."""
+    import torch.distributed as dist
+
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in trained])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        p.grad = part.view_as(p).to(p.dtype)
