@@ -1,0 +1,226 @@
+"""What this machine has, what is used of it, how exact it is here, and the one thing to do about the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import pcs_kernels
+from pcs_kernels import _native
+from pcs_kernels.__main__ import device_type, rows
+from pcs_kernels._dispatch import BACKENDS
+from pcs_kernels.optim import AdamW8bit
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "bitsandbytes", "xformers")
+FLOOR = 8 * torch.finfo(torch.float32).eps  # what the order of a sum may change
+
+
+@dataclass
+class OpState:
+    """One op: the backend that runs, why each other one does not, and its error against the reference."""
+
+    name: str
+    backend: str
+    others: dict[str, str] = field(default_factory=dict)
+    error: float | None = None  # relative, of the worst output or gradient; None where the reference itself runs
+    allowed: float = 0.0
+
+    @property
+    def wrong(self) -> bool:
+        return self.error is not None and not self.error <= self.allowed
+
+
+@dataclass
+class Diagnosis:
+    device: str
+    kind: str  # cuda or cpu
+    dtype: torch.dtype
+    dtype_reason: str
+    native: str  # the instruction set of the native build, or why there is none
+    has_native: bool
+    versions: dict[str, str]
+    ops: list[OpState]
+    advice: str
+
+    @property
+    def well(self) -> bool:
+        return self.advice.startswith("All good")
+
+
+def training_dtype(kind: str) -> tuple[torch.dtype, str]:
+    """(dtype to train in on this machine, the reason in a phrase)"""
+    if kind == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return torch.bfloat16, f"this GPU (compute capability {major}.{minor}) multiplies bfloat16 at full rate"
+        return torch.float32, f"this GPU (compute capability {major}.{minor}) has no bfloat16, and float16 overflows"
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "this CPU multiplies bfloat16 directly"
+    return torch.float32, "this CPU would compute bfloat16 by way of float32, more slowly"
+
+
+def _cases() -> dict[str, tuple[Callable[..., Tensor | tuple], list[Tensor]]]:
+    """A small call of each op: the function of its inputs, and float64 inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+
+    kernel, matrix = normal(24, 16, 3, 3, scale=0.08), normal(48, 64, scale=0.125)
+    capture = torch.rand(1, 2, 77, generator=generator)
+
+    def with_maps(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        chosen = capture.to(q.device, torch.promote_types(q.dtype, torch.float32))
+        return pcs_kernels.cross_attention(q, k, v, chosen)
+
+    return {
+        "geglu": (pcs_kernels.geglu, [normal(63, 128)]),
+        "group_norm_silu": (lambda x, w, b: pcs_kernels.group_norm_silu(x, 8, w, b),
+                            [normal(2, 64, 7, 9), normal(64), normal(64)]),
+        "cross_attention": (with_maps, [normal(1, 2, 63, 40), normal(1, 2, 77, 40), normal(1, 2, 77, 40)]),
+        "self_attention": (pcs_kernels.self_attention, [normal(1, 2, 130, 40) for _ in range(3)]),
+        "lowrank_residual": (lambda x, d, u: pcs_kernels.lowrank_residual(x, matrix.to(x), None, d, u),
+                             [normal(2, 63, 64), normal(4, 64, scale=0.125), normal(48, 4)]),
+        "frozen_conv": (lambda x: pcs_kernels.frozen_conv2d(x, kernel.to(x), None, 1, 1), [normal(2, 16, 14, 11)]),
+    }  # fmt: skip
+
+
+def _results(call: Callable, inputs: list[Tensor], dtype: torch.dtype, compute: torch.dtype, kind: str) -> list[Tensor]:
+    """Outputs and gradients, of values rounded to `dtype`."""
+    leaves = [x.to(dtype).to(kind, compute).requires_grad_() for x in inputs]
+    outputs = call(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(y.shape, generator=generator).to(dtype).to(y) for y in outputs]
+    torch.autograd.backward(outputs, seeds)
+    return [t.detach().double().cpu() for t in (*outputs, *(x.grad for x in leaves))]
+
+
+def _worst(results: list[Tensor], exact: list[Tensor]) -> float:
+    return max(float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)) for a, e in zip(results, exact, strict=True))
+
+
+def op_error(name: str, dtype: torch.dtype, kind: str) -> tuple[float, float]:
+    """(relative error of the backend that runs here, what is allowed: twice the reference's in the same dtype)"""
+    if name == "adamw8bit":
+        return _optimizer_error(kind)
+    call, inputs = _cases()[name]
+    with pcs_kernels.backend("reference"):
+        exact = _results(call, inputs, dtype, torch.float64, "cpu")
+        plain = _results(call, inputs, dtype, dtype, kind)
+    ours = _results(call, inputs, dtype, dtype, kind)
+    return _worst(ours, exact), 2 * _worst(plain, exact) + FLOOR
+
+
+def _optimizer_error(kind: str) -> tuple[float, float]:
+    """Three steps of a float32 parameter: the difference from the reference, in learning rates."""
+
+    def stepped() -> Tensor:
+        generator = torch.Generator().manual_seed(2)
+        p = torch.nn.Parameter(torch.randn(4096, generator=generator).to(kind))
+        optimizer = AdamW8bit([p], lr=1e-2)
+        for _ in range(3):
+            p.grad = torch.randn(4096, generator=generator).to(kind)
+            optimizer.step()
+        return p.detach().cpu()
+
+    with pcs_kernels.backend("reference"):
+        exact = stepped()
+    return float((stepped() - exact).abs().max()) / 1e-2, 0.05
+
+
+def _op_states(dtype: torch.dtype, kind: str) -> list[OpState]:
+    found: dict[str, OpState] = {}
+    for name, backend, verdict in rows():
+        state = found.setdefault(name, OpState(name, "reference"))
+        if verdict == "runs" and backend in BACKENDS:
+            state.backend = backend
+        elif verdict != "runs":
+            state.others[backend] = verdict.removeprefix("off: ")
+    for state in found.values():
+        if state.backend != "reference":
+            state.error, state.allowed = op_error(state.name, dtype, kind)
+    return list(found.values())
+
+
+def _native_build() -> tuple[str, bool]:
+    try:
+        _native.library()
+        return f"native build for {_native.instruction_set()}", True
+    except ImportError as error:
+        return str(error), False
+
+
+def _advice(kind: str, has_native: bool, ops: list[OpState], nvidia: bool, triton: bool) -> str:
+    """The one thing to do, the gravest first."""
+    wrong = [op.name for op in ops if op.wrong]
+    if wrong:
+        return f"{wrong[0]} errs more than it may on this machine: set PCS_BACKEND=reference, and please report it."
+    if kind == "cpu" and nvidia:
+        return "This machine has an NVIDIA driver, but torch sees no GPU: install a build of torch with CUDA."
+    if kind == "cuda" and not triton:
+        return "Install Triton (pip install triton): on this GPU the operations run as plain torch without it."
+    if kind == "cpu" and not has_native:
+        return "Install a C++ compiler (g++) and reinstall: without it everything works, at the speed of plain torch."
+    if os.environ.get("PCS_BACKEND"):
+        return f"PCS_BACKEND forces {os.environ['PCS_BACKEND']!r}: unset it to let each operation choose."
+    return "All good: nothing to do."
+
+
+def examine() -> Diagnosis:
+    """Look at everything; a second or two."""
+    kind = device_type()
+    dtype, reason = training_dtype(kind)
+    native, has_native = _native_build()
+    versions = {"pcs": pcs_kernels.__version__, "Python": sys.version.split()[0]}
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            versions[package] = "not installed"
+        else:
+            versions[package] = torch.__version__ if package == "torch" else _version(package)
+    ops = _op_states(dtype, kind)
+    device = torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    triton = importlib.util.find_spec("triton") is not None
+    advice = _advice(kind, has_native, ops, shutil.which("nvidia-smi") is not None, triton)
+    return Diagnosis(device, kind, dtype, reason, native, has_native, versions, ops, advice)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def report(found: Diagnosis | None = None) -> str:
+    """The diagnosis as text for a terminal."""
+    found = found or examine()
+    lines = [f"device     {found.device}", f"precision  {str(found.dtype)[6:]}: {found.dtype_reason}"]
+    lines += [f"kernels    {found.native}"]
+    lines += ["versions   " + ", ".join(f"{name} {version}" for name, version in found.versions.items()), ""]
+    lines += [f"{'operation':<18}{'runs on':<11}error against the reference"]
+    for op in found.ops:
+        error = "it is the reference" if op.error is None else f"{op.error:.1e} (allowed {op.allowed:.1e})"
+        lines += [f"{op.name:<18}{op.backend:<11}{error}{'  WRONG' if op.wrong else ''}"]
+    lines += ["", "why not another backend:"]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for op in found.ops:
+        for backend, reason in op.others.items():
+            reasons.setdefault((backend, reason), []).append(op.name)
+    for (backend, reason), names in sorted(reasons.items()):
+        whose = "all" if len(names) == len(found.ops) else ", ".join(names)
+        lines += [f"  {backend} ({whose}): {reason}"]
+    return "\n".join([*lines, "", found.advice])
+
+
+def doctor() -> str:
+    """`pcs doctor`: the whole report."""
+    return report()
