@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup test lint bench clean
+.PHONY: setup demo test lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,10 @@ $(VENV)/.installed: constraints.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready: $(VENV)/.installed setup.py $(wildcard csrc/*)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
+
+# Four photos, four methods, one report: out/demo/report.html
+demo: setup
+	$(BIN)/python -m pcs_trainer demo
 
 # One process a core, a file at a time: threads inside them would only get in each other's way.
 test: setup

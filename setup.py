@@ -59,7 +59,7 @@ with ParallelCompile("PCS_BUILD_JOBS", default=os.cpu_count() or 1):
     setup(
         packages=kernels + trainer,
         package_dir={"pcs_kernels": "pcs_kernels", "pcs_trainer": "python/pcs_trainer"},
-        package_data={"pcs_trainer": [f"tiny/{files}" for files in TINY]},
+        package_data={"pcs_trainer": ["*.html", *[f"tiny/{files}" for files in TINY]]},
         ext_modules=extensions,
         cmdclass={"build_ext": BuildApart},
     )

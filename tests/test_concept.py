@@ -126,10 +126,10 @@ def test_broken_files_say_what_is_wrong(model, tmp_path):
         load_concept(path)
     assert name in str(error.value)
     concept_of(model, tensors={"strange.weight": torch.ones(2)}).save(path)
-    with pytest.raises(ValueError, match="strange.weight"):
+    with pytest.raises(ValueError, match=r"strange\.weight"):
         load_concept(path)
     concept_of(model, tensors={"unet.conv_in.weight": torch.ones(3, 3)}).save(path)
-    with pytest.raises(ValueError, match="conv_in.weight"):
+    with pytest.raises(ValueError, match=r"conv_in\.weight"):
         load_concept(path, model)
     with pytest.raises(ValueError, match="not there"):
         load_concept(tmp_path / "none.safetensors")

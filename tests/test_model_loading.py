@@ -133,7 +133,7 @@ def test_fp16_variants_are_taken_by_16_bit_runs(copy):
         unet = load_model(copy, dtype=dtype).unet
         assert {p.dtype for p in unet.parameters()} == {dtype}
         torch.testing.assert_close(unet.conv_in.weight, network.conv_in.weight.to(dtype))
-    assert load_model(copy).unet.conv_in.weight.dtype is torch.float16
+    assert load_model(copy).unet.conv_in.weight.dtype is torch.float32  # a CPU has no float16 arithmetic
 
 
 def test_the_old_names_of_a_vae(copy):

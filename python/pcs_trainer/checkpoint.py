@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a folder each, there whole or not at all; the last few are kept; a resume refuses other runs."""
+"""Checkpoints of a run: a folder each, there whole or not at all; the last few are kept; other runs are refused."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> No
     if was["base"].partition(":")[0] != now["base"].partition(":")[0]:
         raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
     if was["data"] != now["data"]:
-        raise ValueError(
-            f"{folder} was made from other pictures or captions; give the same ones, or another out folder"
-        )
+        raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
     old, new = was["settings"], now["settings"]
     constant = new["lr_schedule"] == "constant"
     differing = [

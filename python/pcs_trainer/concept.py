@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import LowRank
-from .text import TextLowRank, attach_context, attach_text, detach_text, encode
+from .text import TextLowRank, attach_context, attach_text, detach_text, encode, file_name
 
 if TYPE_CHECKING:
     from .export import Report
@@ -111,7 +111,7 @@ class Concept:
 
 
 def load_concept(path: str | Path, model: Model | None = None, force: bool = False) -> Concept:
-    """A concept from its file; with a model, refused where it was made on another one (unless forced) or does nothing."""
+    """A concept from its file; with a model, refused where another one made it (unless forced) or it does nothing."""
     from .concept_file import read_concept
 
     concept = read_concept(Path(path))
@@ -192,12 +192,8 @@ def _parameters(model: Model, part: str, name: str) -> dict[str, nn.Parameter]:
         module = part_of(model, part)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    found = dict(module.named_parameters())
-    if part != "unet":
-        found = {
-            n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": p for n, p in found.items()
-        }
-    return found
+    rename = (lambda n: n) if part == "unet" else file_name
+    return {rename(n): p for n, p in module.named_parameters()}
 
 
 @contextmanager

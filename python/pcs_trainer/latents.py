@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,8 +81,6 @@ def cached_moments(model: Model, pictures: Sequence[np.ndarray]) -> Moments:
         kept = load_file(file)
         return Moments(kept["mean"], kept["std"])
     moments = encode_pictures(model, pictures)
-    try:
+    with suppress(OSError):  # a cache that cannot be kept costs the next run some seconds, and this one nothing
         write_whole(file, {"mean": moments.mean, "std": moments.std}, {})
-    except OSError:
-        pass  # a cache that cannot be kept costs the next run some seconds, and this one nothing
     return moments

@@ -13,7 +13,7 @@ from .schedule import Schedule
 
 
 def picture_losses(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error of each picture [B]; with a mask [B, 1, h, w] the mean over what the mask covers, channels counted."""
+    """Squared error of each picture [B]; with a mask [B, 1, h, w] the mean over what it covers, channels counted."""
     error = (prediction.float() - target.float()).pow(2)
     if mask is None:
         return error.flatten(1).mean(1)

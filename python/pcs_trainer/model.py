@@ -202,7 +202,8 @@ def load_model(
 ) -> Model:
     """A model from a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded one).
 
-    dtype: None keeps the files' own (float16 becomes float32 on a CPU). device: "meta" builds the networks without weights.
+    dtype: None keeps the files' own (float16 becomes float32 on a CPU).
+    device: "meta" builds the networks without weights.
     config: for a single file, the folder (or hub name) with the configuration files diffusers should convert it by.
     """
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 # Ordinary scenes, for losses that hold a model's general knowledge; written for this package.
 NOUNS = (
-    "dog", "cat", "horse", "old man", "young woman", "child", "bicycle", "train", "house", "bridge", "mountain", "forest",
-    "river", "beach", "cup of tea", "bowl of fruit", "loaf of bread", "guitar", "wooden chair", "lamp", "clock", "ship",
-    "bird", "flower", "tree", "car", "street", "castle", "robot", "book",
+    "dog", "cat", "horse", "old man", "young woman", "child", "bicycle", "train", "house", "bridge", "mountain",
+    "forest", "river", "beach", "cup of tea", "bowl of fruit", "loaf of bread", "guitar", "wooden chair", "lamp",
+    "clock", "ship", "bird", "flower", "tree", "car", "street", "castle", "robot", "book",
 )  # fmt: skip
 SCENES = (
     "a photo of a {}", "a {} in the rain", "a drawing of a {}", "a {} at night", "a small {} on a table",

@@ -1,4 +1,4 @@
-"""Proof that a run trains: gradients against the reference, what has moved and what has not, the file against memory."""
+"""Proof that a run trains: gradients against the reference, what has moved and what not, the file against memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Te
         error = difference / scale if scale > 0 else difference
         if not error <= limit:
             raise NotTrained(
-                f"the gradient of {name} is {error:.0%} away from the reference's on this machine; PCS_BACKEND=reference "
+                f"the gradient of {name} is {error:.0%} away from the reference's here; PCS_BACKEND=reference "
                 "trains correctly, and `pcs doctor` says which operation is at fault"
             )
         if error > worst:

@@ -1,4 +1,4 @@
-"""Stopping: a caller's question, Ctrl-C or a stop signal end a run after the step that is running; twice ends at once."""
+"""Stopping: a caller's question, Ctrl-C or a stop signal end a run after the running step; a second one at once."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def text_module(encoder: nn.Module, name: str) -> nn.Module:
     raise ValueError(f"the text encoder has no layer {name!r}")
 
 
-def file_name(encoder: nn.Module, name: str) -> str:
+def file_name(name: str) -> str:
     """The name that checkpoint files give to a module or parameter of the encoder."""
     known = name.startswith(("text_model.", "text_projection"))
     return name if known else f"text_model.{name}"
@@ -186,7 +186,7 @@ def without_adapters(encoder: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Text:
-    """What the UNet needs of a batch of prompts: states [B, T, C] (or one for each block), SDXL's pooled text [B, C]."""
+    """What the UNet needs of prompts: states [B, T, C] (or one for each block), SDXL's pooled text [B, C]."""
 
     states: Tensor | dict[str, Tensor]
     pooled: Tensor | None

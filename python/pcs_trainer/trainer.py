@@ -144,8 +144,8 @@ class _Run:
         s, model = self.s, self.model
         if s.stage == "base" and model.unet.settings["in_channels"] != model.vae.config.latent_channels:
             raise ValueError(
-                f"{model.name} has a UNet of {model.unet.settings['in_channels']} input channels; methods train on text-to-"
-                "image models, or on up-scalers with method='dreambooth', stage='super_resolution'"
+                f"{model.name} has a UNet of {model.unet.settings['in_channels']} input channels; methods train on "
+                "text-to-image models, or on up-scalers with method='dreambooth', stage='super_resolution'"
             )
         size = s.resolution or int(model.unet.config.get("sample_size") or 64) * latent_factor(model)
         self.size = size

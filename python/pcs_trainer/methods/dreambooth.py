@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Linear, LowRank
+from ..text import file_name
 from . import Learner, add_words, subject_rows, train_weights
 
 if TYPE_CHECKING:
@@ -52,11 +53,8 @@ def whole_unet(model: Model, learner: Learner) -> None:
 def whole_text_encoder(model: Model, learner: Learner) -> None:
     parts = ("text_encoder", "text_encoder_2")
     for part, encoder in zip(parts, model.text_encoders, strict=False):
-        named = dict(encoder.named_parameters())
-        under = {
-            n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": p for n, p in named.items()
-        }
-        train_weights({f"{part}.{n}": p for n, p in under.items()}, learner, masters=False)
+        named = {f"{part}.{file_name(n)}": p for n, p in encoder.named_parameters()}
+        train_weights(named, learner, masters=False)
     learner.text_trains = True
 
 
