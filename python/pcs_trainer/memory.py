@@ -21,9 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .assigning import Table, fastest, fastest_within, smallest
 from .counting import StepCount
+from .model import Model, load_model
 from .plans import PLANS
-from .recipes import recipe_of
-from .rehearsal import Networks, Recipe, Rehearsal, networks_of
+from .recipes import FIELDS
+from .rehearsal import Networks, Rehearsal, networks_of
+from .settings import Settings, settings_for
 
 CUDA_CONTEXT = 500_000_000  # what the driver takes before the first tensor
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -62,6 +64,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return not self.missing
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The trainer's settings that this plan stands for."""
+        return {"batch": self.batch, "accumulate": self.accumulate, "plan": self.assignment}
 
     @property
     def plans(self) -> str:
@@ -107,10 +114,10 @@ def parse_bytes(budget: str | float) -> int:
 class _Counted:
     """One method's step at one size: its rehearsal, and its counts under each memory plan, made when asked for."""
 
-    def __init__(self, networks: Networks, recipe: Recipe, options: dict, size: tuple[int, int], dtype: torch.dtype,
+    def __init__(self, networks: Networks, settings: Settings, size: tuple[int, int], dtype: torch.dtype,
                  device: str, accumulate: bool) -> None:  # fmt: skip
         self.fake = FakeTensorMode() if device == "cpu" else None
-        self.arguments = networks, recipe, options, size, dtype
+        self.arguments = networks, settings, size, dtype
         with self.fake or nullcontext():
             self.rehearsal = Rehearsal(*self.arguments, "cpu" if self.fake else "meta", accumulate)
         self._counts: dict[str, StepCount] = {}
@@ -146,10 +153,10 @@ class _Counted:
 
 
 @functools.lru_cache(maxsize=8)
-def _counted(networks: str, method: str, options: str, size: tuple[int, int], dtype: torch.dtype, device: str,
+def _counted(networks: str, chosen: str, size: tuple[int, int], dtype: torch.dtype, device: str,
              accumulate: bool) -> _Counted:  # fmt: skip
-    recipe, _ = recipe_of(method, {})
-    return _Counted(Networks(**json.loads(networks)), recipe, json.loads(options), size, dtype, device, accumulate)
+    settings = Settings(**json.loads(chosen))
+    return _Counted(Networks(**json.loads(networks)), settings, size, dtype, device, accumulate)
 
 
 def plan(
@@ -160,9 +167,8 @@ def plan(
     budget: str | float | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
-    accumulate: int | None = None,
     measure: bool = False,
-    **options: Any,
+    **settings: Any,
 ) -> Plan:
     """The memory of one training step of `method`, and the fastest memory plans that keep it within `budget`.
 
@@ -172,51 +178,52 @@ def plan(
     budget: "6GB", "6000MB" or bytes; None asks for the fastest plans. It holds the CUDA context where device is "cuda".
     device: what is planned for: "cuda", or "cpu", where the kernels keep packed copies of frozen weights.
     measure: on a GPU, run the candidates under a hard cap and take the fastest.
-    options: what else of the method changes its memory, such as rank or train_token.
+    settings: the trainer's other settings; those that change the memory are rank, variant, train_token and the like.
     """
-    recipe, options = recipe_of(method, options)
+    model = load_model(model) if isinstance(model, str) and model == "tiny" else model
+    given = {name: value for name, value in settings.items() if value is not None}
+    s = settings_for(model if isinstance(model, Model) else None, method, **given)
     allowed = None if budget is None else parse_bytes(budget)
     networks = networks_of(model)
-    resolution = networks.resolution if resolution is None else resolution
-    _check(resolution, batch, accumulate, dtype, device, networks.pixels)
+    resolution = resolution or s.resolution or networks.resolution
+    _check(resolution, batch, dtype, device, networks.pixels)
     if measure and (device != "cuda" or not torch.cuda.is_available()):
         raise ValueError("measure=True runs real steps and needs a CUDA device; leave it out to count instead")
     context = CUDA_CONTEXT if device == "cuda" else 0
     limit = None if allowed is None else allowed - context
+    prior = 1 if s.prior_weight else 0
+    wanted = (s.batch if batch is None else batch) * s.accumulate
 
-    def counted(pictures: int, forwards: int) -> _Counted:
-        size = pictures * (1 + recipe.prior), resolution // networks.pixels
+    def counted(pictures: int) -> _Counted:
         config = json.dumps({"unet": dict(networks.unet), "text": networks.text, "pixels": networks.pixels})
-        return _counted(config, method, json.dumps(options), size, dtype, device, forwards > 1)
+        chosen = json.dumps({name: getattr(s, name) for name in FIELDS})
+        size = pictures * (1 + prior), resolution // networks.pixels
+        return _counted(config, chosen, size, dtype, device, wanted > pictures)
 
-    wanted = (recipe.batch if batch is None else batch) * (accumulate or 1)
-    pictures = recipe.batch if batch is None else batch
-    chosen = counted(pictures, wanted // pictures)
+    pictures = s.batch if batch is None else batch
+    chosen = counted(pictures)
     while batch is None and limit is not None and pictures > 1 and chosen.bytes("C") > limit:
         pictures //= 2
-        chosen = counted(pictures, wanted // pictures)
+        chosen = counted(pictures)
     assignment = _choose(chosen, limit)
     missing = ""
     if limit is not None and chosen.bytes(assignment) > limit:
-        smaller = counted(1, wanted) if batch is not None and batch > 1 else None
-        missing = _missing(chosen, assignment, allowed or 0, context, smaller)
+        smaller = counted(1) if pictures > 1 else None
+        missing = _missing(chosen, assignment, limit + context, context, smaller)
     count = chosen.count(assignment)
     found = Plan(
-        method, resolution, pictures, recipe.prior * pictures, max(1, wanted // pictures), device, allowed,
+        method, resolution, pictures, prior * pictures, -(-wanted // pictures), device, allowed,
         chosen.components(assignment), context, count.kept, max(count.gradients, chosen.lasting().get("gradients", 0)),
         assignment, count.work / min(chosen.count(p).work for p in PLANS) - 1, missing,
     )  # fmt: skip
     return _measured(found, chosen, limit) if measure and found.fits else found
 
 
-def _check(
-    resolution: Any, batch: Any, accumulate: Any, dtype: torch.dtype, device: str, pixels: int
-) -> None:  # fmt: skip
+def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int) -> None:
     if not isinstance(resolution, int) or resolution < 1 or resolution % pixels:
         raise ValueError(f"the resolution must be a multiple of {pixels} pixels for this model, not {resolution!r}")
-    for name, value in (("batch", batch), ("accumulate", accumulate)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"batch must be a whole number of at least 1, not {batch!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, not {dtype!r}")
     if device not in ("cuda", "cpu"):

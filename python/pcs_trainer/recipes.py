@@ -1,75 +1,88 @@
-"""What each method trains, as far as its memory depends on it: the recipes of a rehearsed step."""
+"""What each method trains, as far as memory depends on it: shapes and dtypes, put on a rehearsal's networks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .rehearsal import ATTENTION_LAYERS, TEXT_LAYERS, Recipe, Rehearsal
+from .methods.custom_diffusion import VARIANTS as ATTENTION_PARTS
+from .methods.dreambooth import PROJECTIONS
+from .methods.personalized_residuals import SHARE
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .rehearsal import Rehearsal
+
+Parameters = list[nn.Parameter]
+AUGMENTATION_ROWS = 12  # of TextBoost's words for what was done to a picture
 
 
-def _whole_unet(r: Rehearsal) -> list[nn.Parameter]:
-    trained = list(r.unet.requires_grad_(True).parameters())
-    if r.options.get("text_encoder"):
-        for encoder in r.encoders:
-            trained += [p for n, p in encoder.requires_grad_(True).named_parameters() if "final_layer_norm" not in n]
-    return trained
+def whole_unet(r: Rehearsal) -> Parameters:
+    return list(r.unet.requires_grad_(True).parameters()) + whole_text(r)
 
 
-def _attention_lora(r: Rehearsal) -> list[nn.Parameter]:
-    names = [f"{b}.{attention}.{layer}" for b in r.unet.attention_names() for attention in ("attn1", "attn2")
-             for layer in ATTENTION_LAYERS]  # fmt: skip
-    return [p for name in names for p in r.residual(name, r.options["rank"])]
+def whole_text(r: Rehearsal) -> Parameters:
+    if not r.settings.train_text_encoder:
+        return []
+    return [p for encoder in r.encoders for p in encoder.requires_grad_(True).parameters()]
 
 
-def _text_keys_and_values(r: Rehearsal) -> list[nn.Parameter]:
-    blocks = [r.unet.get_submodule(name).attn2 for name in r.unet.attention_names()]
-    if r.options["mode"] == "crossattn":
-        layers = [m for attn2 in blocks for m in (attn2.to_q, attn2.to_k, attn2.to_v, attn2.to_out[0])]
-        return [r.master(m, name) for m in layers for name, _ in list(m.named_parameters(recurse=False))]
-    return [r.master(m) for attn2 in blocks for m in (attn2.to_k, attn2.to_v)]
+def attention_lora(r: Rehearsal) -> Parameters:
+    names = [f"{block}.{attention}.{layer}" for block in r.unet.attention_names() for attention in ("attn1", "attn2")
+             for layer in PROJECTIONS]  # fmt: skip
+    return [p for name in names for p in r.residual(name, r.settings.rank)] + whole_text(r)
 
 
-def _output_projections(r: Rehearsal) -> list[nn.Parameter]:
-    names = [f"{n}.proj_out" for n, m in r.unet.layers().items() if hasattr(m, "proj_out")]
-    ranks = [max(1, round(r.options["rank_ratio"] * r.unet.get_submodule(n).weight.shape[0])) for n in names]
+def text_keys_and_values(r: Rehearsal) -> Parameters:
+    parts = ATTENTION_PARTS[r.settings.variant]
+    names = [name for name, _ in r.unet.named_parameters() if any(part in name for part in parts)]
+    return [r.master(name) for name in names]
+
+
+def output_projections(r: Rehearsal) -> Parameters:
+    names = [name for name, _ in r.unet.named_modules() if name.endswith(".proj_out")]
+    widths = [r.unet.get_submodule(name).weight.shape[0] for name in names]
+    ranks = [r.settings.rank or max(1, round(SHARE * width)) for width in widths]
     return [p for name, rank in zip(names, ranks, strict=True) for p in r.residual(name, rank)]
 
 
-def _text_lora(r: Rehearsal) -> list[nn.Parameter]:
-    layers = ("fc2",) if r.options["variant"] == "causal" else TEXT_LAYERS
-    return r.text_residuals(layers, 1 if r.options["variant"] == "causal" else r.options["rank"])
+def text_lora(r: Rehearsal) -> Parameters:
+    from .methods.textboost import LAYERS
+
+    return r.text_residuals(LAYERS[r.settings.variant], 1 if "causal" in r.settings.variant else r.settings.rank)
 
 
-def _nothing_else(r: Rehearsal) -> list[nn.Parameter]:
+def rows_alone(r: Rehearsal) -> Parameters:
     return []
 
 
-RECIPES: dict[str, Recipe] = {
-    "dreambooth": Recipe(_whole_unet, batch=1, prior=1, in_backward=True, options={"text_encoder": False}),
-    "dreambooth_lora": Recipe(_attention_lora, batch=1, prior=1, options={"rank": 4}),
-    "custom_diffusion": Recipe(
-        _text_keys_and_values, batch=1, prior=1, text=True, options={"mode": "kv", "train_token": True}
-    ),
-    "personalized_residuals": Recipe(
-        _output_projections, batch=4, options={"rank_ratio": 0.05, "train_token": False}
-    ),
-    "textboost": Recipe(
-        _text_lora, batch=8, text=True, frozen_text_too=True,
-        options={"rank": 4, "variant": "lora", "train_token": True, "augmentation_rows": 12},
-    ),
-    "textual_inversion": Recipe(_nothing_else, batch=4, text=True, options={"train_token": True}),
-}  # fmt: skip
+TRAINED: dict[str, Callable[[Rehearsal], Parameters]] = {
+    "dreambooth": whole_unet,
+    "dreambooth_lora": attention_lora,
+    "custom_diffusion": text_keys_and_values,
+    "personalized_residuals": output_projections,
+    "textboost": text_lora,
+    "textual_inversion": rows_alone,
+}
+# What of the settings a step's memory depends on.
+FIELDS = ("method", "rank", "variant", "train_token", "token_vectors", "identifier", "train_text_encoder", "augment",
+          "prior_weight", "preservation_weight", "optimizer", "step_in_backward", "clip_norm", "clip")  # fmt: skip
 
 
-def recipe_of(method: str, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
-    """A method's recipe and its options with the defaults filled in; one sentence on what is unknown."""
-    if method not in RECIPES:
-        raise ValueError(f"the method {method!r} is unknown; choose one of {', '.join(RECIPES)}")
-    recipe = RECIPES[method]
-    for name in options:
-        if name not in recipe.options:
-            known = ", ".join(recipe.options)
-            raise ValueError(f"{name!r} does not change the memory of {method}; the options that do are {known}")
-    return recipe, recipe.options | options
+def trained_by(s: Settings) -> Callable[[Rehearsal], Parameters]:
+    return TRAINED[s.method]
+
+
+def n_rows(s: Settings) -> int:
+    """Learned rows that train: the subject's word, and TextBoost's augmentation words."""
+    if not s.train_token:
+        return 0
+    subject = s.token_vectors if s.identifier == "learned" else 0
+    return subject + AUGMENTATION_ROWS * (s.method == "textboost" and s.augment)
+
+
+def uses_text(s: Settings) -> bool:
+    """Whether the text encoders are at work in every step."""
+    return s.method == "textboost" or s.train_text_encoder or n_rows(s) > 0

@@ -6,8 +6,7 @@ training dtype (bfloat16), what is trained beside them in float32, except that D
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import pcs_kernels
-from pcs_kernels.optim import AdamW8bit, step_in_backward
+from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward
+from pcs_kernels.step_in_backward import _square
 
 from .counting import Ledger, StepCount
 from .layers import LowRank
 from .model import Model
+from .recipes import n_rows, trained_by, uses_text
+from .settings import Settings
 from .sources import Folder, find_source, read_json
+from .stepping import LARGEST_COPY
 from .text import TextLowRank, adapters, attach_text
 from .unet import UNet
 
@@ -33,8 +36,6 @@ KNOWN_TEXT = {
     1024: [CLIP_H],
     2048: [CLIP_L, CLIP_G | {"projection_dim": 1280, "architectures": ["CLIPTextModelWithProjection"]}],
 }
-TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass
@@ -83,42 +84,31 @@ def _with_text(unet: dict[str, Any], text: list[dict[str, Any]]) -> Networks:
     return Networks(unet, text or KNOWN_TEXT.get(width, []))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What of a method its memory depends on."""
-
-    trains: Callable[[Rehearsal], list[nn.Parameter]]
-    batch: int  # pictures of the subject in a step
-    prior: int = 0  # prior or regularization pictures for each of them
-    in_backward: bool = False  # the optimizer step is taken inside the backward
-    text: bool = False  # the text encoders are at work in every step
-    frozen_text_too: bool = False  # a second text of as many captions, for the knowledge-preservation loss
-    options: dict[str, Any] = field(default_factory=dict)
-
-
 class Rehearsal:
     """The networks, what the method trains of them, and a step. On "meta" nothing is computed."""
 
     def __init__(
-        self, networks: Networks, recipe: Recipe, options: dict[str, Any], size: tuple[int, int], dtype: torch.dtype,
+        self, networks: Networks, settings: Settings, size: tuple[int, int], dtype: torch.dtype,
         device: str = "meta", accumulate: bool = False, counted: bool = True,
     ) -> None:  # fmt: skip
-        self.recipe, self.options, self.dtype, self.device = recipe, options, dtype, device
+        self.settings, self.dtype, self.device = settings, dtype, device
         self.images, self.latent = size  # pictures in one forward, side of the latents
         self.accumulate = accumulate
         self.unet = self._filled(UNet.from_config(networks.unet, device="meta"))
         c = self.unet.settings
         self.channels, self.width = c["in_channels"], c["cross_attention_dim"]
         self.tokens = networks.text[0].get("max_position_embeddings", 77) if networks.text else 77
-        self.uses_text = recipe.text or bool(options.get("text_encoder") or options.get("train_token"))
+        self.uses_text = uses_text(settings)
         self.encoders = [self._filled(_text_encoder(config)) for config in networks.text] if self.uses_text else []
         if self.uses_text and not self.encoders:
-            raise ValueError(f"the text encoders of a model with text states {self.width} wide must be given: {WANTED}")
-        self.rows = [self._new(len_of_rows(options), encoder.config.hidden_size) for encoder in self.encoders]
-        self.rows = self.rows if options.get("train_token") else []
-        self.trained = [*recipe.trains(self), *self.rows]
+            wanted = 'give a whole model, or {"unet": {...}, "text_encoder": {...}}'
+            raise ValueError(f"{settings.method} works on the text encoder, and none is known for this UNet; {wanted}")
+        self.in_backward = settings.step_in_backward and not accumulate
+        self.rows = [self._new(n_rows(settings), e.config.hidden_size) for e in self.encoders if n_rows(settings)]
+        self.trained = [*trained_by(settings)(self), *self.rows]
         self.cached = None if self.uses_text or self._trains_text_kv() else self._cached_text()
         self.optimizer: AdamW8bit | None = None
+        self.handle: StepInBackward | None = None
         self.ledger: Ledger | None = None
         self.warm = False
         if counted:
@@ -126,20 +116,20 @@ class Rehearsal:
                 p.register_post_accumulate_grad_hook(self._gradient)
         else:
             self.optimizer = AdamW8bit(self.trained)
-            self.handle = step_in_backward(self.optimizer) if recipe.in_backward and not accumulate else None
+            clip = settings.clip_norm or None
+            self.handle = step_in_backward(self.optimizer, 1, clip, settings.clip) if self.in_backward else None
 
     def _filled(self, network: nn.Module) -> nn.Module:
-        """The network in the training dtype, frozen; off the meta device with small numbers."""
-        network = network.to(self.dtype).requires_grad_(False).eval()
-        if self.device != "meta":
-            network = network.to_empty(device=self.device)
-            with torch.no_grad():
-                for p in network.parameters():
-                    p.fill_(0.01) if p.dim() < 2 else p.normal_(0, p[0].numel() ** -0.5)
-                for name, buffer in network.named_buffers():
-                    if name.endswith("position_ids"):
-                        buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
-        return network
+        """The network in the training dtype on the device, frozen, with small numbers in it."""
+        for module in network.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                value = torch.empty(p.shape, dtype=self.dtype, device=self.device)
+                value = value.fill_(0.01) if p.dim() < 2 else value.normal_(0, p[0].numel() ** -0.5)
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                places = torch.arange(buffer.shape[-1], device=self.device).expand(buffer.shape)
+                module.register_buffer(name, places, persistent=False)  # CLIP's one buffer holds the places
+        return network.eval()
 
     def _new(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, device=self.device).normal_(0, 0.02))
@@ -173,16 +163,20 @@ class Rehearsal:
                     pairs += pair
         return pairs
 
-    def master(self, module: nn.Module, name: str = "weight") -> nn.Parameter:
-        """A weight trained in float32 in place of the network's own."""
-        p = nn.Parameter(getattr(module, name).detach().float())
-        setattr(module, name, p)
+    def master(self, name: str) -> nn.Parameter:
+        """A parameter of the UNet trained in float32 in place of the network's own."""
+        module, _, leaf = name.rpartition(".")
+        p = nn.Parameter(self.unet.get_parameter(name).detach().float())
+        self.unet.get_submodule(module).register_parameter(leaf, p)
         return p
 
     def _gradient(self, p: Tensor) -> None:
         if self.ledger is not None:
             self.ledger.is_gradient(p.grad)
-        if self.recipe.in_backward and not self.accumulate:
+        if self.in_backward:
+            if self.settings.clip_norm:
+                _square(p.grad)
+            torch.isfinite(p.grad).all()  # looked at before every update
             p.grad = None
 
     def text(self) -> tuple[Tensor, Tensor | None]:
@@ -213,19 +207,20 @@ class Rehearsal:
         x = torch.randn(side, device=self.device).to(self.dtype)
         error = self.unet(x, self._zeros(self.images, dtype=torch.long), context, added).float()
         loss = (error - torch.randn_like(error)).square().mean()
-        if self.recipe.frozen_text_too:
+        if self.settings.method == "textboost" and self.settings.preservation_weight:
             loss = loss + self.text()[0].float().square().mean()
         return loss
 
     def step(self) -> None:
-        """Forward, backward and, off the meta device, the optimizer's step."""
+        """Forward, backward and, where it is for real, the optimizer's step."""
+        if self.handle is not None:
+            self.handle.backward(self.loss)
+            return
         loss = self.loss()
         if self.ledger is not None:
             self.ledger.forward_ends()
         loss.backward()
-        if self.optimizer is not None and self.recipe.in_backward:
-            return
-        if self.optimizer is not None:
+        if self.optimizer is not None and not self.in_backward:
             self.optimizer.step()
         if not self.accumulate:
             for p in self.trained:
@@ -242,8 +237,13 @@ class Rehearsal:
         }
         masters = sum(p.nbytes for p in self.trained if id(p) not in in_place)
         text = 0 if self.cached is None else sum(t.nbytes for pair in self.cached.values() for t in pair)
-        return found | {"trained in float32": masters, "cached text": text,
-                        "optimizer state": sum(state_bytes(p.numel()) for p in self.trained)}  # fmt: skip
+        copied = sum(p.numel() for p in self.trained) <= LARGEST_COPY
+        return found | {
+            "trained in float32": masters,
+            "copy of the last good state": sum(p.nbytes for p in self.trained) * copied,
+            "cached text": text,
+            "optimizer state": sum(state_bytes(p, self.settings.optimizer) for p in self.trained),
+        }
 
     def count(self) -> StepCount:
         """The second step, counted: the first makes what lasts."""
@@ -269,17 +269,12 @@ class Rehearsal:
         return tensors + [t for pair in (self.cached or {}).values() for t in pair]
 
 
-WANTED = 'give a whole model\'s folder, or {"unet": {...}, "text_encoder": {...}}'
-
-
-def len_of_rows(options: dict[str, Any]) -> int:
-    """Learned rows: the subject's word, and TextBoost's augmentation words where there are any."""
-    return 1 + options.get("augmentation_rows", 0)
-
-
-def state_bytes(n: int, block: int = 256, least: int = 4096) -> int:
-    """AdamW8bit's state of a tensor of n elements: two bytes each, a scale a block and two code maps; small ones 8."""
-    return 2 * n + 2 * 4 * -(-n // block) + 2 * 1024 if n >= least else 8 * n
+def state_bytes(p: Tensor, optimizer: str) -> int:
+    """AdamW8bit: two bytes an element, two scales a block of 256, two code maps; small tensors 8. AdamW: two copies."""
+    n = p.numel()
+    if optimizer == "adamw":
+        return 2 * p.nbytes
+    return 2 * n + 2 * 4 * -(-n // 256) + 2 * 1024 if n >= 4096 else 8 * n
 
 
 def _text_encoder(config: dict[str, Any]) -> nn.Module:
