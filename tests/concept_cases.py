@@ -43,7 +43,7 @@ def low_rank(model, ends: tuple[str, ...], part: str = "unet", seed: int = 0, ra
     for name, p in network.named_parameters():
         if name.endswith(tuple(f"{end}.weight" for end in ends)):
             module = name.removesuffix(".weight")
-            stem = f"{part}.{module if part == 'unet' else file_name(network, module)}"
+            stem = f"{part}.{module if part == 'unet' else file_name(module)}"
             down, up = pair(p.detach(), rank or RANKS.get(p.shape[0], 4), generator)
             tensors |= {f"{stem}.down": down, f"{stem}.up": up}
     assert tensors
@@ -91,7 +91,7 @@ def dreambooth(model, seed: int = 6) -> Concept:
     tensors = {}
     for part, network in (("unet", model.unet), ("text_encoder", model.text_encoder)):
         for name, p in network.named_parameters():
-            full = f"{part}.{name if part == 'unet' else file_name(network, name)}"
+            full = f"{part}.{name if part == 'unet' else file_name(name)}"
             tensors[full] = p.detach() + torch.randn(p.shape, generator=generator) * p.detach().abs().mean() * 0.05
     return Concept("dreambooth", tensors, {}, meta("sks"), fingerprint(model))
 

@@ -79,7 +79,7 @@ def _merged(concept: Concept, model: Model, part: str, network: nn.Module) -> di
     known |= {f"{stem}.weight" for stem in plain_pairs(concept)}
     state = {}
     for name, value in network.state_dict().items():
-        full = f"{part}.{name if part == 'unet' else file_name(network, name)}"
+        full = f"{part}.{name if part == 'unet' else file_name(name)}"
         state[name] = value.clone()
         if full in known:
             state[name] = layers.tuned(concept, full).to(value)

@@ -94,7 +94,7 @@ class Layers:
             prefixes = [KOHYA_TEXT[len(model.text_encoders)][part]]
             prefixes += ["lora_te1"] * (part == "text_encoder")
             for name, p in encoder.named_parameters():
-                name = file_name(encoder, name)
+                name = file_name(name)
                 self._add(part, name, p)
                 module = name.rpartition(".")[0]
                 self.by_name[f"{part}.{module.removeprefix('text_model.')}"] = (part, module)
