@@ -31,6 +31,7 @@ from pcs_trainer.text import Text
 from pcs_trainer.unet import UNet
 
 RESULTS = timing.RESULTS / "lag.csv"
+CHECKED_AT = 128  # pixels: every variant is held against the others there before any is timed
 PLACES = [5, 6]  # of the subject's words in the prompt
 ASKED = {"ratio": 1.03, "map bytes": 2_000_000}
 
@@ -55,9 +56,13 @@ class Bench:
             self.unet.attach(name, LowRank(down, up, key="subject"))
             self.merged[name], self.plain[name] = joined, layer
         self.blocks = masked_blocks(self.unet, ["subject"])
+        self.text = Text(torch.randn(2, 77, 768).bfloat16(), None, [])
+        self.at(size)
+
+    def at(self, size: int) -> None:
+        """Steps that are made from now on are of this many pixels."""
         self.pixels, self.latents = (size, size), (size // 8, size // 8)
         self.x = torch.randn(1, 4, *self.latents)
-        self.text = Text(torch.randn(2, 77, 768).bfloat16(), None, [])
 
     def put(self, layers: dict[str, nn.Module]) -> None:
         for name, layer in layers.items():
@@ -76,11 +81,13 @@ class Bench:
         return Predictor(self.unet, self.text, self.pixels, 7.5, 1, attention, range(1), self.latents)
 
     def step(self, layers: dict[str, nn.Module], predict: Predictor) -> Callable[[], Tensor]:
+        x = self.x
+
         @torch.no_grad()
         def call() -> Tensor:
             self.put(layers)
             predict.step = 0
-            return predict(self.x, 500.0)
+            return predict(x, 500.0)
 
         return call
 
@@ -118,26 +125,21 @@ def captured_bytes(bench: Bench, predict: Predictor) -> int:
     return sum(m.numel() * m.element_size() for m in maps.values())
 
 
-def variants(bench: Bench) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
-    """(steps, the bytes of maps that each leaves)"""
+def variants(bench: Bench, kept: list[Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The steps at the bench's size; `kept` is where the written-out probabilities go."""
     plain, lag, shown = bench.predictor(None), bench.predictor(Lag()), bench.predictor(Lag(), tokens=2)
-    kept: list[Tensor] = []
-    steps = {
+    return {
         "merged": bench.step(bench.merged, plain),
         "residuals": bench.step(bench.plain, plain),
         "LAG": bench.step(bench.plain, lag),
         "LAG, and two words' maps returned": bench.step(bench.plain, shown),
         "LAG by written-out probabilities": bench.materialised(bench.plain, lag, kept),
     }
-    says = {name: step() for name, step in steps.items()}
-    written = sum(m.numel() * m.element_size() for m in kept)
-    check(says)
-    bytes_of = {"LAG": captured_bytes(bench, lag), "LAG, and two words' maps returned": captured_bytes(bench, shown)}
-    return steps, bytes_of | {"LAG by written-out probabilities": written}
 
 
-def check(says: dict[str, Tensor]) -> None:
+def check(steps: dict[str, Callable[[], Tensor]]) -> None:
     """Two ways to the same prediction are nearer to each other, by far, than LAG is to the whole concept."""
+    says = {name: step() for name, step in steps.items()}
     masked = relative(says["LAG"], says["merged"])
     print(f"  LAG against merged: {masked:.1e}", flush=True)
     for name, other in (
@@ -173,10 +175,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="variants to time beside the merged one")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    bench = Bench(options.size)
-    steps, bytes_of = variants(bench)
+    bench = Bench(CHECKED_AT)
+    check(variants(bench, []))
+    bench.at(options.size)
+    kept: list[Tensor] = []
+    steps = variants(bench, kept)
     chosen = {n: s for n, s in steps.items() if not options.only or n == "merged" or n in options.only}
-    table = rows(options.size, timing.interleave(chosen, options.rounds), bytes_of)
+    seconds = timing.interleave(chosen, options.rounds)
+    bytes_of = {"LAG": captured_bytes(bench, bench.predictor(Lag()))}
+    bytes_of["LAG by written-out probabilities"] = sum(m.numel() * m.element_size() for m in kept)
+    table = rows(options.size, seconds, bytes_of)
     for row in table:
         print(f"  {row['variant']:36} {row['seconds']} s ({row['fastest']} - {row['slowest']})  x {row['over_merged']} "
               f"({row['lower_quartile']} - {row['upper_quartile']})  {row['map_bytes']} bytes of maps")  # fmt: skip
