@@ -89,7 +89,9 @@ def number(least: float | None = None, most: float | None = None, example: str =
         if value != value or (least is not None and value < least) or (most is not None and value > most):
             bounds = {"at least": least, "at most": most}
             words = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None)
-            raise argparse.ArgumentTypeError(f"{text} is out of range{_such(example)}; it must be {words or 'a number'}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range{_such(example)}; it must be {words or 'a number'}"
+            )
         return value
 
     return check
@@ -105,7 +107,9 @@ def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
         for name in names:
             if plain == name.lower().replace("-", "_"):
                 return name
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what}{meant(text, names) or '; there are ' + ', '.join(names)}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no {what}{meant(text, names) or '; there are ' + ', '.join(names)}"
+        )
 
     check.names = tuple(names)  # type: ignore[attr-defined]
     return check

@@ -1,11 +1,13 @@
 """What a person sees while it runs: one live panel on a terminal (with rich), plain lines anywhere else.
 
-    with Progress("personalized_residuals") as progress:
-        trainer.train(on_event=progress)
+with Progress("personalized_residuals") as progress:
+    trainer.train(on_event=progress)
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from importlib.util import find_spec
@@ -59,7 +61,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -67,7 +71,9 @@ class Progress:
     def __call__(self, event: Any) -> None:
         """One event of a Trainer."""
         if event.kind == "step":
-            self.losses.append({"step": event.step} | {k: v for k, v in event.data.items() if isinstance(v, (int, float))})
+            self.losses.append(
+                {"step": event.step} | {k: v for k, v in event.data.items() if isinstance(v, (int, float))}
+            )
             self.count(event.step, event.total, **event.data)
         else:
             self.say(str(event))
@@ -106,5 +112,19 @@ def _panel(label: str, done: int, total: int, data: dict[str, Any]) -> Any:
     for name, value in parts_of(data):
         figures.append(f"{name} " if name else "", "dim").append(f"{value}  ", "bold" if name == "smoothed" else "")
     top = Table.grid(padding=(0, 1))
-    top.add_row(Text(label, "bold"), ProgressBar(total=max(1, total), completed=done, width=32), Text(f"{done}/{total}"))
+    top.add_row(
+        Text(label, "bold"), ProgressBar(total=max(1, total), completed=done, width=32), Text(f"{done}/{total}")
+    )
     return Group(top, figures)
+
+
+def quiet_libraries() -> None:
+    """The libraries' own chatter stays off the screen; the hub's download bars remain."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    enable_progress_bars()

@@ -96,7 +96,7 @@ def _numbers(table: dict[str, Any]) -> str:
 
 
 def _counts(value: Any) -> bool:
-    return not isinstance(value, str) or value[:1].isdigit() or value == "–"
+    return not isinstance(value, str) or re.match(r"[-–]?\d|–$", value) is not None
 
 
 def _plain(value: Any) -> str:
@@ -156,7 +156,7 @@ def _timings(timings: list[dict[str, Any]]) -> str:
 
 
 def _memory(memory: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for plan in memory for name in plan["parts"]))
+    names = list(dict.fromkeys(name for plan in memory for name, held in plan["parts"].items() if held))
     largest = max([sum(plan["parts"].values()) for plan in memory] + [1])
     rows = []
     for plan in memory:
@@ -164,6 +164,7 @@ def _memory(memory: list[dict[str, Any]]) -> str:
             f'<span class="b{names.index(name) % 8}" style="width: {100 * held / largest:.2f}%"'
             f' title="{escape(name)}: {size(held)}"></span>'
             for name, held in plan["parts"].items()
+            if held
         )
         total = size(sum(plan["parts"].values()))
         name = f'<div class="name">{escape(plan["name"])}</div><div class="value">{total}</div>'

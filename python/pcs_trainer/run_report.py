@@ -54,13 +54,22 @@ def machine() -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"{processor()}, {torch.get_num_threads()} threads"
-    return {"device": device, "pcs": pcs_kernels.__version__, "torch": torch.__version__, "Python": platform.python_version()}
+    return {
+        "device": device,
+        "pcs": pcs_kernels.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+    }
 
 
 def processor() -> str:
     """The processor's name, where the system says it."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -69,7 +78,9 @@ def proof_of(name: str, events: list[Any]) -> dict[str, Any]:
     return {"name": name, "checks": [{"what": e.data["text"], "passed": True} for e in events if e.kind == "proof"]}
 
 
-def drawn(model: Model, concept: Concept | None, prompts: list[str], lag: bool = False, maps: bool = False, seed: int = 0) -> Any:
+def drawn(
+    model: Model, concept: Concept | None, prompts: list[str], lag: bool = False, maps: bool = False, seed: int = 0
+) -> Any:
     from .sampling import sample
 
     concepts = [concept] if concept else []

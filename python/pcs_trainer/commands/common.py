@@ -7,9 +7,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..cli_options import Option, UsageError, number, one_of, whole
+from ..progress import quiet_libraries
 
 if TYPE_CHECKING:
     from ..concept import Concept
@@ -67,6 +68,7 @@ def open_model(options: argparse.Namespace) -> Model:
     from ..model import load_model
     from ..unet_config import UnsupportedModel
 
+    quiet_libraries()
     where = options.model
     if where is None:
         where = "tiny"
@@ -82,21 +84,16 @@ def open_model(options: argparse.Namespace) -> Model:
         raise UsageError(f"--device {device}: only cpu and cuda are supported")
     if options.dtype == "float16" and kind == "cpu":
         raise UsageError("--dtype float16: a CPU has no arithmetic in it; mend: --dtype bfloat16 or float32")
-    dtype = getattr(torch, options.dtype) if options.dtype else _suited(kind)
-    if kind == "cuda" and not options.dtype:
-        say(f"{torch.cuda.get_device_name()}: {str(dtype).removeprefix('torch.')}, as it has no faster safe one")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    if dtype is None and (kind == "cuda" or where != "tiny"):
+        from ..doctor import training_dtype
+
+        dtype, reason = training_dtype(kind)
+        say(f"{str(dtype).removeprefix('torch.')}: {reason}")
     try:
         return load_model(where, dtype, device, options.model_config)
     except UnsupportedModel as error:
         raise UsageError(f"--model: {error}") from None
-
-
-def _suited(kind: str) -> Any:
-    import torch
-
-    if kind == "cpu":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def concept_file(where: str | Path) -> Path:

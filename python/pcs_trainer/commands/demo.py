@@ -11,7 +11,9 @@ from ..interrupt import INTERRUPTED, Interrupt
 OPTIONS = (
     Option("--photos", "other photos to learn from; none is the example mug", metavar="FOLDER", group="demo"),
     Option("--class", "what they show", metavar="WORD", default="mug", group="demo"),
-    Option("--effort", "share of the training steps, for a quick look", number(0.001, 1, "0.1"), 1.0, "X", group="demo"),
+    Option(
+        "--effort", "share of the training steps, for a quick look", number(0.001, 1, "0.1"), 1.0, "X", group="demo"
+    ),
     Option("--out", "folder for the report and its parts", metavar="FOLDER", default="out/demo", group="output"),
     Option("--quiet", "print the report's path alone", None, False, group="output"),
 )
@@ -31,7 +33,12 @@ def run(options: argparse.Namespace) -> int:
 
     with Interrupt("stopping after this step; press again to leave at once") as stop:
         result = run_demo(
-            Path(options.out), options.photos, options.__dict__["class"], options.effort, should_stop=stop, quiet=options.quiet
+            Path(options.out),
+            options.photos,
+            options.__dict__["class"],
+            options.effort,
+            should_stop=stop,
+            quiet=options.quiet,
         )
     if stop.pressed:
         return INTERRUPTED

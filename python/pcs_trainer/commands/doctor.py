@@ -8,16 +8,19 @@ from ..cli_options import Command
 
 
 def run(options: argparse.Namespace) -> int:
-    from .. import doctor
+    from ..doctor import examine, report
 
-    print(doctor.report())
-    return 0
+    found = examine()
+    print(report(found))
+    return 1 if any(op.wrong for op in found.ops) else 0
 
 
 COMMAND = Command(
     name="doctor",
     about="what this machine has, what is used, and what to do about the rest",
     options=(),
-    examples=(("pcs doctor", "device, precision, each operation's backend and its error here, versions, one line to do"),),
+    examples=(
+        ("pcs doctor", "device, precision, each operation's backend and its error here, versions, one line to do"),
+    ),
     run=run,
 )

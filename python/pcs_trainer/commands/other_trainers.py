@@ -87,7 +87,9 @@ def concepts_list(text: str) -> list[str]:
     except ValueError as error:
         raise UsageError(f"--concepts_list: {text} is no JSON: {error}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-        raise UsageError(f"--concepts_list: {text} must hold a list of objects with instance_data_dir and instance_prompt")
+        raise UsageError(
+            f"--concepts_list: {text} must hold a list of objects with instance_data_dir and instance_prompt"
+        )
     if len(entries) > 1:
         raise UsageError(
             f"--concepts_list: {text} holds {len(entries)} concepts; train each by itself and join them with pcs merge"

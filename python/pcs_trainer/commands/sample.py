@@ -71,7 +71,9 @@ def check(options: argparse.Namespace) -> None:
     if not concepts and any("{}" in p or "{subject}" in p for p in options.prompts):
         raise UsageError("{} in a prompt stands for a concept's words; name one with --concept")
     if strengths and len(strengths) != len(concepts):
-        raise UsageError(f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept")
+        raise UsageError(
+            f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept"
+        )
     if options.eta and options.sampler != "ddim":
         raise UsageError(f"--eta is ddim's; {options.sampler} has none")
     if Path(options.out).is_file():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +174,9 @@ def check(options: argparse.Namespace) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: {folder} is a file; name a folder")
     if (folder / CONCEPT_FILE).exists() and not options.resume and not options.overwrite:
-        raise UsageError(f"{folder} holds a concept already; --resume goes on, --overwrite starts anew, --out names another")
+        raise UsageError(
+            f"{folder} holds a concept already; --resume goes on, --overwrite starts anew, --out names another"
+        )
     if options.resume and not folder.is_dir():
         raise UsageError(f"--resume: {folder} does not exist, so there is nothing to go on from; leave --resume out")
     return folder
@@ -193,24 +198,53 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     if options.budget:
         chosen |= within_budget(options, model, chosen)
     images = options.photos[0] if len(options.photos) == 1 else options.photos
-    class_word = chosen.pop("class_word")
-    token = chosen.pop("token", None)
-    with Progress(options.method, quiet=options.quiet) as progress:
-        trainer = Trainer(
-            model, method=options.method, images=images, class_word=class_word, token=token, out=folder, **chosen
-        )
+    events: list[Any] = []
+    started = time.monotonic()
+    with Progress(options.method, quiet=options.quiet) as progress, board(options, folder) as also:
+        trainer = Trainer(model, options.method, images, out=folder, **chosen)
         write_config(folder / "run.toml", COMMAND, options, out=str(folder), resume=False, overwrite=False)
-        concept = trainer.train(on_event=progress, should_stop=stop, resume=options.resume)
-    if stop.pressed:
-        say(f"stopped; go on with: {again(options, folder)}")
+
+        def on_event(event: Any) -> None:
+            if event.kind != "step":
+                events.append(event)
+            progress(event)
+            also(event)
+
+        concept = trainer.train(on_event, stop, options.resume)
+    if stop() or concept.meta.get("finished") == "0":
+        say(f"stopped and saved after {concept.meta.get('steps')} steps; go on with: {again(folder)}")
         return INTERRUPTED
     if not options.no_report:
         from ..run_report import write_run_report
 
-        say(f"report: {write_run_report(folder, model, trainer, concept, progress)}")
+        seconds = time.monotonic() - started
+        say(f"report: {write_run_report(folder, model, trainer, concept, events, seconds)}")
     say(f'use it: pcs sample "a photo of {{}}" --concept {shlex.quote(str(folder))}{model_flag(options)}')
     print(folder / CONCEPT_FILE)
     return 0
+
+
+@contextmanager
+def board(options: argparse.Namespace, folder: Path) -> Iterator[Callable[[Any], None]]:
+    """Where else events go: TensorBoard, if it was asked for."""
+    if not options.tensorboard:
+        yield lambda event: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard: tensorboard is not installed; mend: pip install tensorboard") from None
+    writer = SummaryWriter(str(folder / "logs"))
+
+    def write(event: Any) -> None:
+        for name in ("loss", "smoothed", "subject", "prior", "lr") if event.kind == "step" else ():
+            if event.data.get(name) is not None:
+                writer.add_scalar(name, event.data[name], event.step)
+
+    try:
+        yield write
+    finally:
+        writer.close()
 
 
 def within_budget(options: argparse.Namespace, model: Model, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +258,7 @@ def model_flag(options: argparse.Namespace) -> str:
     return f" --model {shlex.quote(str(options.model))}" if options.model else ""
 
 
-def again(options: argparse.Namespace, folder: Path) -> str:
+def again(folder: Path) -> str:
     return f"pcs train --config {shlex.quote(str(folder / 'run.toml'))} --resume"
 
 
