@@ -281,6 +281,7 @@ def test_what_lag_cannot_do_is_said_in_one_sentence(tiny):
         ([Concept("x", {}, {}, {"token": "dog"})], "a dog", True, "the concept 'dog' has none: draw with lag=False"),
         ([concept], "a cup", True, r"the words of the concept '<one>' \('<one>', 'dog'\), and no prompt has one"),
         ([concept], "a <one> dog", Lag(tokens=["cup"]), r"\('cup'\), and no prompt has one"),
+        ([concept], "a <one> dog", Lag(tokens={"<two>": ["dog"]}), "names '<two>'; the concepts here are '<one>'"),
         ([], "a dog", True, r"nothing: give Lag\(tokens"),
         ([], "a dog", Lag(tokens=["dog"]), "the model has none: draw with lag=False"),
     ):

@@ -237,6 +237,24 @@ def test_concepts_leave_the_model_as_it_was(tiny):
     assert torch.equal(latents_of(tiny, "a photo of a dog"), before)
 
 
+def test_whole_weights_of_one_concept_after_another(tiny):
+    """Every projection exchanged, several times over: no packed copy of an earlier concept is left."""
+    parameters = dict(tiny.unet.named_parameters())
+    chosen = [n for n in parameters if n.endswith(("proj_out.weight", "to_out.0.weight", "attn2.to_k.weight"))]
+
+    def concept(seed):
+        generator = torch.Generator().manual_seed(seed)
+        values = {n: parameters[n] + 0.05 * torch.randn(parameters[n].shape, generator=generator) for n in chosen}
+        return Concept("whole", {f"unet.{n}": v for n, v in values.items()}, {}, {"token": f"w{seed}"})
+
+    drawn = [latents_of(tiny, "a dog", concept(seed), steps=1) for seed in range(5)]
+    for seed, expected in enumerate(drawn):
+        fresh = load_model("tiny", dtype=torch.float32)
+        for name, value in concept(seed).tensors.items():
+            fresh.unet.get_parameter(name.removeprefix("unet.")).data.copy_(value)
+        assert relative(latents_of(fresh, "a dog", steps=1), expected) < 1e-6
+
+
 @pytest.mark.parametrize("lag", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_each_prompt_with_a_concept_of_its_own_in_one_batch(tiny, lag, guidance):
@@ -270,6 +288,7 @@ def test_bad_calls_are_refused_in_one_sentence(tiny):
         (["a dog"], {"sampler": "ddpm"}, "choose one of ddim, dpmpp_2m, euler, euler_ancestral"),
         (["a dog"], {"sampler": "euler", "eta": 0.5}, "eta belongs to the sampler 'ddim'"),
         (["a dog"], {"steps": 0}, "steps must be from 1 to 1000"),
+        (["a dog"], {"batch": 0}, "batch must be at least 1, not 0"),
         (["a dog"], {"size": 50}, "size must be multiples of 4 pixels for this model, not 50 x 50"),
         (["a dog"], {"latents": torch.zeros(1, 4, 16, 16)}, r"latents must be the initial noise \[1, 8, 16, 16\]"),
         (["a dog"], {"negative": ["a", "b"]}, "2 negative prompts and 1 prompts"),

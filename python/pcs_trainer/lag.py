@@ -162,6 +162,12 @@ def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> A
     keys: list[str | None] = []
     pictures = range(len(scene.prompts))
     if lag is not None:
+        known = [c.key for c in scene.concepts]
+        unknown = [key for key in lag.tokens if key not in known] if isinstance(lag.tokens, Mapping) else []
+        if unknown:
+            raise ValueError(
+                f"Lag(tokens=...) names {unknown[0]!r}; the concepts here are {', '.join(map(repr, known))}"
+            )
         if scene.index is None and scene.concepts:
             keys = [c.key for c in scene.concepts]
             groups = [[lag.words_of(c.key, _names(c))] * len(pictures) for c in scene.concepts]
@@ -242,7 +248,8 @@ class MapTaker:
 
     def __init__(self, tokens: Sequence[str], first: int, size: tuple[int, int]) -> None:
         self.tokens, self.first, self.size = list(tokens), first, size
-        self.steps: list[Tensor] = []
+        self.total = torch.zeros(())
+        self.steps: list[Tensor] = []  # in float16
 
     def take(self, found: Mapping[str, Tensor], pictures: int) -> None:
         """The mean over the layers of one step's maps, of the last `pictures` of the batch: the half with prompt."""
@@ -251,15 +258,16 @@ class MapTaker:
         for m in layers:
             by_size.setdefault(m.shape[-1], []).append(m)
         total = sum(self._enlarged(torch.stack(same).sum(0)) for same in by_size.values())
-        self.steps.append((total / len(layers)).cpu())
+        mean = (total / len(layers)).cpu()
+        self.total = self.total + mean
+        self.steps.append(mean.half())
 
     def _enlarged(self, maps: Tensor) -> Tensor:
         image = maps.unflatten(-1, level_size(self.size, maps.shape[-1])).float()
         return F.interpolate(image, size=self.size, mode="bilinear", align_corners=False)
 
     def maps(self) -> Maps:
-        steps = torch.stack(self.steps)
-        return Maps(self.tokens, steps.mean(0), steps.half())
+        return Maps(self.tokens, self.total / len(self.steps), torch.stack(self.steps))
 
 
 def level_size(size: tuple[int, int], positions: int) -> tuple[int, int]:

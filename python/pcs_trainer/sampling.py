@@ -69,7 +69,7 @@ def sample(
     concepts: Concept | Sequence[Concept] = (),
     *,
     strengths: Sequence[float] | None = None,
-    negative: str | Sequence[str] = "",
+    negative: str | Sequence[str] | None = "",
     steps: int = 25,
     guidance: float | None = None,
     sampler: str = "ddim",
@@ -98,14 +98,16 @@ def sample(
     of the batches that are finished.
     """
     guidance = _default_guidance(model) if guidance is None else float(guidance)
-    scene = make_scene(model, prompts, concepts, strengths, negative if guidance != 1 else None, index, words)
+    scene = make_scene(model, prompts, concepts, strengths, (negative or "") if guidance != 1 else None, index, words)
     scene.hold_first |= hold_first
     draw_batch = _sampler(sampler, eta)
     count, like = len(scene.prompts), model.unet.conv_in.weight
     pixels, shape = _sizes(model, size)
     if latents is not None and tuple(latents.shape) != (count, *shape):
         raise ValueError(f"latents must be the initial noise {[count, *shape]}, not {list(latents.shape)}")
-    batches = [range(start, min(start + batch, count)) for start in range(0, count, max(batch, 1))]
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     images: list[Image] = []
     maps: list[Maps] = []
     finished: list[Tensor] = []
