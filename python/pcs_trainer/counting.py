@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import pcs_kernels  # noqa: F401  it registers the ops
+
 OPS = torch.ops.pcs_kernels
 FLOPS_A_BYTE = 100  # what a byte written costs beside a FLOP: consumer and server GPUs lie between 70 and 170
 # The ops whose CPU kernels pack the weight, and where it stands among their arguments.

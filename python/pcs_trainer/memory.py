@@ -203,7 +203,8 @@ def plan(
     pictures = s.batch if batch is None else batch
     chosen = counted(pictures)
     while batch is None and limit is not None and pictures > 1 and chosen.bytes("C") > limit:
-        pictures //= 2
+        hopeless = sum(chosen.lasting().values()) > limit
+        pictures = 1 if hopeless else pictures // 2
         chosen = counted(pictures)
     assignment = _choose(chosen, limit)
     missing = ""
