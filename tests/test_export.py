@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from concept_cases import (
     dreambooth,
     dreambooth_lora,
     fresh,
+    low_rank,
     ours,
     peer_pipeline,
     prompts,
@@ -22,9 +24,11 @@ from concept_cases import (
 )
 from pcs_trainer import load_model
 from pcs_trainer.combine import compress
-from pcs_trainer.concept import Concept
+from pcs_trainer.concept import Concept, attached
 from pcs_trainer.export import export
 from safetensors import safe_open
+from unet_families import FAMILIES, ours_like, peer, peer_prediction, relative
+from unet_families import inputs as inputs_of
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +272,33 @@ def test_what_cannot_be_exported_is_said(model, tmp_path):
     with pytest.raises(ValueError, match="no projection"):
         export(concept, tmp_path, "kohya", model)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_other_families(tmp_path, family, format):
+    """Linear projections, and for SDXL the names of Stability's own network, by diffusers' loader of that family."""
+    import diffusers
+
+    network = peer(FAMILIES[family])
+    model = SimpleNamespace(unet=ours_like(network), text_encoders=[], schedule=SimpleNamespace(prediction="epsilon"))
+    ends = ("proj_in", "proj_out", "attn2.to_k", "ff.net.2", "attn1.to_out.0")
+    concept = Concept("lora", low_rank(model, ends, seed=3, rank=4), {}, {"title": "x"})
+    report = export(concept, tmp_path, format, model)
+    assert_covered(concept, report)
+    given = inputs_of(FAMILIES[family])
+    with torch.no_grad():
+        base = peer_prediction(network, *given)
+        x, t, text, added = given
+        with attached(model, [concept]):
+            expected = model.unet(x, t, model.unet.text_kv(text), added)
+        kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+        options = {"unet_config": network.config} if family == "sdxl" else {}
+        state, alphas, *_ = kind.lora_state_dict(str(report.files[0]), **options)
+        network.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
+        actual = peer_prediction(network, *given)
+    assert relative(actual, expected) < 1e-4 and relative(base, expected) > 1e-2
+    if (family, format) == ("sdxl", "kohya"):
+        assert all(
+            "blocks_" in key and "down_blocks" not in key for key in keys_of(report.files[0]) if "mid" not in key
+        )
