@@ -62,12 +62,14 @@ def effective(command: Command, given: argparse.Namespace) -> argparse.Namespace
     return argparse.Namespace(**values)
 
 
-def write_config(path: Path, command: Command, options: argparse.Namespace, **extra: Any) -> Path:
+def write_config(
+    path: Path, command: Command, options: argparse.Namespace, without: tuple[str, ...] = (), **extra: Any
+) -> Path:
     """The effective configuration as TOML: `pcs COMMAND --config FILE` does the same again."""
     lines = [f"# pcs {command.name} --config {path.name}", "", f"[{command.name}]"]
     for option in command.options:
         value = extra.get(option.key, getattr(options, option.key, None))
-        if value is not None and value is not False and value != []:
+        if option.key not in without and value is not None and value is not False and value not in ([], ""):
             lines.append(f"{option.key} = {toml(value)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

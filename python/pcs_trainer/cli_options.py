@@ -43,7 +43,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A command's flags, its examples and what it runs; `translate` rewrites flags that mean something else elsewhere."""
+    """A command's flags, examples and what it runs; `translate` rewrites flags that mean something else elsewhere."""
 
     name: str
     about: str

@@ -168,6 +168,7 @@ def learn(demo: Demo, method: str, number: int) -> None:
         def on_event(event: Any) -> None:
             events.append(event)
             if event.kind in ("step", "warning"):
+                getattr(demo.should_stop, "arm", int)()  # the trainer answers Ctrl-C too, for itself alone
                 demo.progress(event)
 
         concept = trainer.train(on_event, demo.should_stop)
@@ -190,10 +191,9 @@ def draw(demo: Demo, model: Model, name: str, concept: Concept | None = None, la
 
     subject = " ".join(filter(None, (concept.token, concept.class_word))) if concept else demo.class_word
     prompts = [text.format(subject) for text, _ in PROMPTS for _ in range(demo.each)]
-    total = len(prompts) * demo.sampling_steps
 
     def on_step(step: int, steps: int, latents: Any) -> bool:
-        demo.progress.count(round((step + 1) / steps * total), total)
+        demo.progress.count(step + 1, steps)
         return not demo.should_stop()
 
     words = [w for w in (concept.token if concept else "", demo.class_word) if w]
@@ -292,8 +292,8 @@ def finish(demo: Demo, seconds: float) -> None:
         "lead": f"{len(demo.photos)} photos, four methods, the embedded model. Everything below was made by one run of "
         f"pcs demo in {clock(seconds)}.",
         "photos": demo.photos,
-        "sheet": {"columns": list(firsts), "rows": rows, "note": "All columns start from the same noise; … is what names "
-                  "the subject: its learned word and the class, and for the base model the class alone."},
+        "sheet": {"columns": list(firsts), "rows": rows, "note": "All columns start from the same noise; … stands for "
+                  "the subject's learned word and the class, and for the base model for the class alone."},
         "numbers": numbers,
         "attention": {"items": items, "note": f"How much each place looks at the words that name the subject, in the "
                       f"prompt {prompts[1]!r}, from the first sampling step to the last."},

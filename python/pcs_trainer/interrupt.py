@@ -12,7 +12,7 @@ INTERRUPTED = 130
 
 
 class Interrupt:
-    """`with Interrupt("...") as stop:` and `stop()` says whether Ctrl-C was pressed; the second press ends the process."""
+    """`with Interrupt("...") as stop:`: `stop()` says whether Ctrl-C was pressed; a second press ends the process."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -25,6 +25,10 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self._before = signal.signal(signal.SIGINT, self._press)
         return self
+
+    def arm(self) -> None:
+        """Answer Ctrl-C again where something else has taken it over since."""
+        signal.signal(signal.SIGINT, self._press)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

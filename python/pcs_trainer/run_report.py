@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import size, write_report
+from .report import clock, size, write_report
 
 if TYPE_CHECKING:
     from .concept import Concept
@@ -112,15 +112,16 @@ def write_run_report(
     file = folder / "concept.safetensors"
     return write_report(folder / "report.html", {
         "title": f"{METHOD_NAMES[s.method]}: {concept.class_word}",
-        "lead": f"{len(photos)} photos, {concept.meta.get('steps', s.steps)} steps on {model.name}; the subject is called "
-        f"{subject!r}.",
+        "lead": f"{len(photos)} photos, {concept.meta.get('steps', s.steps)} steps on {model.name}; the subject is "
+        f"called {subject!r}.",
         "photos": photos,
         "sheet": {"columns": list(columns), "rows": rows, "note": "The base model draws the same prompt without the "
                   "learned word, from the same noise."},
         "numbers": {"columns": ["numbers learned", "size of the file", "time to train", "prompt for the subject"],
-                    "rows": [[concept.parameters, size(file.stat().st_size), f"{seconds:.0f} s", concept.instance_prompt]]},
+                    "rows": [[concept.parameters, size(file.stat().st_size), clock(seconds), concept.instance_prompt]]},
         "attention": {"items": [
-            {"label": prompts[i], "picture": learned[i], "maps": maps_of(maps, i, [concept.token])} for i in range(len(prompts))
+            {"label": prompts[i], "picture": learned[i], "maps": maps_of(maps, i, [concept.token])}
+            for i in range(len(prompts))
         ], "note": f"How much each place looks at {concept.token!r}, from the first sampling step to the last."},
         "curves": [{"name": METHOD_NAMES[s.method]} | read_losses(folder)],
         "proof": [proof_of(METHOD_NAMES[s.method], events)],

@@ -1,4 +1,4 @@
-"""The commands of `pcs`, one module each; a module is imported when its command is called, and imports no torch then."""
+"""The commands of `pcs`, one module each; a module is imported when its command is called, and torch when it runs."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def run_ops() -> int:
     script = Path(__file__).parents[3] / "benchmarks" / "run.py"
     if not script.is_file():
         raise UsageError(
-            "--ops needs a checkout of the repository, where benchmarks/run.py is; this is an installed package"
+            "--ops needs a checkout of the repository, for its benchmarks/run.py; this is an installed package"
         )
     return subprocess.run([sys.executable, str(script)], check=False).returncode
 
@@ -88,11 +89,10 @@ def time_method(model: Model, method: str, options: argparse.Namespace, progress
 
     trainer = Trainer(model, method, list(noise), "mug", **chosen)
     trainer.train(on_event)
-    steps = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+    steps = [b - a for a, b in pairwise(times[1:])]
     batch = trainer.settings.batch
-    what = f"a training step of {batch} picture{'s' * (batch > 1)}" + (
-        " and as many of the class" * bool(trainer.settings.prior_weight)
-    )
+    prior = " and as many of the class" * bool(trainer.settings.prior_weight)
+    what = f"a training step of {batch} picture{'s' * (batch > 1)}{prior}"
     return {"name": method, "what": what} | summary(steps)
 
 

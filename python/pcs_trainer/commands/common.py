@@ -72,7 +72,8 @@ def open_model(options: argparse.Namespace) -> Model:
     where = options.model
     if where is None:
         where = "tiny"
-        say("no --model given: the embedded model is used (64x64 pictures of a small made-up world)")
+        if not getattr(options, "quiet", False):
+            say("no --model given: the embedded model is used (64x64 pictures of a small made-up world)")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type

@@ -17,7 +17,8 @@ BASH = """_pcs() {{
   case "${{COMP_WORDS[1]}}" in
 {flags}
   esac
-  if [[ "$word" == -* ]]; then COMPREPLY=($(compgen -W "$flags" -- "$word")); else COMPREPLY=($(compgen -f -- "$word")); fi
+  if [[ "$word" == -* ]]; then COMPREPLY=($(compgen -W "$flags" -- "$word"))
+  else COMPREPLY=($(compgen -f -- "$word")); fi
 }}
 complete -o filenames -F _pcs pcs
 """

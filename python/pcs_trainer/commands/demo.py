@@ -52,7 +52,7 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="DreamBooth, Custom Diffusion, Personalized Residuals (drawn with and without LAG) and TextBoost learn four "
-    "photos of one mug on the embedded model. It leaves a contact sheet, loss curves, attention maps, numbers and one "
-    "self-contained report.html.",
+    details="DreamBooth, Custom Diffusion, Personalized Residuals (drawn with and without LAG) and TextBoost learn "
+    "four photos of one mug on the embedded model. It leaves a contact sheet, loss curves, attention maps, numbers and "
+    "one self-contained report.html.",
 )

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 OPTIONS = (
     Option("--method", ", ".join(METHODS), one_of("method", METHODS), METHODS[0], "NAME", group="what to plan"),
     MODEL,
-    Option("--resolution", "pixels a side; none is the model's own", whole(8, "512"), metavar="N", group="what to plan"),
+    Option("--resolution", "pixels a side; none is the model's own", whole(8, "512"), metavar="N",
+           group="what to plan"),
     Option("--batch", "pictures in one forward; none is the method's own, halved until it fits", whole(1, "1"),
            metavar="N", also=("--train_batch_size",), group="what to plan"),
     Option("--accumulate", "forwards whose gradients add up to one step", whole(1, "1"), metavar="N",
@@ -26,7 +27,8 @@ OPTIONS = (
            group="what to plan"),
     Option("--device", "cuda or cpu: what is planned for", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE",
            group="what to plan"),
-    Option("--dtype", "float32, bfloat16 or float16", one_of("dtype", DTYPES), "bfloat16", "TYPE", group="what to plan"),
+    Option("--dtype", "float32, bfloat16 or float16", one_of("dtype", DTYPES), "bfloat16", "TYPE",
+           group="what to plan"),
     Option("--count-only", "count on a machine with a GPU too, instead of running a real step of each candidate", None,
            False, group="what to plan"),
 )  # fmt: skip

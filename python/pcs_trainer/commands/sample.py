@@ -43,8 +43,8 @@ OPTIONS = (
     Option("--size", "pixels a side; none is the model's own", whole(8, "512"), metavar="N",
            also=("--height", "--width", "--resolution"), group="pictures"),
     Option("--batch", "pictures drawn together", whole(1, "8"), 8, "N", also=("--batch_size",), group="pictures"),
-    Option("--out", "folder for the pictures", metavar="FOLDER", default="out/pictures", also=("--output_dir", "--outdir"),
-           group="output"),
+    Option("--out", "folder for the pictures", metavar="FOLDER", default="out/pictures",
+           also=("--output_dir", "--outdir"), group="output"),
     Option("--quiet", "print the pictures' paths alone", None, False, group="output"),
 )  # fmt: skip
 
@@ -99,27 +99,22 @@ def draw(options: argparse.Namespace, stop: Interrupt) -> int:
             if stop():
                 return INTERRUPTED
             part = prompts[first : first + options.batch]
-            pictures = draw_batch(options, model, concepts, part, options.seed + first, progress, (first, len(prompts)))
+            before, batches = first // options.batch, -(-len(prompts) // options.batch)
+
+            def on_step(step: int, steps: int, latents: Any, before: int = before, batches: int = batches) -> None:
+                progress.count(before * steps + step + 1, batches * steps)
+
+            pictures = draw_batch(options, model, concepts, part, options.seed + first, on_step)
             for prompt, picture in zip(part, pictures, strict=True):
                 print(save_picture(picture, free_name(folder, slug(prompt))))
-    write_config(folder / "run.toml", COMMAND, options)
+    write_config(folder / "run.toml", COMMAND, options, without=("quiet",))
     return 0
 
 
 def draw_batch(
-    options: argparse.Namespace,
-    model: Any,
-    concepts: list[Any],
-    prompts: list[str],
-    seed: int,
-    progress: Progress,
-    place: tuple[int, int],
+    options: argparse.Namespace, model: Any, concepts: list[Any], prompts: list[str], seed: int, on_step: Any
 ) -> list[Any]:
     from ..sampling import sample
-
-    def on_step(step: int, steps: int, latents: Any) -> None:
-        whole_run = place[1] * steps
-        progress.count(min(whole_run, place[0] * steps + (step + 1) * len(prompts)), whole_run)
 
     return sample(
         model, prompts, concepts, strengths=options.strength or None, negative=options.negative, steps=options.steps,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PLANS = ("eager", "A", "B", "C", "checkpoint")
 
+# Flags that are about one call alone: no part of the configuration that is written beside a result.
+ONCE = ("resume", "overwrite", "quiet", "no_report")
+
 # Flags that are settings of the same meaning: flag's key -> setting's name.
 SETTINGS = {
     "class": "class_word", "token": "token", "prompt": "template", "class_prompt": "class_template", "steps": "steps",
@@ -202,11 +205,14 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     started = time.monotonic()
     with Progress(options.method, quiet=options.quiet) as progress, board(options, folder) as also:
         trainer = Trainer(model, options.method, images, out=folder, **chosen)
-        write_config(folder / "run.toml", COMMAND, options, out=str(folder), resume=False, overwrite=False)
 
         def on_event(event: Any) -> None:
-            if event.kind != "step":
+            if event.kind == "step":
+                stop.arm()  # the trainer answers Ctrl-C too, and says less
+            else:
                 events.append(event)
+            if event.kind == "start":  # nothing of an earlier run is lost to one that could not begin
+                write_config(folder / "run.toml", COMMAND, options, without=ONCE, out=str(folder))
             progress(event)
             also(event)
 
@@ -268,8 +274,8 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="Without --model the embedded model learns, in a minute or two on two CPU cores. Ctrl-C once saves and says "
-    "how to go on; twice leaves at once. A caption in a .txt file beside a photo is used.",
+    details="Without --model the embedded model learns, in a minute or two on two CPU cores. Ctrl-C once saves and "
+    "says how to go on; twice leaves at once. A caption in a .txt file beside a photo is used.",
     translate=TRANSLATE
     | {
         "--instance-data-dir": photos,
