@@ -299,6 +299,15 @@ def test_other_families(tmp_path, family, format):
         actual = peer_prediction(network, *given)
     assert relative(actual, expected) < 1e-4 and relative(base, expected) > 1e-2
     if (family, format) == ("sdxl", "kohya"):
-        assert all(
-            "blocks_" in key and "down_blocks" not in key for key in keys_of(report.files[0]) if "mid" not in key
-        )
+        stability = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+        assert all(key.startswith(stability) for key in keys_of(report.files[0]))
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_words_of_two_encoders(tmp_path, format):
+    rows = [torch.randn(2, 768), torch.randn(2, 1280)]
+    concept = Concept("textual_inversion", {}, {"<thing>": rows}, {"token": "<thing>", "family": "sdxl"})
+    report = export(concept, tmp_path, format)
+    assert_covered(concept, report)
+    with safe_open(str(report.files[0]), "pt") as opened:
+        assert torch.equal(opened.get_tensor("clip_l"), rows[0]) and torch.equal(opened.get_tensor("clip_g"), rows[1])
