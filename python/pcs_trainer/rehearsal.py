@@ -6,6 +6,7 @@ training dtype (bfloat16), what is trained beside them in float32, except that D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ class Rehearsal:
         self.ledger: Ledger | None = None
         self.warm = False
         if counted:
+            self.looks = _bytes_an_element(self._look) if self.in_backward else 0
             for p in self.trained:
                 p.register_post_accumulate_grad_hook(self._gradient)
         else:
@@ -170,13 +172,17 @@ class Rehearsal:
         self.unet.get_submodule(module).register_parameter(leaf, p)
         return p
 
+    def _look(self, gradient: Tensor) -> None:
+        """What the step in the backward does with a gradient before it takes the step."""
+        if self.settings.clip_norm:
+            _square(gradient)
+        torch.isfinite(gradient).all()
+
     def _gradient(self, p: Tensor) -> None:
         if self.ledger is not None:
             self.ledger.is_gradient(p.grad)
         if self.in_backward:
-            if self.settings.clip_norm:
-                _square(p.grad)
-            torch.isfinite(p.grad).all()  # looked at before every update
+            torch.empty(self.looks * p.numel(), dtype=torch.uint8, device=self.device)  # freed at once
             p.grad = None
 
     def text(self) -> tuple[Tensor, Tensor | None]:
@@ -267,6 +273,14 @@ class Rehearsal:
         tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())] + self.unet.derived() + self.trained
         tensors += [p.grad for p in self.trained if p.grad is not None]
         return tensors + [t for pair in (self.cached or {}).values() for t in pair]
+
+
+def _bytes_an_element(look: Callable[[Tensor], None]) -> int:
+    """The most bytes that looking at a bfloat16 gradient makes, for each of its elements."""
+    gradient = torch.zeros(1000, dtype=torch.bfloat16, device="meta")
+    with Ledger([gradient]) as ledger:
+        look(gradient)
+    return ledger.result().peak // 1000
 
 
 def state_bytes(p: Tensor, optimizer: str) -> int:
