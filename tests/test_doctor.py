@@ -1,0 +1,93 @@
+"""pcs doctor: what runs is what is said, a wrong operation is found, and there is one line to do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from pcs_trainer import doctor
+
+from pcs_kernels._dispatch import OPS
+
+
+@pytest.fixture(scope="module")
+def found():
+    return doctor.examine()
+
+
+def test_every_operation_is_there_and_exact(found):
+    assert {op.name for op in found.ops} == set(OPS)
+    for op in found.ops:
+        assert not op.wrong, f"{op.name}: {op.error} of {op.allowed}"
+        assert (op.error is None) == (op.backend == "reference")
+        assert op.backend not in op.others
+
+
+def test_the_reasons_are_those_of_the_machine(found):
+    if not torch.cuda.is_available():
+        assert found.kind == "cpu"
+        assert all("CUDA" in op.others["triton"] or "triton package" in op.others["triton"] for op in found.ops)
+    assert found.dtype in (torch.bfloat16, torch.float32) and len(found.dtype_reason) > 10
+    assert found.versions["torch"] == torch.__version__
+
+
+def test_the_report_says_it_all(found):
+    text = doctor.report(found)
+    for op in found.ops:
+        assert op.name in text
+    assert found.native in text and found.dtype_reason in text and found.device in text
+    assert text.endswith(found.advice) and "\n" not in found.advice
+    assert max(map(len, found.advice.splitlines())) < 120
+
+
+def test_a_wrong_kernel_is_named(monkeypatch):
+    """A native kernel that is off by a percent is seen, and the advice names it."""
+    import pcs_kernels
+
+    monkeypatch.setattr(pcs_kernels, "geglu", _off_by_a_percent(pcs_kernels.geglu))
+    error, allowed = doctor.op_error("geglu", torch.float32, "cpu")
+    assert error > allowed
+    state = doctor.OpState("geglu", "native", {}, error, allowed)
+    assert state.wrong
+    advice = doctor._advice("cpu", True, [state], nvidia=False, triton=True)
+    assert advice.startswith("geglu errs") and "PCS_BACKEND=reference" in advice
+    assert "WRONG" in doctor.report(dataclasses.replace(doctor.examine(), ops=[state]))
+
+
+def _off_by_a_percent(op):
+    from pcs_kernels._dispatch import forced_backend
+
+    return lambda x: op(x) * (1.0 if forced_backend() == "reference" else 1.01)
+
+
+@pytest.mark.parametrize("facts, says", [
+    (dict(kind="cpu", has_native=True, nvidia=False, triton=True), "All good"),
+    (dict(kind="cpu", has_native=False, nvidia=False, triton=True), "C++ compiler"),
+    (dict(kind="cpu", has_native=True, nvidia=True, triton=True), "torch with CUDA"),
+    (dict(kind="cuda", has_native=True, nvidia=True, triton=False), "Triton"),
+    (dict(kind="cuda", has_native=False, nvidia=True, triton=True), "All good"),
+])  # fmt: skip
+def test_one_line_to_do(facts, says, monkeypatch):
+    monkeypatch.delenv("PCS_BACKEND", raising=False)
+    assert says in doctor._advice(ops=[], **facts)
+
+
+def test_a_forced_backend_is_said(monkeypatch):
+    monkeypatch.setenv("PCS_BACKEND", "reference")
+    assert "unset it" in doctor._advice("cpu", True, [], nvidia=False, triton=True)
+
+
+def test_without_the_native_build_the_reference_runs(monkeypatch):
+    def none():
+        raise ImportError("the C++ kernels were not built (no compiler at install time)")
+
+    monkeypatch.setattr(doctor._native, "library", none)
+    assert doctor._native_build() == ("the C++ kernels were not built (no compiler at install time)", False)
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_the_precision_of_a_gpu(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    chosen, reason = doctor.training_dtype("cuda")
+    assert chosen is dtype and f"{capability[0]}.{capability[1]}" in reason
