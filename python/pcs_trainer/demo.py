@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_pictures import attention_sheet, contact_sheet, loss_curves, save_picture
+from .judging import PROMPTS, judged
 from .progress import Progress, quiet_libraries
 from .report import clock, size, write_report
 from .run_report import METHOD_NAMES, machine, maps_of, proof_of, read_losses
@@ -24,15 +25,6 @@ if TYPE_CHECKING:
 EXAMPLE_SUBJECT = 300_000_013  # of the tiny world; the files in examples/photos show it
 METHODS = ("dreambooth", "custom_diffusion", "personalized_residuals", "textboost")
 BASE, WITH_LAG = "Base model", "Personalized Residuals with LAG"
-# What is drawn, and what the judge must read in it.
-PROMPTS = (
-    ("a photo of a {}", {}),
-    ("a {} on the beach", {"background": "beach"}),
-    ("a {} underwater", {"background": "underwater"}),
-    ("a {} in the snow", {"background": "snow"}),
-    ("a {} in front of a brick wall", {"background": "brick"}),
-    ("a painting of a {} at night", {"background": "night", "style": "painting"}),
-)
 TRAINS = {
     "dreambooth": "the whole UNet",
     "custom_diffusion": "keys and values of the text, a word",
@@ -206,48 +198,26 @@ def draw(demo: Demo, model: Model, name: str, concept: Concept | None = None, la
 
 def measure(demo: Demo) -> dict[str, Any]:
     """The judge's table: likeness to the photos, and prompts that it reads right."""
-    import numpy as np
-
-    from .tiny.judge import load_judge
-    from .tiny.world import CLASSES
-
-    judge = load_judge()
-    photos = judge.subject_embedding(np.stack([small(p) for p in demo.photos]))
-    rows = []
+    truths = [truth for _, truth in PROMPTS for _ in range(demo.each)]
+    rows, real = [], 1.0
     for column in demo.columns:
-        drawn = np.stack([small(p) for p in column.pictures])
-        alike = float((judge.subject_embedding(drawn) @ photos.T).mean())
-        read = judge.read(drawn)
-        right = []
-        for i in range(len(drawn)):
-            truth = dict(PROMPTS[i // demo.each][1])
-            truth |= {"kind": demo.class_word} if demo.class_word in CLASSES else {}
-            right.append(all(read[key][i] == value for key, value in truth.items()))
+        verdict = judged(demo.photos, column.pictures, truths, demo.class_word)
+        real = verdict.photos
         seconds = [t["seconds"] for t in demo.timings if t["name"] == f"{column.name}: training"]
         method = column.concept.method if column.concept else ""
         file = demo.out / method / "concept.safetensors"
         rows.append([
             column.name, TRAINS.get(method, "–"), column.concept.parameters if column.concept else "–",
-            clock(seconds[0]) if seconds else "–", size(file.stat().st_size) if method else "–", f"{alike:.2f}",
-            f"{sum(right)} of {len(right)}",
+            clock(seconds[0]) if seconds else "–", size(file.stat().st_size) if method else "–",
+            f"{verdict.likeness:.2f}", f"{sum(verdict.right)} of {len(verdict.right)}",
         ])  # fmt: skip
     columns = ["", "trains", "numbers learned", "time", "file", "likeness", "prompts right"]
-    real = float((photos @ photos.T).sum() - len(photos)) / max(1, len(photos) * (len(photos) - 1))
     note = (
         f"Likeness: cosine of a picture and a photo in the judge's subject space, the mean over all pairs; the photos "
         f"among themselves have {real:.2f}. Prompts right: pictures in which the judge reads the object, the place and "
         "the style that were asked for. The judge is a small network trained apart from the model."
     )
     return {"columns": columns, "rows": rows, "note": note}
-
-
-def small(picture: Any) -> Any:
-    """A picture as the judge takes it: uint8 [64, 64, 3]."""
-    import numpy as np
-    from PIL import Image
-
-    shown = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    return np.asarray(shown.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
 
 
 def memory_of(demo: Demo) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ EXAMPLES = (
     ("pcs export out/mug", "for diffusers' load_lora_weights"),
     ("pcs export out/mug --format kohya --out out/for-comfyui", "for ComfyUI and A1111"),
     ("pcs export out/mug --format pipeline --out out/mug-pipeline", "a whole diffusers pipeline"),
-    ("pcs export out/for-comfyui/concept.safetensors --format concept --out out/imported",
+    ("pcs export out/for-comfyui/mug.safetensors --format concept --out out/imported",
      "another program's LoRA as a concept"),
 )  # fmt: skip
 
