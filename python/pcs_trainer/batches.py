@@ -72,7 +72,7 @@ def subject_bank(model: Model, subjects: list[Subject], s: Settings, size: int) 
     latent = size // latent_factor(model)
     pixels, prompts, masks, owners, names = [], [], [], [], []
     augments = getattr(module_of(s.method), "augmented", None) if s.augment else None
-    count = min(s.bank, s.steps * s.batch * s.accumulate) if augments else 0
+    count = s.bank if augments else 0  # not fewer for a short run: a resumed one must draw from the same
     for owner, subject in enumerate(subjects):
         pictures = subject.pictures
         for i in range(max(count // len(subjects), len(pictures)) if augments else len(pictures)):

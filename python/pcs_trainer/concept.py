@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layers import LowRank
+from .layers import LowRank, replace_data
 from .text import TextLowRank, attach_context, attach_text, detach_text, encode, file_name
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def attached(
             for encoder in model.text_encoders:
                 detach_text(encoder, key)
         for parameter, value in kept.items():
-            parameter.data = value
+            replace_data(parameter, value)
 
 
 def _own_words(concept: Concept, taken: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -238,6 +238,8 @@ def _own_words(concept: Concept, taken: dict[str, list[Tensor]]) -> dict[str, li
 def _put_pairs(model: Model, concept: Concept, strength: float) -> None:
     for stem, (down, up) in concept.pairs().items():
         part, _, module = stem.removesuffix(".causal").partition(".")
+        device = model.unet.conv_in.weight.device
+        down, up = (t.to(device, t.dtype if t.dtype == torch.bfloat16 else torch.float32) for t in (down, up))
         if part == "unet":
             model.unet.attach(module, LowRank(down, up, strength, key=concept.key))
             continue
@@ -271,7 +273,7 @@ def _put_wholes(
                 for strength, tensor, is_difference in parts:
                     tensor = tensor.to(base)
                     new += strength * (tensor if is_difference else tensor - base)
-            parameter.data = new.to(device=parameter.device, dtype=parameter.dtype)
+            replace_data(parameter, new.to(device=parameter.device, dtype=parameter.dtype))
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; give the path of a file")
     with path.open("rb") as file:
         start = file.read(16)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise ValueError(f"{path} is a pickle, which can run code when it is read; convert it to safetensors first")
     try:
         with safe_open(path, "pt") as file:

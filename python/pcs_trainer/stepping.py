@@ -60,9 +60,10 @@ class Stepper:
         factor = self.factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        before = self._copy(step) if step and step % GOOD_EVERY == 0 else None
         good = self._in_backward(losses) if self.handle is not None else self._after_backward(losses)
-        if good and step % GOOD_EVERY == 0:
-            self._remember(step + 1)
+        if good and before is not None:  # the loss of this state is known to be finite
+            self._good = before
         return good
 
     def _in_backward(self, losses: list[Callable[[], Tensor]]) -> bool:
@@ -116,11 +117,11 @@ class Stepper:
             p.grad = None
         return good
 
-    def _remember(self, step: int) -> None:
+    def _copy(self, step: int) -> tuple[int, list[Tensor]] | None:
         trained = list(self.parameters.values())
-        if sum(p.numel() for p in trained) > LARGEST_COPY or not all(bool(torch.isfinite(p).all()) for p in trained):
-            return
-        self._good = (step, [p.detach().clone() for p in trained])
+        if sum(p.numel() for p in trained) > LARGEST_COPY:
+            return None
+        return step, [p.detach().clone() for p in trained]
 
     @torch.no_grad()
     def restore_good(self) -> int | None:

@@ -131,10 +131,12 @@ class _Run:
             while self.step < self.s.steps and not stop:
                 self.one_step(log)
                 if movement is not None and self.step == min(PROOF_STEP, self.s.steps):
-                    self.say("proof", text=movement.check(learner.seldom if self.step < self.s.steps else ()))
-                    movement = None
+                    self.say("proof", text=movement.check(learner.seldom))
                 self.housekeeping()
         self.stopped = self.step < self.s.steps
+        unreached = movement.unmoved() if movement is not None and learner.seldom else []
+        if unreached:
+            self.say("warning", text=f"no picture of this run reached {', '.join(unreached)}: they are as they began")
         if self.out is not None:
             self.checkpoint()
         return self.finish()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..layers import replace_data
+
 if TYPE_CHECKING:
     from ..model import Model
     from ..settings import Settings
@@ -78,13 +80,13 @@ def train_weights(names: dict[str, nn.Parameter], learner: Learner, masters: boo
     """Let parameters of the model itself train (in float32 where `masters`), and know how to put them back."""
     for name, parameter in names.items():
         original = parameter.data
-        parameter.data = original.float().clone() if masters else original.clone()
+        replace_data(parameter, original.float().clone() if masters else original.clone())
         parameter.requires_grad_(True)
         learner.parameters[name] = parameter
 
         def undo(parameter: nn.Parameter = parameter, original: Tensor = original) -> None:
             parameter.requires_grad_(False)
             parameter.grad = None
-            parameter.data = original
+            replace_data(parameter, original)
 
         learner.undo.append(undo)

@@ -1,0 +1,154 @@
+"""Whatever is in the user's folder: one sentence for each picture that cannot be used, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from pcs_trainer import load_model
+from pcs_trainer.images import fitted, load_pictures
+from pcs_trainer.tiny.subjects import photos
+from pcs_trainer.trainer import Trainer
+from PIL import Image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.fromarray(photos(71, 1)[0].picture).save(tmp_path / "good.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny")
+
+
+def test_no_picture(tmp_path):
+    with pytest.raises(ValueError, match="holds no picture"):
+        load_pictures(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_pictures(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no picture"):
+        load_pictures([])
+
+
+def test_bad_ones_among_good_ones_are_named_and_skipped(folder):
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    Image.new("RGB", (3, 3)).save(folder / "small.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:400])
+    found = load_pictures(folder)
+    assert [p.name for p in found.pictures] == ["good.png"]
+    assert len(found.skipped) == 3
+    assert any("broken.jpg" in s and "cannot be decoded" in s for s in found.skipped)
+    assert any("small.png" in s and "3 x 3" in s for s in found.skipped)
+    assert (folder / "broken.jpg").exists()
+
+
+def test_unusual_pictures_are_used_and_noted(folder):
+    rgb = photos(72, 1)[0].picture
+    image = Image.fromarray(rgb)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    wide = (rgb[..., 0].astype(np.uint16) << 8) + 5
+    Image.fromarray(wide).save(folder / "deep.png")
+    frames = [image, image.rotate(90)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    see_through = image.convert("RGBA")
+    see_through.putalpha(0)
+    see_through.save(folder / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.crop((0, 0, 64, 40)).save(folder / "turned.jpg", exif=exif)
+    found = load_pictures(folder)
+    by_name = {p.name: p.pixels for p in found.pictures}
+    assert set(by_name) == {"good.png", "cmyk.jpg", "deep.png", "moving.gif", "clear.png", "turned.jpg"}
+    assert not found.skipped and len(found.notes) >= 5
+    assert by_name["turned.jpg"].shape == (64, 40, 3)
+    assert np.abs(by_name["cmyk.jpg"].astype(int) - rgb).mean() < 12
+    assert np.abs(by_name["deep.png"][..., 0].astype(int) - rgb[..., 0]).max() <= 1
+    assert (by_name["clear.png"] == 255).all()
+
+
+def test_captions_and_masks(folder):
+    (folder / "good.txt").write_text("a red mug\non a table ")
+    assert load_pictures(folder).pictures[0].caption == "a red mug on a table"
+    (folder / "good.txt").write_text("  \n")
+    with pytest.raises(ValueError, match=r"good\.txt is empty"):
+        load_pictures(folder)
+    (folder / "good.txt").unlink()
+    Image.new("L", (64, 64)).save(folder / "good-mask.png")
+    with pytest.raises(ValueError, match="all black"):
+        load_pictures(folder)
+    (folder / "masks").mkdir()
+    with pytest.raises(ValueError, match=r"good\.png has no mask"):
+        load_pictures(folder, folder / "masks")
+
+
+def test_fitting_keeps_the_middle():
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 20:60] = 200
+    assert (fitted(pixels, 40) >= 190).mean() > 0.95
+
+
+def test_what_the_trainer_is_given(model, folder, tmp_path):
+    with pytest.raises(ValueError, match="class_word is missing"):
+        Trainer(model, "personalized_residuals", folder)
+    with pytest.raises(ValueError, match="images is missing"):
+        Trainer(model, "personalized_residuals", class_word="mug")
+    with pytest.raises(ValueError, match="already a word"):
+        Trainer(model, "personalized_residuals", folder, class_word="mug", token="red")
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        Trainer(model, "personalized_residuals", folder, class_word="mug", steps=0)
+    several = Trainer(model, "textboost", folder, class_word="garden chair", token="<x>", steps=1)
+    assert several.trainable()["word.0.<x>"].shape[0] > 1  # a class word of several tokens: a row for each
+    several.learner.restore()
+
+
+def test_a_prior_folder_of_black_pictures(model, folder, tmp_path):
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64)).save(prior / f"{i}.png")
+    t = Trainer(model, "dreambooth_lora", [folder / "good.png"], class_word="mug", prior_folder=str(prior), steps=1)
+    with pytest.raises(ValueError, match="is blank"):
+        t.train()
+
+
+@pytest.mark.skipif(os.name == "nt" or not os.path.exists("/dev/full"), reason="POSIX devices")
+def test_an_out_folder_that_cannot_be_written(model, folder, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        Trainer(model, "personalized_residuals", folder, class_word="mug", out=blocked / "run")
+
+
+def test_a_full_disk_is_a_warning_while_training_and_a_sentence_at_the_end(model, folder, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    events = []
+    t = Trainer(
+        model, "personalized_residuals", [folder / "good.png"], class_word="mug", out=tmp_path / "run", steps=2, batch=1,
+        check_backend=False, checkpoint_every=1,
+    )  # fmt: skip
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        t.train(on_event=events.append)
+    assert sum("checkpoint" in e.data.get("text", "") for e in events if e.kind == "warning") == 3
+    assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_learning_rate_that_diverges(model, folder):
+    from pcs_trainer.trainer import TrainingStopped
+
+    settings = dict(steps=60, batch=1, check_backend=False, clip_norm=0.0, init="both_random", optimizer="adamw")
+    t = Trainer(
+        model, "personalized_residuals", [folder / "good.png"], class_word="mug", learning_rate=0.99, **settings
+    )
+    for group in ("weight_decay",):
+        setattr(t.settings, group, 0.0)
+    t.settings.learning_rate = 1e18
+    with pytest.raises(TrainingStopped, match="learning rate"):
+        t.train()

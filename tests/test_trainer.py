@@ -1,0 +1,370 @@
+"""The loop: proof, resume, stops, bad numbers, processes that share a batch. Small runs on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pcs_trainer import load_model
+from pcs_trainer.checkpoint import checkpoints
+from pcs_trainer.concept import load_concept, predict
+from pcs_trainer.proof import NotTrained
+from pcs_trainer.tiny.subjects import photos
+from pcs_trainer.trainer import Trainer, TrainingStopped, _Run
+
+import pcs_kernels
+
+METHODS = (
+    "dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost", "textual_inversion",
+)  # fmt: skip
+SMALL = dict(batch=1, prior_images=2, prior_steps=2, bank=6, check_backend=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Nothing of a test is kept in the user's cache folder."""
+    before = os.environ.get("PCS_CACHE")
+    os.environ["PCS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("PCS_CACHE")
+    if before is not None:
+        os.environ["PCS_CACHE"] = before
+
+
+def pictures(n=2, seed=51):
+    return [p.picture for p in photos(seed, n)]
+
+
+def trainer(model, method="personalized_residuals", out=None, **settings):
+    chosen = SMALL | settings
+    return Trainer(model, method, pictures(), class_word="mug", out=out, **chosen)
+
+
+def same(a, b):
+    assert a.tensors.keys() == b.tensors.keys() and a.words.keys() == b.words.keys()
+    assert all(torch.equal(a.tensors[n], b.tensors[n]) for n in a.tensors)
+    assert all(torch.equal(x, y) for w in a.words for x, y in zip(a.words[w], b.words[w], strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_same_run_bit_for_bit(model, tmp_path, method):
+    whole = trainer(model, method, steps=6).train()
+    trainer(model, method, tmp_path, steps=3).train()
+    resumed = trainer(model, method, tmp_path, steps=6).train(resume=True)
+    same(whole, resumed)
+    lines = (tmp_path / "logs" / "loss.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(1, 7))]
+
+
+def test_accumulated_micro_batches_are_one_step(model):
+    """Two micro-batches: the gradient is the mean of theirs, whichever way the optimizer is driven."""
+    concepts = [
+        trainer(
+            model, "dreambooth", steps=2, accumulate=2, step_in_backward=b, clip_norm=0.0, learning_rate=1e-5
+        ).train()
+        for b in (True, False)
+    ]
+    for name, tensor in concepts[0].tensors.items():
+        torch.testing.assert_close(tensor, concepts[1].tensors[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_run_proves_itself_and_the_file_is_the_memory(model, tmp_path):
+    events = []
+    concept = trainer(model, out=tmp_path, steps=22, check_backend=True).train(on_event=events.append)
+    said = [e.data["text"] for e in events if e.kind == "proof"]
+    assert len(said) == 3
+    assert "gradients agree" in said[0] and "all 18 trainable tensors have moved" in said[1] and "the file" in said[2]
+    assert [e.step for e in events if e.kind == "proof"] == [0, 20, 22]
+    assert [e.step for e in events if e.kind == "step"] == list(range(1, 23))
+    assert {"loss", "smoothed", "subject", "lr", "its_per_second", "seconds_left", "peak_memory"} <= set(events[5].data)
+    again = load_concept(tmp_path / "concept.safetensors", model)
+    assert torch.equal(predict(model, [again], "a <mug> mug"), predict(model, [concept], "a <mug> mug"))
+    assert concept.meta["steps"] == "22" and concept.meta["finished"] == "1"
+    assert not any(layer.residuals for layer in model.unet.modules() if hasattr(layer, "residuals"))
+
+
+def test_a_tensor_that_does_not_train_is_named(model):
+    t = trainer(model, steps=5)
+    name = "unet.mid_block.attentions.0.proj_out.up"
+    t.trainable()[name].register_hook(torch.zeros_like)
+    t.settings.weight_decay = 0.0
+    with pytest.raises(NotTrained, match=r"mid_block\.attentions\.0\.proj_out"):
+        t.train()
+
+
+def test_a_frozen_tensor_that_moves_is_named(model):
+    t = trainer(model, steps=3)
+
+    def meddle(event):
+        if event.kind == "step":
+            with torch.no_grad():
+                model.unet.conv_in.bias.add_(1e-3)
+
+    before = model.unet.conv_in.bias.detach().clone()
+    with pytest.raises(NotTrained, match="conv_in.bias is frozen"):
+        t.train(on_event=meddle)
+    with torch.no_grad():
+        model.unet.conv_in.bias.copy_(before)
+
+
+def test_a_backend_with_wrong_gradients_is_found_before_step_1(model, monkeypatch):
+    from pcs_kernels.geglu import native_impl
+
+    if pcs_kernels._native.library() is None:
+        pytest.skip("no native build on this machine")
+    honest = native_impl.backward
+    monkeypatch.setattr(native_impl, "backward", lambda dy, x: honest(dy, x) * 1.5)
+    with pytest.raises(NotTrained, match="away from the reference's"):
+        trainer(model, steps=2, check_backend=True, plan="eager", init="both_random").train()
+
+
+def test_a_stop_leaves_a_usable_concept_and_a_resume_goes_on(model, tmp_path):
+    steps = []
+    t = trainer(model, out=tmp_path, steps=8)
+    concept = t.train(
+        on_event=lambda e: steps.append(e.step) if e.kind == "step" else None, should_stop=lambda: len(steps) > 2
+    )
+    assert steps == [1, 2, 3] and concept.meta["finished"] == "0" and concept.meta["steps"] == "3"
+    load_concept(tmp_path / "concept.safetensors", model)
+    resumed = trainer(model, out=tmp_path, steps=8).train(resume=True)
+    same(trainer(model, steps=8).train(), resumed)
+
+
+def test_a_resume_refuses_another_run(model, tmp_path):
+    trainer(model, out=tmp_path, steps=2).train()
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.\d+ and is 0\.05"):
+        trainer(model, out=tmp_path, steps=4, learning_rate=0.05).train(resume=True)
+    other = Trainer(
+        model, "personalized_residuals", pictures(seed=52), class_word="mug", out=tmp_path, **SMALL, steps=4
+    )
+    with pytest.raises(ValueError, match="other pictures"):
+        other.train(resume=True)
+    state = tmp_path / "checkpoint-2" / "state.json"
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps(content | {"base": "feed:1", "base_name": "some/model"}))
+    with pytest.raises(ValueError, match="some/model"):
+        trainer(model, out=tmp_path, steps=4).train(resume=True)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        trainer(model, out=tmp_path / "new", steps=4).train(resume=True)
+
+
+def test_the_last_checkpoints_are_kept(model, tmp_path):
+    trainer(model, out=tmp_path, steps=7, checkpoint_every=2, keep=2).train()
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
+
+
+def test_three_bad_steps_end_the_run_with_the_last_good_state(model, tmp_path):
+    t = trainer(model, out=tmp_path, steps=30)
+    events = []
+
+    def poison(event):
+        events.append(event)
+        if event.kind == "step" and event.step == 12:
+            with torch.no_grad():
+                run_parameters = t.trainable()
+                next(iter(run_parameters.values())).fill_(float("nan"))
+
+    with pytest.raises(TrainingStopped, match="not finite") as stopped:
+        t.train(on_event=poison)
+    concept = stopped.value.concept
+    assert concept is not None and concept.meta["steps"] == "10"
+    assert all(bool(torch.isfinite(x).all()) for x in concept.tensors.values())
+    load_concept(tmp_path / "concept.safetensors", model)
+    skipped = [e.data["text"] for e in events if e.kind == "warning"]
+    assert sum("was skipped" in text and "array" in text for text in skipped) == 3
+
+
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_one_bad_step_changes_nothing_and_the_run_goes_on(model, in_backward, monkeypatch):
+    honest = _Run.loss
+
+    def sometimes(self, batch, extra=None):
+        total, parts = honest(self, batch, extra)
+        return (total * float("inf"), parts) if self.step == 1 else (total, parts)
+
+    events = []
+    monkeypatch.setattr(_Run, "loss", sometimes)
+    t = trainer(model, "dreambooth", steps=4, step_in_backward=in_backward, learning_rate=1e-5)
+    concept = t.train(on_event=events.append)
+    assert [e.step for e in events if e.kind == "step"] == [1, 3, 4]
+    assert all(bool(torch.isfinite(x).all()) for x in concept.tensors.values())
+
+
+def test_a_failed_preview_does_not_end_the_run(model, tmp_path):
+    events = []
+    t = trainer(model, out=tmp_path, steps=4, preview_every=2, preview_prompts=("a <mug> mug",))
+    t.train(on_event=events.append)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "samples").write_text("a file where the folder should be")
+    events.clear()
+    t = trainer(model, out=tmp_path / "second", steps=2, preview_every=1, preview_prompts=("a <mug> mug",))
+    t.train(on_event=events.append)
+    assert any("preview failed" in e.data.get("text", "") for e in events if e.kind == "warning")
+    assert events[-1].kind == "done"
+
+
+def test_several_concepts_train_together(model):
+    both = [
+        {"images": pictures(seed=61), "class_word": "mug", "token": "<one>"},
+        {"images": pictures(seed=62), "class_word": "cat", "token": "<two>"},
+    ]
+    t = Trainer(model, "custom_diffusion", concepts=both, **SMALL, steps=2)
+    assert {n for n in t.trainable() if n.startswith("word.")} == {"word.0.<one>", "word.0.<two>"}
+    concept = t.train()
+    assert set(concept.words) == {"<one>", "<two>"}
+    with pytest.raises(ValueError, match="token of its own"):
+        Trainer(model, "custom_diffusion", concepts=[both[0], both[1] | {"token": "<one>"}], **SMALL)
+
+
+def test_masks_weight_the_loss(model, tmp_path):
+    from PIL import Image
+
+    for i, picture in enumerate(pictures()):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (16, 16, 48, 48))
+        mask.save(tmp_path / f"{i}-mask.png")
+    t = Trainer(model, "personalized_residuals", tmp_path, class_word="mug", **SMALL, steps=1)
+    assert len(t.subjects[0].pictures) == 2
+    run = _Run(t, lambda e: None, lambda: False)
+    run.prepare()
+    assert run.bank.masks.shape == (2, 1, 16, 16) and float(run.bank.masks.mean()) == pytest.approx(0.25, abs=0.02)
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = {path!r}
+torch.set_num_threads(1)
+from pcs_trainer import load_model
+from pcs_trainer.trainer import Trainer
+from pcs_trainer.tiny.subjects import photos
+t = Trainer(load_model("tiny"), "personalized_residuals", [p.picture for p in photos(51, 2)], class_word="mug",
+            out={out!r}, steps=100000, checkpoint_every=3, keep=2, batch=1, check_backend=False)
+t.train(on_event=lambda e: print(e.kind, e.step, flush=True), resume={resume})
+"""
+
+
+def start(out: Path, resume: bool) -> subprocess.Popen:
+    code = SCRIPT.format(path=[p for p in sys.path if p], out=str(out), resume=resume)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+KILLS = """
+import os, random, signal, sys, time, torch
+sys.path[:0] = {path!r}
+torch.set_num_threads(1)
+from pathlib import Path
+from pcs_trainer import load_model
+from pcs_trainer.checkpoint import checkpoints, read_checkpoint
+from pcs_trainer.trainer import Trainer
+from pcs_trainer.tiny.subjects import photos
+
+out, moments, reached = Path({out!r}), random.Random(0), 0
+model = load_model("tiny")
+model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
+
+def child(pipe):
+    t = Trainer(model, "personalized_residuals", [p.picture for p in photos(51, 2)], class_word="mug", out=out,
+                steps=100000, checkpoint_every=3, keep=2, batch=1, check_backend=False)
+    def tell(event):
+        if event.kind == "step":
+            os.write(pipe, b"%d\\n" % event.step)
+    t.train(on_event=tell, resume=bool(checkpoints(out)))
+
+for attempt in range(10):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        try:
+            child(write)
+        finally:
+            os._exit(1)
+    os.close(write)
+    steps = os.fdopen(read)
+    first = int(steps.readline())
+    # the last checkpoint is at most three steps old; the step that was running when it was killed is lost too
+    assert first > reached - 3, (attempt, first, reached)
+    time.sleep(moments.uniform(0.0, 0.8))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    reached = max([first, *map(int, steps.read().split())])
+    for folder in checkpoints(out)[-1:]:
+        tensors, state = read_checkpoint(folder)
+        assert tensors and state["step"] == int(folder.name[11:]) >= reached - 3, (folder, reached)
+print("reached", reached)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
+    """Ten kills at random moments of one run that is resumed each time."""
+    code = KILLS.format(path=[p for p in sys.path if p], out=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) >= 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_an_interrupt_saves_and_ends(model, tmp_path):
+    process = start(tmp_path, resume=False)
+    for line in process.stdout:
+        if line.startswith("step 4"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and "stopped" in rest and "saved" in rest
+    assert load_concept(tmp_path / "concept.safetensors", model).meta["finished"] == "0"
+
+
+PARALLEL = """
+import os, sys, torch
+sys.path[:0] = {path!r}
+torch.set_num_threads(1)
+import torch.distributed as dist
+from pcs_trainer import load_model
+from pcs_trainer.trainer import Trainer
+from pcs_trainer.tiny.subjects import photos
+model = load_model("tiny")
+model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
+rank = 0 if os.fork() else 1
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+dist.init_process_group("gloo", rank=rank, world_size=2)
+t = Trainer(model, "custom_diffusion", [p.picture for p in photos(51, 2)], class_word="mug",
+            out={out!r} if rank == 0 else None, steps=3, batch=2, bank=12, prior_images=2, prior_steps=2,
+            check_backend=False, optimizer="adamw", learning_rate=1e-4)
+t.train()
+if rank:
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_are_one_of_twice_the_batch(model, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = PARALLEL.format(path=[p for p in sys.path if p], out=str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", code, str(port)]).returncode == 0
+    two = load_concept(tmp_path / "concept.safetensors")
+    settings = SMALL | dict(steps=3, batch=4, bank=12, optimizer="adamw", learning_rate=1e-4)
+    one = Trainer(model, "custom_diffusion", pictures(), class_word="mug", **settings).train()
+    base = dict(model.unet.named_parameters())
+    for name, tensor in one.tensors.items():
+        moved = (tensor - base[name.removeprefix("unet.")]).norm()
+        assert float((two.tensors[name] - tensor).norm() / moved) < 1e-2, name
