@@ -150,4 +150,3 @@ def step_flops(config: dict, size: int, plan: str) -> tuple[int, int]:
             forward = counter.get_total_flops()
             y.sum().backward()
         return forward, counter.get_total_flops()
-

@@ -130,8 +130,8 @@ def test_a_full_disk_is_a_warning_while_training_and_a_sentence_at_the_end(model
 
     events = []
     t = Trainer(
-        model, "personalized_residuals", [folder / "good.png"], class_word="mug", out=tmp_path / "run", steps=2, batch=1,
-        check_backend=False, checkpoint_every=1,
+        model, "personalized_residuals", [folder / "good.png"], class_word="mug", out=tmp_path / "run", steps=2,
+        batch=1, check_backend=False, checkpoint_every=1,
     )  # fmt: skip
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
@@ -144,11 +144,8 @@ def test_a_learning_rate_that_diverges(model, folder):
     from pcs_trainer.trainer import TrainingStopped
 
     settings = dict(steps=60, batch=1, check_backend=False, clip_norm=0.0, init="both_random", optimizer="adamw")
-    t = Trainer(
-        model, "personalized_residuals", [folder / "good.png"], class_word="mug", learning_rate=0.99, **settings
-    )
-    for group in ("weight_decay",):
-        setattr(t.settings, group, 0.0)
+    settings |= dict(class_word="mug", weight_decay=0.0)
+    t = Trainer(model, "personalized_residuals", [folder / "good.png"], **settings)
     t.settings.learning_rate = 1e18
     with pytest.raises(TrainingStopped, match="learning rate"):
         t.train()

@@ -21,6 +21,7 @@ from concept_cases import (
     residuals,
     textboost,
     theirs,
+    word_rows,
 )
 from pcs_trainer import load_model
 from pcs_trainer.combine import compress
@@ -262,6 +263,13 @@ def test_words_bundled_into_the_lora_file(model, tmp_path):
     export(concept, tmp_path, "kohya", model, bundle=True)
     with safe_open(str(tmp_path / "thing.safetensors"), "pt") as opened:
         assert torch.equal(opened.get_tensor("bundle_emb.v-thing.string_to_param.*"), concept.words["<thing>"][0])
+
+
+def test_two_words_of_one_file_name_are_said(model, tmp_path):
+    concept = residuals(model)
+    concept.words |= {"(far)": word_rows(model, 1, 1), "<far>": word_rows(model, 1, 2)}
+    with pytest.raises(ValueError, match=r"make one file name, learned_embeds_far\.safetensors"):
+        export(concept, tmp_path, "diffusers", model)
 
 
 def test_what_cannot_be_exported_is_said(model, tmp_path):

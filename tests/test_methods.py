@@ -1,4 +1,4 @@
-"""What each method trains on the real configuration, to the last number; its data and its losses, computed again here."""
+"""What each method trains on the real configuration; its data and its losses, computed again here."""
 
 from __future__ import annotations
 
@@ -322,7 +322,8 @@ def test_processes_share_a_batch_of_the_same_examples():
 def test_wrong_settings_are_one_sentence(tiny):
     for wrong, said in (
         (dict(stepps=3), "did you mean 'steps'"), (dict(steps=0), "steps"), (dict(learning_rate=-1.0), "learning_rate"),
-        (dict(resolution=65), "multiple of 8"), (dict(template="a photo"), "subject"), (dict(optimizer="sgd"), "adamw8bit"),
+        (dict(resolution=65), "multiple of 8"), (dict(template="a photo"), "subject"),
+        (dict(optimizer="sgd"), "adamw8bit"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             settings_for(tiny, "dreambooth", **wrong)

@@ -13,11 +13,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from pcs_trainer.progress import Progress, line_of
 from pcs_trainer.report import clock, page, size, write_report
 from pcs_trainer.report_figures import curve_svg, data_uri, heat, ticks
+from PIL import Image
 
 VOID = {"meta", "link", "img", "input", "br", "line", "polyline"}
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
@@ -232,7 +231,6 @@ def test_in_a_browser_the_slider_works_and_nothing_is_asked_for(tmp_path):
     assert answer["wide"] <= 0 and answer["large"] is True
     assert answer["asked"] == []
     # The probe would see a request: one is put in, and the page's own policy taken out.
-    asking = re.sub(r"<meta http-equiv[^>]+>", "", page(full())).replace(
-        "<main>", '<main><img alt="" src="nowhere.png">'
-    )
+    outside = '<main><img alt="" src="http://127.0.0.1:9/nowhere.png">'
+    asking = re.sub(r"<meta http-equiv[^>]+>", "", page(full())).replace("<main>", outside)
     assert len(in_browser(asking, tmp_path)["asked"]) == 1

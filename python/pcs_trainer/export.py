@@ -113,7 +113,7 @@ def _note_limits(concept: Concept, report: Report) -> None:
     if concept.hold_first and any(name.startswith("text_encoder") for name in concept.tensors):
         report.notes.append(
             "the text's first token, and the empty prompt, are held at the base model's values here; other programs "
-            "take them from the tuned encoder, so their pictures differ a little from ours"
+            "take them from the tuned encoder, so their pictures differ from ours"
         )
 
 
@@ -306,6 +306,10 @@ def _embeddings(concept: Concept) -> list[tuple[str, dict[str, Tensor], dict[str
 def _write(
     file: Path, tensors: dict[str, Tensor], fields: dict[str, str], names: dict[str, str], report: Report
 ) -> None:
+    if file in report.files:
+        raise ValueError(
+            f"two of the concept's words make one file name, {file.name}: give one another with .renamed(...)"
+        )
     write_whole(file, tensors, fields)
     report.files.append(file)
     report.written |= {own: f"{file.name}: {key}" for own, key in names.items()}

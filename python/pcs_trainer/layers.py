@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 import pcs_kernels
 
@@ -45,6 +46,17 @@ class LowRank:
         return y if mask is None else y * mask[..., None].to(y.dtype)
 
 
+def replace_data(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter other memory, and let whoever keeps copies of its values know."""
+    parameter.data = value
+    increment_version(parameter)
+
+
+def masks_all(mask: Tensor | None) -> bool:
+    """Whether nothing of a residual is left; asked on the CPU alone, where the answer costs no waiting."""
+    return mask is not None and mask.device.type == "cpu" and not bool(mask.any())
+
+
 def trained(layer: nn.Module) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
@@ -56,8 +68,9 @@ def keeps_input(layer: Linear | Conv2d) -> bool:
 
 def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
     """A linear layer, or a 1x1 convolution, on tokens x [B, N, C_in], with the residuals attached to it."""
-    if layer.residuals:
-        first, *rest = layer.residuals
+    shown = [r for r in layer.residuals if not masks_all(r.mask_of(masks))]
+    if shown:
+        first, *rest = shown
         weight, bias = _cast(layer, x)
         y = pcs_kernels.lowrank_residual(
             x, weight, bias, first.down, first.up, first.mask_of(masks), first.scale, first.index

@@ -14,8 +14,8 @@ import numpy as np
 
 LARGEST = 640  # pixels a side; larger pictures are shrunk for the page
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 400, 220, 40, 22, 8, 6
-# Opacity and colour of a map from nothing to its maximum: night blue, violet, ember, straw.
-RAMP = np.array([[18, 14, 52, 150], [94, 32, 120, 150], [208, 68, 70, 150], [252, 164, 52, 165], [252, 246, 180, 185]])
+# A map from nothing to its maximum: what is not looked at goes dark, what is looked at keeps its colours and glows.
+RAMP = np.array([[12, 10, 30, 200], [44, 24, 62, 165], [190, 86, 50, 105], [255, 186, 80, 60], [255, 246, 190, 36]])
 
 
 def picture(value: Any) -> Any:
