@@ -28,7 +28,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def sd14(tiny):
-    """The real networks without weights; the tokenizer of the small model serves, its ids are below the real table's."""
+    """The real networks without weights; the small model's tokenizer serves: its ids are below the real table's."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = dict(

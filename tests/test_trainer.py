@@ -69,13 +69,8 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(model, tmp_path, method):
 
 def test_accumulated_micro_batches_are_one_step(model):
     """Two micro-batches: the gradient is the mean of theirs, whichever way the optimizer is driven."""
-    concepts = [
-        trainer(
-            model, "dreambooth", steps=2, accumulate=2, step_in_backward=b, clip_norm=0.0, learning_rate=1e-5
-        ).train()
-        for b in (True, False)
-    ]
-    concepts = [t.train() for t in concepts]
+    settings = dict(steps=2, accumulate=2, clip_norm=0.0, learning_rate=1e-5)
+    concepts = [trainer(model, "dreambooth", step_in_backward=b, **settings).train() for b in (True, False)]
     for name, tensor in concepts[0].tensors.items():
         torch.testing.assert_close(tensor, concepts[1].tensors[name], rtol=1e-5, atol=1e-6)
 

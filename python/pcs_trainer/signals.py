@@ -20,6 +20,8 @@ class Stop:
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.default_int_handler, signal.SIG_DFL):
+                    continue  # the caller answers it, and asks through should_stop
                 self._before[number] = signal.signal(number, self._arrived)
         return self
 
