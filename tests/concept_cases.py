@@ -117,7 +117,7 @@ def ours(model, concepts, said, hold_first: bool = False) -> tuple[torch.Tensor,
 def peer_pipeline(folder=TINY):
     from diffusers import StableDiffusionPipeline
 
-    return StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
+    return StableDiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
 
 
 def fresh(pipe):
