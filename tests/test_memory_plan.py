@@ -274,5 +274,5 @@ def test_the_docs_are_what_the_results_say():
     mended = "run: python benchmarks/memory.py --docs"
     assert benchmark.DOCS.read_text() == benchmark.docs_text(table), mended
     again = benchmark.row_of("SD1.5", plan(benchmark.SD15, "personalized_residuals", 512, budget="4GB"), "budget", 4)
-    wanted = [r for r in table if (r["model"], r["method"], r["budget_gb"]) == ("SD1.5", again["method"], "4")][0]
+    wanted = next(r for r in table if (r["model"], r["method"], r["budget_gb"]) == ("SD1.5", again["method"], "4"))
     assert abs(float(again["peak_gb"]) - float(wanted["peak_gb"])) < 0.05, "run: python benchmarks/memory.py"
