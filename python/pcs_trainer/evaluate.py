@@ -76,6 +76,21 @@ PROMPTS = (
 )  # fmt: skip
 
 
+class Measures(dict):
+    """Name -> number; as text, one line each."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name.replace('_', ' '):<{width}}  {value:g}" for name, value in rounded(self).items())
+
+    def asdict(self) -> dict[str, float]:
+        return dict(self)
+
+
+def rounded(found: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in found.items()}
+
+
 @dataclass
 class Base:
     """What the base model draws of a class: the measure that a concept is held against."""
@@ -102,7 +117,7 @@ def evaluate_concept(
     base: Base | None = None,
     eyes: Eyes | None = None,
     draw: Callable[..., list[np.ndarray]] | None = None,
-) -> dict[str, float]:
+) -> Measures:
     """Draw with a concept, and with the base model beside it, and measure both.
 
     photos: real pictures of the subject, others than it was learned from: a folder or a list. prompts: with {} for
@@ -136,7 +151,10 @@ def evaluate_concept(
     found["diversity"] = _diversity(eyes, subject)
     found["parameters"] = concept.parameters
     found["seconds"] = round(time.monotonic() - started, 2)
-    return {name: value for name, value in found.items() if value is not None}
+    return Measures({name: value for name, value in found.items() if value is not None})
+
+
+evaluate = evaluate_concept
 
 
 def evaluate_folder(
@@ -147,7 +165,7 @@ def evaluate_folder(
     clip: str | Path | None = None,
     dino: str | Path | None = None,
     judge: bool = False,
-) -> dict[str, float]:
+) -> Measures:
     """Measure pictures that are there already: a folder or a list.
 
     photos: real pictures of the subject. prompts: one a picture, in the order of their names; without it the captions
@@ -167,7 +185,7 @@ def evaluate_folder(
         found["text_similarity"] = _text_similarity(eyes, [str(s) for s in said], drawn)
     elif photos is None:
         raise ValueError("there is nothing to measure against: give photos, or a prompt for each picture")
-    return {name: value for name, value in found.items() if value is not None}
+    return Measures({name: value for name, value in found.items() if value is not None})
 
 
 def base_of(
