@@ -1,8 +1,9 @@
 """Everything on a GPU in one command: python benchmarks/gpu.py --out results
 
 For a machine without network that has torch, triton, numpy and pytest. Sections: `tests` (every Triton kernel against
-the reference on the card), `ops` (the kernels against torch, xformers and bitsandbytes where they are installed) and
-`rates` (the card's own matrix and copy rates). Each is saved as it ends. --smoke runs the same on the CPU, briefly.
+the reference on the card), `rates` (the card's own matrix and copy rates), `ops` (the kernels against torch, xformers
+and bitsandbytes where they are installed), `methods` (steps of the four methods on SD1.5 and SDXL), `concept` (150
+steps) and `lag`. Each is saved as it ends. --smoke runs the same on the CPU, briefly.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in ("benchmarks", "", "python")]
 
 import timing
+from gpu_methods import concept, lag, methods
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = ("tests", "rates", "ops")
 
 
 def tests(out: Path, smoke: bool) -> str:
@@ -57,10 +58,13 @@ def ops(out: Path, smoke: bool) -> str:
     return "\n" + ran.stdout
 
 
+RUN = {"tests": tests, "rates": rates, "ops": ops, "methods": methods, "concept": concept, "lag": lag}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=timing.RESULTS)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--sections", nargs="+", choices=RUN, default=list(RUN))
     parser.add_argument("--smoke", action="store_true", help="a short run on the CPU that proves nothing about speed")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
@@ -70,7 +74,7 @@ def main() -> None:
     for name in args.sections:
         start = time.perf_counter()
         try:
-            said = globals()[name](args.out, args.smoke)
+            said = RUN[name](args.out, args.smoke)
         except Exception as error:  # the other sections still run
             said = f"failed: {error}"
             failed.append(name)
