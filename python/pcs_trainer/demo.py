@@ -160,7 +160,6 @@ def learn(demo: Demo, method: str, number: int) -> None:
         def on_event(event: Any) -> None:
             events.append(event)
             if event.kind in ("step", "warning"):
-                getattr(demo.should_stop, "arm", int)()  # the trainer answers Ctrl-C too, for itself alone
                 demo.progress(event)
 
         concept = trainer.train(on_event, demo.should_stop)

@@ -26,10 +26,6 @@ class Interrupt:
         self._before = signal.signal(signal.SIGINT, self._press)
         return self
 
-    def arm(self) -> None:
-        """Answer Ctrl-C again where something else has taken it over since."""
-        signal.signal(signal.SIGINT, self._press)
-
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -90,11 +90,13 @@ def open_model(options: argparse.Namespace) -> Model:
         from ..doctor import training_dtype
 
         dtype, reason = training_dtype(kind)
-        say(f"{str(dtype).removeprefix('torch.')}: {reason}")
     try:
-        return load_model(where, dtype, device, options.model_config)
+        model = load_model(where, dtype, device, options.model_config)
     except UnsupportedModel as error:
         raise UsageError(f"--model: {error}") from None
+    if dtype is not None and not options.dtype:
+        say(f"{str(dtype).removeprefix('torch.')}: {reason}")
+    return model
 
 
 def concept_file(where: str | Path) -> Path:

@@ -36,8 +36,9 @@ def instance_prompt(text: str) -> list[str]:
     """'a photo of sks dog' -> the word sks, the class dog, the template 'a photo of {subject}'."""
     if "{subject}" in text:
         return ["--prompt", text]
-    article = r"(?:(?:a|an|the|my|one)\s+)?"
-    named = re.search(rf"\bof\s+{article}(<[^>]+>|\w+)\s+(\w+)|^{article}(<[^>]+>|\w+)\s+(\w+)$", text)
+    articles = r"(?:a|an|the|my|one)\s"
+    article, word = rf"(?:{articles}+)?", rf"(?!{articles})(<[^>]+>|\w+)\s+(\w+)"
+    named = re.search(rf"\bof\s+{article}{word}|^{article}{word}$", text)
     if named:
         token, kind = (group for group in named.groups() if group)
         rare = [] if token.startswith("<") else ["--identifier", "rare"]

@@ -207,9 +207,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         trainer = Trainer(model, options.method, images, out=folder, **chosen)
 
         def on_event(event: Any) -> None:
-            if event.kind == "step":
-                stop.arm()  # the trainer answers Ctrl-C too, and says less
-            else:
+            if event.kind != "step":
                 events.append(event)
             if event.kind == "start":  # nothing of an earlier run is lost to one that could not begin
                 write_config(folder / "run.toml", COMMAND, options, without=ONCE, out=str(folder))

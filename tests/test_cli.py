@@ -1,0 +1,361 @@
+"""The command line: speed, help, aliases, configurations, errors in one sentence, interruption, every example."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pcs_trainer import cli
+from pcs_trainer.cli_config import effective, toml, write_config
+from pcs_trainer.cli_options import UsageError, help_text, known_names, parse
+from pcs_trainer.commands import COMMANDS, command
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = ROOT / "examples" / "photos"
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+
+
+def pcs(*words: str, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "pcs_trainer", *words]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300, **options)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["train", "--help"], ["completion", "bash"]])
+def test_answers_without_torch_and_at_once(words):
+    """Processor time, which other load does not change; the least of three."""
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = pcs(*words)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0 and done.stdout and not done.stderr
+    assert min(spent) < 0.3
+    check = f"import sys; from pcs_trainer.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], env=ENVIRONMENT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_flag_examples_first(name):
+    shown = help_text(command(name))
+    assert command(name).about == COMMANDS[name]
+    assert shown.index("Examples") < shown.index("--debug")
+    for option in command(name).options:
+        assert (option.metavar if option.positional else option.name) in shown
+    for line, _ in command(name).examples:
+        assert line in shown
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("  pcs ")) <= 108
+
+
+WRONG = [
+    ("trian", "did you mean train"),
+    ("--verson", "did you mean --version"),
+    ("help trian", "did you mean train"),
+    ("train", "needs photos"),
+    ("train PHOTOS", "--class mug"),
+    ("train nowhere --class mug", "nowhere does not exist"),
+    ("train PHOTOS --class mug --stpes 5", "did you mean --steps"),
+    ("train PHOTOS --class mug --steps ten", "'ten' is no whole number"),
+    ("train PHOTOS --class mug --steps", "--steps needs a value"),
+    ("train PHOTOS --class mug --steps -3", "the least is 1"),
+    ("train PHOTOS --class mug --lr nan", "out of range"),
+    ("train PHOTOS --class mug --method dreamboth", "did you mean dreambooth"),
+    ("train PHOTOS --class mug --budget lots", "such as 6GB"),
+    ("train PHOTOS --class mug --budget 6GB --plan A", "not both"),
+    ("train PHOTOS --class mug --resume --overwrite", "give one of them"),
+    ("train PHOTOS --class mug --resume=yes", "takes no value"),
+    ("train PHOTOS --class mug --resume --out nowhere", "nothing to go on from"),
+    ("train PHOTOS --class mug --set stps=3", "did you mean steps"),
+    ("train PHOTOS --class mug --set augment=maybe", "true or false"),
+    ("train PHOTOS --class mug --set augment", "has no '='"),
+    ("train PHOTOS --class mug --prompt photo", "must hold {subject}"),
+    ("train PHOTOS --class mug --prior-folder nowhere", "--prior-folder: nowhere does not exist"),
+    ("train PHOTOS --class mug --mixed_precision fp12", "no, fp16, bf16"),
+    ("train PHOTOS --class mug --report_to wandb", "tensorboard and none"),
+    ("train PHOTOS --class mug --resume_from_checkpoint x", "neither 'latest'"),
+    ("train PHOTOS --class mug --config nowhere.toml", "cannot be read"),
+    ("train PHOTOS --class mug --out FILE", "is a file"),
+    ("train PHOTOS --class mug --device gpu", "is no device"),
+    ("train PHOTOS --class mug --model nowhere", "--model: nowhere does not exist"),
+    ("train PHOTOS --class mug --dtype float16 --device cpu", "no arithmetic"),
+    ("train PHOTOS --class mug --out broken --resume", "nothing to resume"),
+    ("train --instance_prompt dog --instance_data_dir PHOTOS", "which words name the subject"),
+    ("train --concepts_list FILE", "no JSON"),
+    ("sample", "needs a prompt"),
+    ("sample 'a {}'", "name one with --concept"),
+    ("sample a --concept nowhere", "nowhere does not exist"),
+    ("sample a --concept broken", "has no concept.safetensors"),
+    ("sample a --lag", "name one with --concept"),
+    ("sample a --guidance x", "is no number"),
+    ("sample a --sampler eula", "did you mean euler"),
+    ("sample a --sampler euler --eta 1", "--eta is ddim's"),
+    ("sample a --concept FILE", "FILE"),
+    ("merge a", "at least two"),
+    ("merge a b", "a does not exist"),
+    ("export", "needs one concept"),
+    ("export a b", "needs one concept"),
+    ("export a --format kohja", "did you mean kohya"),
+    ("plan --method x --budget 6GB", "is no method"),
+    ("plan --device tpu", "is no device"),
+    ("plan --resolution 65", "multiple of"),
+    ("evaluate", "needs one concept"),
+    ("evaluate a", "--photos is missing"),
+    ("demo --effort 2", "at most 1"),
+    ("demo --photos nowhere", "does not exist"),
+    ("bench --steps 1", "the least is 2"),
+    ("completion tcsh", "is no shell"),
+    ("doctor now", "does not know what to do with 'now'"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), WRONG, ids=[line for line, _ in WRONG])
+def test_what_is_wrong_is_one_sentence_and_the_mend(line, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("no json")
+    Path("broken").mkdir()
+    words = [str(PHOTOS) if word == "PHOTOS" else word for word in shlex.split(line)]
+    code = cli.main(words)
+    error = capsys.readouterr().err
+    told = [text for text in error.splitlines() if text.startswith("pcs: ") and "no --model given" not in text]
+    assert code == (1 if says in ("nothing to resume", "multiple of", "FILE") else 2)
+    assert len(told) == 1 and says in told[0] and "Traceback" not in error
+
+
+def test_debug_shows_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError):
+        cli.main(["--debug", "train"])
+    with pytest.raises(UsageError):
+        cli.main(["train", "--debug"])
+
+
+def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys):
+    assert cli.main(["plan", "--method", "dreambooth", "--budget", "20MB", "--device", "cpu"]) == 3
+    assert "missing" in capsys.readouterr().out
+
+
+def test_the_flags_of_other_trainers_mean_the_same():
+    ours = (
+        "PHOTOS --token sks --class dog --identifier rare --prompt {p} --model m --out o --steps 7 --batch 2 --lr 1e-4"
+    )
+    ours = [w.replace("{p}", "a photo of {subject}") for w in (ours + " --rank 8 --resume --dtype bfloat16").split()]
+    theirs = shlex.split(
+        "--instance_data_dir PHOTOS --instance_prompt='a photo of sks dog' --pretrained_model_name_or_path m "
+        "--output_dir o --max_train_steps 7 --train_batch_size=2 --learning_rate 1e-4 --network_dim 8 --resume_from_checkpoint latest "
+        "--mixed_precision bf16 --use_8bit_adam --gradient_checkpointing"
+    )
+    a, b = vars(parse(command("train"), ours)), vars(parse(command("train"), theirs))
+    notes = b.pop("notes")
+    assert a.pop("notes") == [] and a == b
+    assert len(notes) == 2 and "not needed" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a photo of sks dog", {"token": "sks", "class": "dog", "prompt": "a photo of {subject}"}),
+        ("photo of a <new1> cat", {"token": "<new1>", "class": "cat", "prompt": "photo of a {subject}"}),
+        ("a zxq mug", {"token": "zxq", "class": "mug", "prompt": "a {subject}"}),
+        ("a photo of a dog", {"class": "dog", "prompt": "a photo of a {subject}"}),
+        ("my {subject}", {"prompt": "my {subject}"}),
+    ],
+)
+def test_an_instance_prompt_is_taken_apart(prompt, words):
+    found = vars(parse(command("train"), ["--instance_prompt", prompt]))
+    assert {k: v for k, v in found.items() if k not in ("notes", "identifier")} == words
+
+
+def test_no_name_means_two_flags():
+    for name in COMMANDS:
+        options = [o for o in command(name).options if not o.positional]
+        names = [n.replace("_", "-") for o in options for n in {o.name, *(a.replace("_", "-") for a in o.also)}]
+        assert len(names) == len(set(names)), name
+        assert set(known_names(command(name))) >= set(names)
+
+
+def test_a_configuration_fills_what_the_command_line_leaves_open(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('class = "mug"\n[train]\nmax_train_steps = 9\nlr = 1e-3\nbudget = "6GB"\nphotos = ["a", "b"]\n')
+    found = effective(command("train"), parse(command("train"), ["--config", str(file), "--steps", "4"]))
+    values = vars(found)
+    assert (values["class"], found.steps, found.lr, found.photos) == ("mug", 4, 1e-3, ["a", "b"])
+    assert found.budget == 6_000_000_000 and found.method == "personalized_residuals" and found.resume is False
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stpes = 4", "did you mean steps"),
+        ('steps = "many"', "'many' is no whole number"),
+        ("resume = 1", "must be true or false"),
+        ("steps = ", "is no TOML"),
+    ],
+)
+def test_a_wrong_configuration_is_named(text, says, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=says):
+        effective(command("train"), parse(command("train"), ["--config", str(file)]))
+
+
+def test_the_configuration_beside_a_result_gives_the_same_flags(tmp_path):
+    words = [
+        "a b",
+        "it's",
+        "--class",
+        'a "b" \\ c',
+        "--steps",
+        "3",
+        "--lr",
+        "1e-3",
+        "--preview",
+        "ä {}",
+        "--set",
+        "bank=3",
+    ]
+    first = effective(command("train"), parse(command("train"), words))
+    file = write_config(tmp_path / "run.toml", command("train"), first)
+    again = effective(command("train"), parse(command("train"), ["--config", str(file)]))
+    assert vars(first) | {"config": str(file)} == vars(again)
+    assert toml(True) == "true" and toml(["x", 1.5]) == '["x", 1.5]'
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("pcs tr", ["train"]),
+        ("pcs train --meth", ["--method"]),
+        ("pcs train --method text", ["textboost", "textual_inversion"]),
+    ],
+)
+def test_bash_completes(typed, found, tmp_path):
+    words = typed.split()
+    script = pcs("completion", "bash").stdout
+    script += f'COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _pcs; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == found, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_other_shells_scripts_name_every_flag(shell):
+    shown = pcs("completion", shell).stdout
+    for name in COMMANDS:
+        for option in command(name).options:
+            if not option.positional:
+                assert option.name.lstrip("-") in shown
+    if shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=shown, text=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on_and_twice_leaves_at_once(tmp_path):
+    line = [sys.executable, "-m", "pcs_trainer", "train", str(PHOTOS), "--class", "mug", "--steps", "100000"]
+    line += ["--out", "run", "--no-report"]
+
+    def started():
+        process = subprocess.Popen(
+            [*line, "--overwrite"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        for shown in process.stderr:
+            if re.search(r"\d/100000", shown) and "it/s" in shown:
+                return process
+        raise AssertionError("the training never began")
+
+    process = started()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert "stopping after this step" in said and "pcs train --config run/run.toml --resume" in said
+    assert (tmp_path / "run" / "concept.safetensors").is_file()
+    step = max(int(f.name[11:]) for f in (tmp_path / "run").glob("checkpoint-*"))
+    resumed = pcs(
+        "train", "--config", "run/run.toml", "--resume", "--steps", str(step + 2), "--no-report", cwd=tmp_path
+    )
+    assert resumed.returncode == 0 and f"goes on from checkpoint-{step}" in resumed.stderr
+    process = started()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    at = time.monotonic()
+    assert process.wait(timeout=60) == 130
+    assert time.monotonic() - at < 30
+
+
+def examples() -> list[str]:
+    """Every example of the help and of the docs, each once, those that others stand on first."""
+    lines = [line for name in COMMANDS for line, _ in command(name).examples]
+    text = (ROOT / "docs" / "command-line.md").read_text() + (ROOT / "docs" / "real-checkpoints.md").read_text()
+    lines += [
+        line for line in re.findall(r"^(pcs .+)$", text, re.MULTILINE) if "COMMAND" not in line and "--help" not in line
+    ]
+    lines = [line for line in dict.fromkeys(lines) if line != "pcs --version"]
+    order = ["train examples/photos --class mug", "train", "export", ""]
+    return sorted(lines, key=lambda line: next(i for i, start in enumerate(order) if line.startswith(f"pcs {start}")))
+
+
+# A run of each that ends in a second or two: flags that come last win.
+SHORT = {
+    "train": ["--steps", "2", "--prior-images", "2", "--set", "bank=4", "--no-report"],
+    "sample": ["--steps", "2", "--count", "1"],
+    "evaluate": ["--steps", "2", "--count", "1"],
+    "demo": ["--effort", "0.002"],
+    "bench": ["--steps", "2"],
+}
+
+
+@pytest.mark.slow
+def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("examples", "my-photos"):
+        os.symlink(ROOT / "examples" if name == "examples" else PHOTOS, name)
+    Path("captions.txt").write_text("a blue boat by the sea\na red house in the snow\n" * 40)
+    for word in ("cat", "dog"):
+        made = f"train my-photos --class {word} --method custom_diffusion --out out/{word}"
+        assert cli.main([*made.split(), *SHORT["train"]]) == 0
+    wide = 0
+    for line in examples():
+        words = shlex.split(line)[1:]
+        if words[0] == "train":
+            wide += 1
+            clash = any(
+                (Path(words[i + 1]) / "concept.safetensors").exists() for i, w in enumerate(words) if w == "--out"
+            )
+            fresh = (
+                ["--out", f"out/more-{wide}"]
+                if clash or ("--out" not in line and wide > 1 and "--resume" not in words)
+                else []
+            )
+            words += SHORT["train"] + fresh + (["--steps", "4"] if "--resume" in words else [])
+        else:
+            words += SHORT.get(words[0], [])
+        if "--model" in words:  # the real weights are not here: the same flags on the embedded model
+            words[words.index("--model") + 1] = "tiny"
+        code = cli.main(words)
+        shown = capsys.readouterr()
+        assert code == 0, f"{line}\n{shown.err}"
+        assert shown.out, line
+    config = (tmp_path / "out" / "mug" / "run.toml").read_text()
+    assert config.startswith("# pcs train --config run.toml") and 'class = "mug"' in config
+    assert json.loads(Path("out/bench.json").read_text())[0]["seconds"] > 0
+    assert Path("out/mug/concept.safetensors").is_file() and list(Path("out/pictures").glob("*.png"))
+
+
+def test_concepts_of_several_subjects_are_pointed_to_merge(tmp_path):
+    file = tmp_path / "concepts.json"
+    one = {"instance_data_dir": "x", "instance_prompt": "a photo of sks dog", "class_data_dir": "y"}
+    file.write_text(json.dumps([one]))
+    found = parse(command("train"), ["--concepts_list", str(file)])
+    assert found.photos == ["x"] and found.prior_folder == "y" and found.token == "sks"
+    file.write_text(json.dumps([one, one]))
+    with pytest.raises(UsageError, match="pcs merge"):
+        parse(command("train"), ["--concepts_list", str(file)])
