@@ -96,8 +96,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 EMBEDDED: dict[str, dict[str, Any]] = {
     "dreambooth": dict(steps=300, batch=4, learning_rate=1e-4, prior_images=48),
     "dreambooth_lora": dict(steps=300, batch=4, learning_rate=2e-3, rank=8, prior_images=48),
-    "custom_diffusion": dict(steps=300, batch=4, learning_rate=2e-3, prior_images=48),
-    "personalized_residuals": dict(steps=300, batch=4, learning_rate=4e-3, rank=8),
+    "custom_diffusion": dict(steps=300, batch=4, learning_rate=5e-3, prior_images=48),
+    "personalized_residuals": dict(steps=300, batch=4, learning_rate=8e-3, rank=8),
     "textboost": dict(steps=250, batch=8, learning_rate=2e-3, token_learning_rate=2e-2),
     "textual_inversion": dict(steps=300, batch=8, learning_rate=2e-2),
 }
