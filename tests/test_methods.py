@@ -134,9 +134,9 @@ def test_prior_weight_and_snr_weight_reach_both_halves(tiny):
         tiny, "dreambooth_lora", pictures, class_word="mug", prior_weight=0.7, snr_gamma=2.0, prior_images=2,
         prior_steps=2, batch=2, init="both_random",
     )  # fmt: skip
-    from pcs_trainer.trainer import _Run
+    from pcs_trainer.run import Run
 
-    run = _Run(trainer, lambda e: None, lambda: False)
+    run = Run(trainer, lambda e: None, lambda: False)
     run.prepare()
     run.learner = trainer.learner
     batch = run.batch(0, 0)

@@ -15,8 +15,9 @@ from pcs_trainer import load_model
 from pcs_trainer.checkpoint import checkpoints
 from pcs_trainer.concept import load_concept, predict
 from pcs_trainer.proof import NotTrained
+from pcs_trainer.run import Run
 from pcs_trainer.tiny.subjects import photos
-from pcs_trainer.trainer import Trainer, TrainingStopped, _Run
+from pcs_trainer.trainer import Trainer, TrainingStopped
 
 import pcs_kernels
 
@@ -183,14 +184,14 @@ def test_three_bad_steps_end_the_run_with_the_last_good_state(model, tmp_path):
 
 @pytest.mark.parametrize("in_backward", [True, False])
 def test_one_bad_step_changes_nothing_and_the_run_goes_on(model, in_backward, monkeypatch):
-    honest = _Run.loss
+    honest = Run.loss
 
     def sometimes(self, batch, extra=None):
         total, parts = honest(self, batch, extra)
         return (total * float("inf"), parts) if self.step == 1 else (total, parts)
 
     events = []
-    monkeypatch.setattr(_Run, "loss", sometimes)
+    monkeypatch.setattr(Run, "loss", sometimes)
     t = trainer(model, "dreambooth", steps=4, step_in_backward=in_backward, learning_rate=1e-5)
     concept = t.train(on_event=events.append)
     assert [e.step for e in events if e.kind == "step"] == [1, 3, 4]
@@ -234,7 +235,7 @@ def test_masks_weight_the_loss(model, tmp_path):
         mask.save(tmp_path / f"{i}-mask.png")
     t = Trainer(model, "personalized_residuals", tmp_path, class_word="mug", **SMALL, steps=1)
     assert len(t.subjects[0].pictures) == 2
-    run = _Run(t, lambda e: None, lambda: False)
+    run = Run(t, lambda e: None, lambda: False)
     run.prepare()
     assert run.bank.masks.shape == (2, 1, 16, 16) and float(run.bank.masks.mean()) == pytest.approx(0.25, abs=0.02)
 

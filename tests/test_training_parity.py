@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pcs_trainer import load_model
+from pcs_trainer.run import Run
 from pcs_trainer.sources import TINY
 from pcs_trainer.tiny.subjects import photos
-from pcs_trainer.trainer import Trainer, _Run
+from pcs_trainer.trainer import Trainer
 
 
 def started(method, **settings):
@@ -22,7 +23,7 @@ def started(method, **settings):
     trainer = Trainer(
         model, method, pictures, class_word="mug", prior_images=3, prior_steps=2, batch=2, bank=8, **settings
     )
-    run = _Run(trainer, lambda e: None, lambda: False)
+    run = Run(trainer, lambda e: None, lambda: False)
     run.prepare()
     run.learner = trainer.learner
     return run, run.batch(3, 0)

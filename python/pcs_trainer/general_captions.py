@@ -86,8 +86,8 @@ a painter on a ladder; a ginger cat watches the rain
 
 
 def general_captions(model: Model | None = None, count: int = COUNT) -> list[str]:
-    """General captions: the embedded model's own kind for that model, ordinary ones for every other."""
-    if model is not None and model.embedded:
+    """General captions: the embedded model's own kind for that model, ordinary ones (at most COUNT) for every other."""
+    if getattr(model, "embedded", False):
         from .tiny.data import training_captions, training_scene
 
         return [training_captions(i, training_scene(i))[0] for i in range(count)]

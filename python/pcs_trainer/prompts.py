@@ -1,11 +1,10 @@
-"""Words for subjects: rare tokens of a tokenizer, a learned word's first rows, prompts, general captions."""
+"""Words for subjects: rare tokens of a tokenizer, a learned word's first rows, prompts."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .text import plain_ids
@@ -13,33 +12,6 @@ from .text import plain_ids
 if TYPE_CHECKING:
     from .model import Model
     from .settings import Settings
-
-# Ordinary scenes, for losses that hold a model's general knowledge; written for this package.
-NOUNS = (
-    "dog", "cat", "horse", "old man", "young woman", "child", "bicycle", "train", "house", "bridge", "mountain",
-    "forest", "river", "beach", "cup of tea", "bowl of fruit", "loaf of bread", "guitar", "wooden chair", "lamp",
-    "clock", "ship", "bird", "flower", "tree", "car", "street", "castle", "robot", "book",
-)  # fmt: skip
-SCENES = (
-    "a photo of a {}", "a {} in the rain", "a drawing of a {}", "a {} at night", "a small {} on a table",
-    "an oil painting of a {}", "a close up of a {}", "a {} in front of a blue wall", "two people and a {}",
-    "a {} seen from far away", "a black and white photo of a {}", "a {} in a snowy field",
-)  # fmt: skip
-
-
-def general_captions(model: Model, count: int, seed: int = 0) -> list[str]:
-    """Captions of the world the model knows, none of the subject; the same for the same seed."""
-    if getattr(model, "embedded", False):
-        import numpy as np
-
-        from .tiny import captions, world
-
-        rng = np.random.default_rng([seed, 17])
-        return [captions.caption(world.scene(int(rng.integers(2**31))), rng).text for _ in range(count)]
-    everything = [scene.format(noun) for noun in NOUNS for scene in SCENES]
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [everything[order[i % len(order)]] for i in range(count)]
-
 
 def rare_tokens(tokenizer: Any) -> list[str]:
     """Words that are one late, short, meaningless-looking entry of the vocabulary, the rarest first.

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import augment
+from ..general_captions import general_captions
 from ..losses import preservation_loss
-from ..prompts import class_prompt, first_rows, general_captions
+from ..prompts import class_prompt, first_rows
 from ..text import TextLowRank, attach_context, attach_text, detach_text, encode, text_module, without_adapters
 from . import Learner, add_words, subject_rows
 from .dreambooth import fresh_pair
@@ -91,9 +92,9 @@ def augmented(pixels: np.ndarray, size: int, latent: int, s: Settings, generator
     return augment.textboost(pixels, size, s.augment_probability, generator)
 
 
-def bank(model: Model, s: Settings, count: int = 256) -> list[str]:
+def bank(model: Model, s: Settings, count: int = 200) -> list[str]:
     """General captions: one in ten empty, one in ten the class prompt."""
-    captions = general_captions(model, count, s.seed)
+    captions = general_captions(model, count)
     return ["" if i % 10 == 0 else class_prompt(s) if i % 10 == 1 else text for i, text in enumerate(captions)]
 
 
