@@ -1,0 +1,126 @@
+"""The quality benchmark's own arithmetic: what counts as done, intervals, verdicts, the page from rows."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import quality
+import quality_docs
+import quality_variants
+import torch
+from pcs_trainer import load_model
+from pcs_trainer.settings import EMBEDDED
+from pcs_trainer.trainer import trainable
+
+
+def row(job, setting, subject, **values):
+    facts = {"model": "m", "section": job.section, "setting": setting, "subject": str(subject), "date": "d"}
+    return dict.fromkeys(quality.COLUMNS, "") | facts | {"device": "cpu"} | {k: str(v) for k, v in values.items()}
+
+
+def every_job():
+    return [job for jobs in quality.sections(12).values() for job in jobs]
+
+
+def test_every_claim_compares_rows_that_the_runs_make():
+    made = {(job.section, setting) for job in every_job() for setting in job.settings}
+    for group in quality_docs.claims().values():
+        for claim in group:
+            assert {claim.first, claim.second} <= made and claim.measure in quality.MEASURES
+            assert claim.better in ("more", "less")
+
+
+def test_the_table_has_twelve_subjects_of_every_method():
+    table = quality.sections(12)["main"]
+    assert {(j.method, j.subject) for j in table} == {(m, s) for m in quality.METHODS for s in range(101, 113)}
+
+
+def test_a_job_is_done_when_all_its_rows_are_there(tmp_path):
+    store = quality.Store(tmp_path / "quality.csv", "m")
+    jobs = quality.sections(12)
+    residuals, pair = next(j for j in jobs["main"] if j.lag), jobs["joint"][0]
+    store.add(row(residuals, residuals.setting, residuals.subject))
+    assert residuals in quality.pending([residuals], store.done())
+    store.add(row(residuals, f"{residuals.setting} + LAG", residuals.subject))
+    assert not quality.pending([residuals], store.done())
+    for setting in ("joint", "merged"):
+        store.add(row(pair, setting, pair.subject))
+    assert quality.pending([pair], store.done())
+    for setting in ("joint", "merged"):
+        store.add(row(pair, setting, pair.partner))
+    assert not quality.pending([pair], store.done())
+    assert not quality.Store(tmp_path / "quality.csv", "other weights").done()
+
+
+def test_the_interval_is_students():
+    mean, half = quality_docs.interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5 and half == pytest.approx(3.18 * (5 / 3) ** 0.5 / 2)
+
+
+@pytest.mark.parametrize(
+    ("differences", "better", "says"),
+    [
+        ([0.2, 0.3, 0.25], "more", "holds"),
+        ([0.2, 0.3, 0.25], "less", "reverse"),
+        ([-0.2, -0.3, -0.25], "less", "holds"),
+        ([-0.2, 0.3, 0.05], "more", "undecided"),
+        ([0.2], "more", "not measured"),
+    ],
+)
+def test_a_verdict_follows_the_interval(differences, better, says):
+    assert says in quality_docs.verdict(differences, better)
+
+
+def test_differences_are_of_the_same_subjects_and_less_the_named_share():
+    a, b = ("main", "x"), ("main", "y")
+    job = quality.Job("main", "x", "textboost", 1)
+    rows = [row(job, s, n, gap_closed=v) for s, n, v in (("x", 1, 0.9), ("x", 2, 0.8), ("y", 2, 0.5), ("y", 3, 0.1))]
+    claim = quality_docs.Claim("", a, b, "gap_closed", "more", 0.5)
+    assert quality_docs.paired(rows, claim) == ([0.8], [0.5])
+
+
+def test_the_page_shows_what_the_rows_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_docs, "DOCS", tmp_path)
+    monkeypatch.setattr(quality_docs.quality_sheet, "figures", lambda *given: None)
+    random.seed(1)
+    rows = []
+    for job in every_job():
+        for setting in job.settings:
+            level = 0.4 if setting == "textboost" else 0.9
+            values = {m: round(random.gauss(level, 0.01), 4) for m in quality.MEASURES}
+            for subject in [job.subject, *([job.partner] if job.partner else [])]:
+                rows.append(row(job, setting, subject, train_cpu_seconds=20, **values))
+    quality_docs.write(rows, tmp_path)
+    page = (tmp_path / "quality.md").read_text()
+    assert "12 subjects" in page and "not measured" not in page and "nan" not in page
+    reached = [line for line in page.splitlines() if line.startswith("| TextBoost") and "short" in line]
+    assert len(reached) == 1 and reached[0].count("**short**") == 2
+
+
+def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
+    model = load_model("tiny")
+    rank = EMBEDDED["personalized_residuals"]["rank"]
+    ours = sum(p.numel() for p in trainable(model, "personalized_residuals", "mug", rank=rank).values())
+    with quality_variants.keys_and_values():
+        theirs = trainable(model, "personalized_residuals", "mug", rank=rank)
+    assert abs(sum(p.numel() for p in theirs.values()) / ours - 1) < 0.05
+    assert all("attn2.to_k" in n or "attn2.to_v" in n for n in theirs)
+    assert all("proj_out" in n for n in trainable(model, "personalized_residuals", "mug"))
+
+
+def test_untold_augmentation_changes_pictures_and_names_nothing():
+    from pcs_trainer.batches import seeded
+    from pcs_trainer.methods import textboost
+    from pcs_trainer.settings import settings_for
+    from pcs_trainer.tiny.subjects import photos
+
+    pixels, s = photos(21, 1)[0].picture, settings_for(None, "textboost", class_word="mug")
+    told = [textboost.augmented(pixels, 64, 16, s, seeded(i)) for i in range(8)]
+    with quality_variants.untold():
+        silent = [textboost.augmented(pixels, 64, 16, s, seeded(i)) for i in range(8)]
+    assert any(a.prefix for a in told) and not any(a.prefix for a in silent)
+    assert all(torch.equal(torch.from_numpy(a.pixels), torch.from_numpy(b.pixels)) for a, b in zip(told, silent))
