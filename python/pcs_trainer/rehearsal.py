@@ -252,11 +252,10 @@ class Rehearsal:
         }
 
     def count(self) -> StepCount:
-        """The second step, counted: the first makes what lasts."""
+        """A step counted, after a forward that makes what lasts."""
         with pcs_kernels.backend("reference"):
             if not self.warm:
-                self.step()
-            self.warm = True
+                self._warm_up()
             self.ledger = Ledger(self._lasting())
             handles = self.ledger.watch(self.unet.layers())
             try:
@@ -267,6 +266,14 @@ class Rehearsal:
                     handle.remove()
                 ledger, self.ledger = self.ledger, None
         return ledger.result()
+
+    def _warm_up(self) -> None:
+        with torch.no_grad():
+            self.loss()
+        if self.accumulate:
+            for p in self.trained:
+                p.grad = torch.zeros_like(p)
+        self.warm = True
 
     def _lasting(self) -> list[Tensor]:
         networks = [self.unet, *self.encoders]
