@@ -286,6 +286,26 @@ def test_held_text_and_the_causal_form(tiny):
         learner.restore()
 
 
+def test_the_blocks_own_text_from_the_word_on(tiny):
+    """causal++: each block reads states of its own, changed from V* on alone."""
+    s = settings_for(tiny, "textboost", class_word="mug", token="<v>", variant="causal++", init="both_random")
+    learner = textboost.setup(tiny, s)
+    generator = seeded(2)
+    with torch.no_grad():
+        for name, p in learner.parameters.items():
+            if name.startswith("context."):
+                p.normal_(0, 0.3, generator=generator)
+    text = encode(tiny, ["a photo of a <v> mug", "a <v>"], learner.words, hold_first=True)
+    place = text.places(0, "<v>")[0]
+    first, second = (text.states[name] for name in tiny.unet.attention_names()[:2])
+    assert torch.equal(first[0, :place], second[0, :place])
+    assert not torch.allclose(first[0, place], second[0, place], atol=1e-3)
+    first.sum().backward()
+    names = [n for n in learner.parameters if n.startswith(f"context.{tiny.unet.attention_names()[0]}.")]
+    assert len(names) == 2 and all(float(learner.parameters[n].grad.abs().sum()) > 0 for n in names)
+    learner.restore()
+
+
 def test_rows_stay_within_the_tables_mean_norm(tiny):
     rows = torch.randn(2, 128) * 50
     textboost.after_step(tiny, {"<v>": [rows]})

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .export import export as export
     from .importing import import_concept as import_concept
     from .lag import Lag as Lag
+    from .lag import Maps as Maps
     from .layers import LowRank as LowRank
     from .memory import plan as plan
     from .merge import blend as blend
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .merge import merge as merge
     from .model import Model as Model
     from .model import load_model as load_model
+    from .sampling import decode as decode
     from .sampling import sample as sample
     from .schedule import Schedule as Schedule
     from .settings import Settings as Settings
@@ -38,8 +40,10 @@ _PUBLIC = {
     "Trainer": "trainer",
     "TrainingStopped": "trainer",
     "UNet": "unet",
+    "Maps": "lag",
     "blend": "merge",
     "compress": "merge",
+    "decode": "sampling",
     "export": "export",
     "import_concept": "importing",
     "load_concept": "concept",

@@ -103,6 +103,12 @@ class Concept:
     def load(path: str | Path, model: Model | None = None, force: bool = False) -> Concept:
         return load_concept(path, model, force)
 
+    def compress(self, ratio: float = 0.6, model: Model | None = None) -> Concept:
+        """The same with low-rank factors for whole weights, keeping this share of their singular values' sum."""
+        from .merge import compress
+
+        return compress(self, model, ratio)
+
     def export(self, folder: str | Path, format: str = "diffusers", **options: Any) -> Report:
         """Files that other tools load: "diffusers", "kohya" or "pipeline"."""
         from .export import export

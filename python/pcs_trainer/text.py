@@ -250,8 +250,11 @@ def _from_word_on(said: Ids, word: str) -> Tensor:
 
 
 def _held(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], states: Tensor, penultimate: bool) -> Tensor:
+    state = adapters(encoder)
+    reached = state.reached  # of the prompts: what follows on their states still needs it
     with torch.no_grad(), without_adapters(encoder):
         empty, _ = _states(encoder, tokenize(tokenizer, [""]), None, penultimate)
+    state.reached = reached
     is_empty = torch.tensor([not p.strip() for p in prompts], device=states.device)[:, None, None]
     first = torch.arange(states.shape[1], device=states.device)[None, :, None] == 0
     return torch.where(is_empty | first, empty, states)

@@ -124,8 +124,9 @@ class UNet(nn.Module):
     def attach(self, name: str, residual: LowRank) -> LowRank:
         """Put a low-rank residual on the projection `name`; it is no part of the state dict."""
         layer = self.get_submodule(name)
-        if not isinstance(layer, (Linear, Conv2d)) or layer.weight.flatten(1).shape[1] != layer.weight.shape[1]:
-            raise ValueError(f"{name} is no projection: low-rank residuals go on linear layers and 1x1 convolutions")
+        projects = isinstance(layer, Linear) or (isinstance(layer, Conv2d) and name.endswith((".proj_in", ".proj_out")))
+        if not projects:
+            raise ValueError(f"{name} is no projection: low-rank residuals go on linear layers, proj_in and proj_out")
         c_out, c_in = layer.weight.shape[:2]
         if residual.down.shape[-1] != c_in or residual.up.shape[-2] != c_out:
             shapes = f"down {tuple(residual.down.shape)}, up {tuple(residual.up.shape)}"
