@@ -1,4 +1,4 @@
-"""Rebuild the README's table of numbers from results/: python benchmarks/plot.py
+"""Rebuild the README's tables, and the figures in docs/, from results/: python benchmarks/plot.py
 
 Only the newest run of each file is shown; the test suite fails when the README says anything else.
 """
@@ -15,7 +15,6 @@ import registry
 import timing
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 LABELS = {"forward": "forward", "both": "forward + backward", "step": "step"}
 
 
@@ -72,12 +71,65 @@ def step_table() -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def memory_table() -> str:
+    """For each method and model the smallest of the budgets that fits, and what is used of it."""
+    rows = [row for row in newest(timing.RESULTS / "memory.csv") if row["what"] == "budget" and row["fits"] == "yes"]
+    if not rows:
+        return ""
+    models = list(dict.fromkeys(f"{row['model']} {row['resolution']}" for row in rows))
+    lines = [
+        "The smallest card of 4, 6, 8, 12 or 24 GB that a training step fits on, counted, 0.5 GB for CUDA included:\n"
+    ]
+    lines += [f"| method | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for model in models:
+            fitting = [r for r in rows if r["method"] == method and f"{r['model']} {r['resolution']}" == model]
+            least = min(fitting, key=lambda r: float(r["budget_gb"]), default=None)
+            cells.append(f"{least['budget_gb']} GB ({float(least['with_context_gb']):.1f} used)" if least else "more")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def replaced(readme: str, name: str, text: str) -> str:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = readme.split(begin, 1)
+    return f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}"
+
+
 def with_numbers(readme: str) -> str:
-    """The README with the part between the markers made anew."""
-    before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{step_table()}{ops_table()}{END}{rest.split(END, 1)[1]}"
+    """The README with the parts between the markers made anew."""
+    readme = replaced(readme, "numbers", step_table() + ops_table())
+    return replaced(readme, "memory", memory_table())
+
+
+def step_figure(path: Path) -> None:
+    """Seconds of a training step by variant, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in newest(timing.RESULTS / "step.csv") if row["size"] == "512"]
+    if not rows:
+        return
+    names, values = [row["variant"] for row in rows], [float(row["seconds"]) for row in rows]
+    spread = [
+        [v - float(r["fastest"]) for v, r in zip(values, rows)],
+        [float(r["slowest"]) - v for v, r in zip(values, rows)],
+    ]
+    colours = ["#2f6fb0" if name.startswith("pcs") else "#b9bec6" for name in names]
+    figure, axes = pyplot.subplots(figsize=(7, 3.2))
+    axes.barh(names[::-1], values[::-1], xerr=[s[::-1] for s in spread], color=colours[::-1], ecolor="#555", capsize=2)
+    axes.set_xlabel(f"seconds a step, SD1.5 at 512, batch 1, {rows[0]['device']}, {rows[0]['threads']} threads")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
     README.write_text(with_numbers(README.read_text()))
-    print(f"{README.name}: the table of numbers is made anew")
+    docs = README.parent / "docs"
+    docs.mkdir(exist_ok=True)
+    step_figure(docs / "step.png")
+    print("README.md: the tables are made anew; docs/step.png")
