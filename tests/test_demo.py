@@ -1,0 +1,82 @@
+"""The demo: every part is made, a failed part is named and the rest goes on, a stop is a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pcs_trainer import demo as demo_module
+from pcs_trainer.demo import METHODS, WITH_LAG, example_photos, run_demo
+from pcs_trainer.images import load_pictures
+from pcs_trainer.judging import PROMPTS, judged
+from pcs_trainer.tiny.subjects import photos, subject
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "photos"
+
+
+def test_the_example_photos_are_the_subject_that_an_installed_package_draws():
+    assert subject(demo_module.EXAMPLE_SUBJECT).kind == "mug"
+    drawn = [photo.picture for photo in photos(demo_module.EXAMPLE_SUBJECT, 4)]
+    files = [picture.pixels for picture in load_pictures(EXAMPLES).pictures]
+    assert len(files) == 4 and all(np.array_equal(a, b) for a, b in zip(drawn, files, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(example_photos(None), files, strict=True))
+
+
+def test_the_judge_knows_the_subject_from_another_and_a_place_from_another():
+    mine = [photo.picture for photo in photos(demo_module.EXAMPLE_SUBJECT, 4)]
+    same = [photo.picture for photo in photos(demo_module.EXAMPLE_SUBJECT, 3, background="beach", first=10)]
+    other = [photo.picture for photo in photos(300_000_014, 3, background="beach", first=10)]
+    beach, snow = [{"background": "beach"}] * 3, [{"background": "snow"}] * 3
+    assert judged(mine, same, beach, "mug").likeness > 0.8 > 0.4 > judged(mine, other, beach, "mug").likeness
+    assert judged(mine, same, beach, "mug").accuracy == 1.0
+    assert judged(mine, same, snow, "mug").accuracy == 0.0
+    assert judged(mine, other, beach, "mug").accuracy < 0.5
+    assert judged(mine, other, beach, "dragon").accuracy == 1.0  # a kind it does not know is not asked for
+
+
+@pytest.mark.slow
+def test_every_part_is_made(tmp_path):
+    done = run_demo(tmp_path / "demo", effort=0.002, quiet=True)
+    assert done.failures == []
+    names = [column.name for column in done.columns]
+    assert len(names) == len(METHODS) + 2 and WITH_LAG in names
+    for column in done.columns:
+        assert len(column.pictures) == len(PROMPTS) * done.each
+        assert len(column.maps) == done.sampling_steps and all(m.shape == column.maps[0].shape for m in column.maps)
+    folder = tmp_path / "demo"
+    for file in ("contact_sheet.png", "attention.png", "loss_curves.png"):
+        with Image.open(folder / file) as shown:
+            assert min(shown.size) > 500
+    numbers = json.loads((folder / "numbers.json").read_text())
+    assert [row[0] for row in numbers["numbers"]["rows"]] == names
+    text = done.report.read_text()
+    assert (
+        all(name in text for name in names) and "gradients agree" in text and "://" not in text.split("<main>")[1][:500]
+    )
+    plain, lag = (np.stack([np.asarray(p) for c in done.columns if c.name == n for p in c.pictures])
+                  for n in ("Personalized Residuals", WITH_LAG))  # fmt: skip
+    assert not np.array_equal(plain, lag)
+
+
+@pytest.mark.slow
+def test_a_failed_part_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "METHODS", ("textboost",))
+    monkeypatch.setattr(demo_module, "contact_sheet", lambda *_: 1 / 0)
+    done = run_demo(tmp_path, effort=0.002, quiet=True)
+    assert done.failures == ["Report failed: division by zero"]
+    assert "ZeroDivisionError" in (tmp_path / "failures.txt").read_text()
+    monkeypatch.setattr(demo_module, "contact_sheet", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(demo_module, "memory_of", lambda _: [])
+    monkeypatch.setattr("pcs_trainer.trainer.Trainer.train", lambda *_: [][0])
+    done = run_demo(tmp_path, effort=0.002, quiet=True)
+    assert done.failures == ["TextBoost: training failed: list index out of range"]
+    assert [column.name for column in done.columns] == ["Base model"]
+    assert "TextBoost: training failed" in done.report.read_text()
+
+
+def test_a_stop_before_the_first_part_makes_nothing(tmp_path):
+    done = run_demo(tmp_path, should_stop=lambda: True, quiet=True)
+    assert done.columns == [] and not (tmp_path / "report.html").exists()
