@@ -121,7 +121,8 @@ def step_figure(path: Path) -> None:
     colours = ["#2f6fb0" if name.startswith("pcs") else "#b9bec6" for name in names]
     figure, axes = pyplot.subplots(figsize=(7, 3.2))
     axes.barh(names[::-1], values[::-1], xerr=[s[::-1] for s in spread], color=colours[::-1], ecolor="#555", capsize=2)
-    axes.set_xlabel(f"seconds a step, SD1.5 at 512, batch 1, {rows[0]['device']}, {rows[0]['threads']} threads")
+    axes.set_xlabel("seconds a step")
+    axes.set_title(f"SD1.5 at 512, batch 1, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
