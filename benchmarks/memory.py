@@ -151,7 +151,7 @@ HEAD = """
 # What training holds in memory
 
 Counted, not measured: every tensor of a training step, on tensors without contents, in bfloat16 (what is trained beside
-the network in float32). On the CPU these counts agree with torch's allocator to the byte, or within 5 % where kernels
+the network in float32). On the CPU these counts agree with torch's allocator to the byte, or within 8 % where kernels
 repack small weights; what a GPU's libraries take as workspace and what its allocator loses between blocks is not in
 them. GB is 10^9 bytes. Rebuild with `python benchmarks/memory.py && python benchmarks/memory.py --docs`; ask for other
 models, sizes and budgets with `pcs plan`.
