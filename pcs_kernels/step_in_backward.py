@@ -3,12 +3,13 @@
 Only one layer's gradient is alive at a time. Accumulation and clipping on the global norm keep their meaning:
 
 clip="two_pass"  the backward runs twice, first for the norm alone, then for the steps: exact, one more pass.
-clip="previous"  the coefficient comes from the norm of the step before (the first step holds its gradients and clips
-                 exactly): one pass; equal to exact clipping where the norm changes slowly.
+clip="previous"  the coefficient comes from the norm of the step before (the first step is done in two passes): one
+                 pass; equal to exact clipping where the norm changes slowly.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,8 @@ class StepInBackward:
         self.refused = 0
         if len(losses) != self.accumulate:
             raise ValueError(f"step_in_backward was made for {self.accumulate} micro-batches, not {len(losses)}")
-        if self.max_norm is not None and self.clip == "two_pass" and self.accumulate == 1:
+        unknown = self.clip == "two_pass" or self.norm is None
+        if self.max_norm is not None and unknown and self.accumulate == 1:
             self._measuring = True
             try:
                 losses[0]().backward()
@@ -68,13 +70,14 @@ class StepInBackward:
             return
         waiting = [p for p in self._groups if p.grad is not None]
         if self._squares:
-            self.norm = self._take_norm()
+            norm = self._take_norm()
+            self.norm = norm if math.isfinite(norm) else self.norm  # one bad step says nothing about the next
         elif self.max_norm is not None and waiting:
             self.norm = float(torch.linalg.vector_norm(torch.stack([_square(p.grad) for p in waiting]).sqrt()))
         if not self._steps_now:
             self._set_coefficient(self.norm)
         for p in waiting:
-            self._update(p)
+            self._update(p, _square(p.grad))
         self._passes.clear()
         if self.max_norm is not None:
             self._steps_now = self.clip == "previous" and self.norm is not None
@@ -94,10 +97,11 @@ class StepInBackward:
         self._passes[p] = self._passes.get(p, 0) + 1
         if self._passes[p] < self.accumulate:
             return
+        square = _square(p.grad)
         if self.max_norm is not None and self.clip == "previous":
-            self._squares.append(_square(p.grad))
+            self._squares.append(square)
         if self._steps_now:
-            self._update(p)
+            self._update(p, square)
 
     def forget(self) -> None:
         """Drop what an unfinished step has gathered: nothing more of it is applied."""
@@ -117,8 +121,8 @@ class StepInBackward:
             self._steps_now = self.clip == "previous" and self.norm is not None
             self._set_coefficient(self.norm)
 
-    def _update(self, p: Tensor) -> None:
-        if bool(torch.isfinite(p.grad).all()):  # type: ignore[arg-type]
+    def _update(self, p: Tensor, square: Tensor) -> None:
+        if bool(torch.isfinite(square)):
             self.opt.update(p, self._groups[p], self._coefficient)
         else:
             self.refused += 1
@@ -137,7 +141,7 @@ class StepInBackward:
 
 def _square(gradient: Tensor | None) -> Tensor:
     assert gradient is not None
-    return gradient.detach().float().pow(2).sum()
+    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square()
 
 
 def step_in_backward(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .lag import Lag as Lag
     from .lag import Maps as Maps
     from .layers import LowRank as LowRank
+    from .memory import Plan as Plan
     from .memory import plan as plan
     from .merge import blend as blend
     from .merge import compress as compress
@@ -41,6 +42,7 @@ _PUBLIC = {
     "TrainingStopped": "trainer",
     "UNet": "unet",
     "Maps": "lag",
+    "Plan": "memory",
     "blend": "merge",
     "compress": "merge",
     "decode": "sampling",

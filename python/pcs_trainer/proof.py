@@ -10,37 +10,46 @@ from torch import Tensor, nn
 
 import pcs_kernels
 
+SET = 50_000_000  # numbers: two gradients of so many are held for a comparison
+
 
 class NotTrained(RuntimeError):
     """A proof failed: the sentence names the tensor."""
 
 
-def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) -> str:
-    """The gradients of the backend in use against the reference's, on this model and this batch."""
+def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor], exact: bool) -> str:
+    """The gradients of the backend in use against the reference's, on this model and this batch.
+
+    Exact arithmetic (float32) allows 2 % a tensor. In 16 bits the gradient of one small tensor is mostly rounding, in
+    the reference's too, so there each difference is held against a part of the whole gradient.
+    """
+    parameters = _some(parameters)
     ours = _gradients(parameters, loss)
     with pcs_kernels.backend("reference"):
         theirs = _gradients(parameters, loss)
-    whole = torch.stack([g.norm() for g in theirs.values()]).norm()
-    worst, worst_name = 0.0, ""
-    for name, p in parameters.items():
-        limit = 2e-2 if p.dtype == torch.float32 and _full(parameters) else 0.3
-        difference = float((ours[name] - theirs[name]).norm())
-        scale = max(float(theirs[name].norm()), 1e-3 * float(whole))
-        error = difference / scale if scale > 0 else difference
-        if not error <= limit:
+    whole = float(torch.stack([g.float().norm() for g in theirs.values()]).norm())
+    if not whole > 0:
+        raise NotTrained("no tensor has a gradient, or it is not finite: nothing would train")
+    limit, least = (0.02, 1e-3) if exact else (0.4, 0.3)
+    errors = {}
+    for name in parameters:
+        difference = float((ours[name].float() - theirs[name].float()).norm())
+        errors[name] = difference / max(float(theirs[name].float().norm()), least * whole)
+        if not errors[name] <= limit:
             raise NotTrained(
-                f"the gradient of {name} is {error:.0%} away from the reference's here; PCS_BACKEND=reference "
+                f"the gradient of {name} is {errors[name]:.0%} away from the reference's here; PCS_BACKEND=reference "
                 "trains correctly, and `pcs doctor` says which operation is at fault"
             )
-        if error > worst:
-            worst, worst_name = error, name
-    if float(whole) == 0:
-        raise NotTrained("no tensor has a gradient: nothing would train")
-    return f"gradients agree with the reference (largest difference {worst:.1e}, {worst_name or 'none'})"
+    worst = max(errors, key=errors.__getitem__)
+    return f"gradients agree with the reference (largest difference {errors[worst]:.1e}, {worst})"
 
 
-def _full(parameters: dict[str, nn.Parameter]) -> bool:
-    return all(p.dtype == torch.float32 for p in parameters.values())
+def _some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """All of a small set; of a whole network about fifty tensors from its first layer to its last."""
+    if sum(p.numel() for p in parameters.values()) <= SET:
+        return parameters
+    names = [name for name, p in parameters.items() if p.numel() <= SET // 50]
+    return {name: parameters[name] for name in names[:: max(1, len(names) // 50)]}
 
 
 def _gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) -> dict[str, Tensor]:

@@ -66,7 +66,9 @@ class Run:
         if not learner.text_trains:
             self.freeze_text()
         if self.s.check_backend and self.step == 0:
-            self.say("proof", text=compare_gradients(learner.parameters, lambda: self.loss(self.batch(0, 0))[0]))
+            exact = _compute_dtype(self.model.unet) == torch.float32
+            first = lambda: self.loss(self.batch(0, 0))[0]  # noqa: E731
+            self.say("proof", text=compare_gradients(learner.parameters, first, exact))
         movement = Movement(learner.parameters, self.frozen()) if self.step == 0 else None
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
             while self.step < self.s.steps and not stop:

@@ -56,7 +56,7 @@ class Settings:
     stage: str = "base"  # dreambooth: or super_resolution
     noise_level: float = 1e-5  # super_resolution: of the noise laid on the small picture
     seed: int = 0
-    plan: str = "A"  # memory plan of the UNet
+    plan: str | dict[str, str] = "A"  # memory plan of the UNet, or of its layers by leading part of their names
     checkpoint_every: int = 0  # 0: at the end of the run alone
     keep: int = 2
     preview_every: int = 0
