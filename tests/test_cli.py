@@ -140,7 +140,7 @@ def test_debug_shows_where(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys):
-    assert cli.main(["plan", "--method", "dreambooth", "--budget", "20MB", "--device", "cpu"]) == 3
+    assert cli.main(["plan", "--budget", "20MB", "--batch", "4", "--device", "cpu"]) == 3
     assert "missing" in capsys.readouterr().out
 
 
@@ -316,6 +316,7 @@ SHORT = {
 @pytest.mark.slow
 def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pcs_trainer.demo.memory_of", lambda _: [])  # slow, and the demo's own tests have it
     for name in ("examples", "my-photos"):
         os.symlink(ROOT / "examples" if name == "examples" else PHOTOS, name)
     Path("captions.txt").write_text("a blue boat by the sea\na red house in the snow\n" * 40)
