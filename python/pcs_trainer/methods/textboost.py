@@ -65,7 +65,9 @@ def encoder_residuals(model: Model, s: Settings, learner: Learner) -> dict[str, 
     causal = s.variant.startswith("causal")
     pairs = {}
     for part, encoder in zip(PARTS, model.text_encoders, strict=False):
-        for number in range(encoder.config.num_hidden_layers):
+        # SDXL reads the states before the last layer; what its pooled text goes through is the second encoder's alone.
+        unread = len(model.text_encoders) > 1 and not hasattr(encoder, "text_projection")
+        for number in range(encoder.config.num_hidden_layers - unread):
             for layer in LAYERS[s.variant]:
                 name = f"text_model.encoder.layers.{number}.{layer}"
                 down, up = fresh_pair(text_module(encoder, name), 1 if causal else s.rank, s.init, generator)

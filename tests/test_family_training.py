@@ -1,0 +1,61 @@
+"""Every method trains on each family: noise prediction, linear projections, SDXL's two encoders, up-scalers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pcs_trainer import load_model
+from pcs_trainer.concept import load_concept
+from pcs_trainer.sampling import sample
+from pcs_trainer.trainer import Trainer
+from test_model_loading import text_config, write_model
+
+SETTINGS = dict(
+    class_word="b", token="<v>", template="{subject}", class_template="{class}", init_word="b", identifier="learned",
+    resolution=32, steps=2, batch=1, prior_images=1, prior_steps=1, augment=False,
+)  # fmt: skip
+METHODS = ("dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost")
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
+def model(request, tmp_path_factory):
+    root = write_model(tmp_path_factory.mktemp("model") / request.param, request.param)
+    if request.param == "sdxl":  # the two encoders' states stand side by side
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        half = text_config()
+        half.hidden_size = 12
+        CLIPTextModel(half).save_pretrained(root / "text_encoder")
+        CLIPTextModelWithProjection(half).save_pretrained(root / "text_encoder_2")
+    return load_model(root)
+
+
+def pictures():
+    return list(np.random.default_rng(0).integers(0, 255, (2, 40, 48, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_saves_and_draws(model, method, tmp_path, monkeypatch):
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
+    events = []
+    concept = Trainer(model, method, pictures(), out=tmp_path / "out", **SETTINGS).train(on_event=events.append)
+    assert [e.kind for e in events if e.kind in ("step", "done")] == ["step", "step", "done"]
+    assert len(concept.words["<v>"]) == len(model.text_encoders)
+    loaded = load_concept(tmp_path / "out" / "concept.safetensors", model)
+    with_it, without = (
+        sample(model, ["a <v>"], c, steps=2, size=32, words=w, return_latents=True)[1]
+        for c, w in (([loaded], None), ([], concept.words))
+    )
+    assert not torch.equal(with_it, without)
+
+
+def test_an_upscaler_is_told_the_small_picture(tmp_path, monkeypatch):
+    """DreamBooth's super-resolution stage: seven input channels, a noise level, and it trains."""
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
+    model = load_model(write_model(tmp_path / "model", "low resolution"))
+    chosen = SETTINGS | dict(prior_weight=0.0)
+    concept = Trainer(model, "dreambooth", pictures(), stage="super_resolution", **chosen).train()
+    assert concept.tensors["unet.conv_in.weight"].shape[1] == 7
+    with pytest.raises(ValueError, match="super_resolution"):
+        Trainer(model, "dreambooth", pictures(), **chosen).train()
