@@ -100,7 +100,7 @@ def _counts(value: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    if value is None:
+    if value is None or value in ("", (), []):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -52,8 +52,8 @@ def machine() -> dict[str, Any]:
 
     import pcs_kernels
 
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"{processor()}, {torch.get_num_threads()} threads"
+    gpu, count = torch.cuda.is_available(), torch.get_num_threads()
+    device = torch.cuda.get_device_name() if gpu else f"{processor()}, {count} thread{'s' * (count > 1)}"
     return {
         "device": device,
         "pcs": pcs_kernels.__version__,
@@ -117,8 +117,10 @@ def write_run_report(
         "photos": photos,
         "sheet": {"columns": list(columns), "rows": rows, "note": "The base model draws the same prompt without the "
                   "learned word, from the same noise."},
-        "numbers": {"columns": ["numbers learned", "size of the file", "time to train", "prompt for the subject"],
-                    "rows": [[concept.parameters, size(file.stat().st_size), clock(seconds), concept.instance_prompt]]},
+        "numbers": {"columns": ["", ""], "rows": [
+            ["numbers learned", f"{concept.parameters:,}"], ["size of the file", size(file.stat().st_size)],
+            ["time to train", clock(seconds)], ["prompt for the subject", concept.instance_prompt],
+        ]},
         "attention": {"items": [
             {"label": prompts[i], "picture": learned[i], "maps": maps_of(maps, i, [concept.token])}
             for i in range(len(prompts))

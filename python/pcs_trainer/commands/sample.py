@@ -25,6 +25,7 @@ from .common import (
 
 OPTIONS = (
     Option("prompts", "what to draw; {} stands for the subject's words", metavar="PROMPT", many=True, group="words"),
+    Option("--prompt", "a prompt, where a flag is handier than a word", metavar="TEXT", many=True, group="words"),
     Option("--concept", "a run's folder, a concept's file, or another program's LoRA or embedding; may be repeated",
            metavar="PATH", many=True, also=("--lora", "--network_weights", "--embedding"), group="what was learned"),
     Option("--strength", "of each concept, in their order", number(example="0.8"), metavar="X", many=True,
@@ -59,6 +60,7 @@ EXAMPLES = (
 
 
 def check(options: argparse.Namespace) -> None:
+    options.prompts = [*(options.prompts or []), *(options.prompt or [])]
     if not options.prompts:
         raise UsageError('pcs sample needs a prompt: pcs sample "a photo of {} on the beach" --concept out/mug')
     if any(not p.strip() for p in options.prompts) and not options.concept:
@@ -107,7 +109,7 @@ def draw(options: argparse.Namespace, stop: Interrupt) -> int:
             pictures = draw_batch(options, model, concepts, part, options.seed + first, on_step)
             for prompt, picture in zip(part, pictures, strict=True):
                 print(save_picture(picture, free_name(folder, slug(prompt))))
-    write_config(folder / "run.toml", COMMAND, options, without=("quiet",))
+    write_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt"))
     return 0
 
 
