@@ -172,7 +172,8 @@ def test_numbers_in_words():
 def test_a_progress_line_says_all_and_leaves_out_the_unknown():
     data = {"loss": 0.5, "smoothed": 0.4, "subject": 0.3, "prior": None, "its_per_second": 0.05, "seconds_left": 70}
     line = line_of("textboost", 3, 9, data)
-    assert line == "textboost 3/9  loss 0.5000  smoothed 0.4000  subject 0.3000  20.0 s/it  left 1 min 10 s"
+    assert line == "textboost 3/9  loss 0.5000  smoothed 0.4000  20.0 s/it  left 1 min 10 s"
+    assert "smoothed 0.4000  subject 0.3000  prior 0.2000  20" in line_of("x", 3, 9, data | {"prior": 0.2})
 
 
 class Terminal(io.StringIO):

@@ -21,10 +21,9 @@ EVERY = 2.0  # seconds between plain lines
 
 def parts_of(data: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures of a step, named and in words: losses, speed, time left, memory; what is not known is left out."""
-    found = []
-    for key, name in (("loss", "loss"), ("smoothed", "smoothed"), ("subject", "subject"), ("prior", "prior")):
-        if data.get(key) is not None:
-            found.append((name, f"{data[key]:.4f}"))
+    found: list[tuple[str, str]] = []
+    names = ("loss", "smoothed", "subject", "prior") if data.get("prior") is not None else ("loss", "smoothed")
+    found += [(name, f"{data[name]:.4f}") for name in names if data.get(name) is not None]
     if data.get("its_per_second"):
         rate = data["its_per_second"]
         found.append(("", f"{rate:.2f} it/s" if rate >= 0.1 else f"{1 / rate:.1f} s/it"))
@@ -108,7 +107,7 @@ def _panel(label: str, done: int, total: int, data: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    figures = Text(no_wrap=True, overflow="ellipsis")
+    figures = Text()
     for name, value in parts_of(data):
         figures.append(f"{name} " if name else "", "dim").append(f"{value}  ", "bold" if name == "smoothed" else "")
     top = Table.grid(padding=(0, 1))
