@@ -42,7 +42,7 @@ def card(results, training, size):
         r=results["subject_retrieval"],
         rank=percent(results["subject_retrieval"]["rank_1"]),
         speed=results["speed"],
-        diff=results["diffusers_max_difference"],
+        diff=results["diffusers_difference"]["largest"],
     )
 
 
