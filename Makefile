@@ -37,8 +37,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Ops, a training step, LAG, memory and quality against peers; then the README's tables and the figures anew.
 bench: setup
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/step.py --size 512 --rounds 2 --no-compile
+	$(BIN)/python benchmarks/lag.py --rounds 3
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --docs
+	$(BIN)/python benchmarks/quality.py --minutes 8
+	$(BIN)/python benchmarks/plot.py
 
 clean:
 	rm -rf build dist *.egg-info pcs_kernels/*.so
