@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
+import quality_docs
 import registry
 import timing
 
@@ -91,6 +92,27 @@ def memory_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def quality_table() -> str:
+    """The methods on unseen subjects of the small world: the latest model's rows of results/quality.csv."""
+    path = timing.RESULTS / "quality.csv"
+    if not path.exists():
+        return ""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row["model"] == rows[-1]["model"]]
+    lines = [
+        "| method | likeness: share of the gap closed | prompts kept | diversity | subjects |",
+        "|---|---|---|---|---|",
+    ]
+    for setting, name in quality_docs.NAMES.items():
+        found = [quality_docs.column(rows, ("main", setting), m) for m in ("gap_closed", "prompt_kept", "diversity")]
+        if found[0]:
+            cells = [quality_docs.shown(list(values.values())) for values in found]
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(found[0])} |")
+    said = "Likeness: 0 is the base model's picture of the class, 1 another photo of the subject; 95 % intervals.\n"
+    return "\n".join(lines) + f"\n\n{said}" if len(lines) > 2 else ""
+
+
 def replaced(readme: str, name: str, text: str) -> str:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = readme.split(begin, 1)
@@ -100,7 +122,8 @@ def replaced(readme: str, name: str, text: str) -> str:
 def with_numbers(readme: str) -> str:
     """The README with the parts between the markers made anew."""
     readme = replaced(readme, "numbers", step_table() + ops_table())
-    return replaced(readme, "memory", memory_table())
+    readme = replaced(readme, "memory", memory_table())
+    return replaced(readme, "quality", quality_table())
 
 
 def step_figure(path: Path) -> None:
