@@ -57,7 +57,7 @@ def claims() -> dict[str, list[Claim]]:
                   "drift_to_subject", "less"),
             Claim("regularization pictures keep prompts", main("custom_diffusion"), ("custom", "no regularization"),
                   "prompt_kept", "more"),
-            Claim("augmentation brings the subject closer", main("custom_diffusion"), ("custom", "no augmentation"),
+            Claim("augmentation brings the subject closer", ("custom", "augmentation"), main("custom_diffusion"),
                   "gap_closed", "more"),
         ],
         "Custom Diffusion: two subjects": [
@@ -72,7 +72,7 @@ def claims() -> dict[str, list[Claim]]:
             Claim("on proj_out prompts are kept better than on keys and values", main(PR),
                   ("place", "low-rank keys and values"), "prompt_kept", "more"),
             *(Claim(f"rank 8 is closer than rank {r}", main(PR), ("rank", f"rank {r}"), "gap_closed", "more")
-              for r in (1, 3, 24)),
+              for r in (1, 24)),
         ],
         "LAG, by what the prompt asks for": [
             Claim(f"LAG keeps {kind} prompts better", main(LAG), main(PR), f"accuracy_{kind}", "more") for kind in kinds
@@ -83,10 +83,13 @@ def claims() -> dict[str, list[Claim]]:
             Claim("LAG keeps 95 % of the subject", *one_place, "subject_similarity", "more", 0.95),
         ],
         "TextBoost from a single photo": [
-            Claim(f"{part}: {what}", full, ("textboost", without), measure, "more")
-            for part, without in (
-                ("words for the augmentations", "no words for augmentations"), ("augmentation", "no augmentation"),
-                ("knowledge preservation", "no knowledge preservation"), ("SNR timesteps", "uniform timesteps"),
+            Claim(f"{part}: {what}", first, second, measure, "more")
+            for part, first, second in (
+                ("augmentation that names itself against none", ("textboost", "augmentation"), full),
+                ("augmentation with words for it against without", ("textboost", "augmentation"),
+                 ("textboost", "augmentation without words")),
+                ("knowledge preservation against none", full, ("textboost", "no knowledge preservation")),
+                ("SNR timesteps against uniform ones", full, ("textboost", "uniform timesteps")),
             )
             for what, measure in (("closer to the subject", "gap_closed"), ("prompts kept better", "prompt_kept"))
         ],
@@ -199,14 +202,15 @@ HOW = """Made by `python benchmarks/quality.py --docs` from `benchmarks/results/
 hand but this page's frame. Every number is of the embedded model, a thousandth of a real one in a world of 64 x 64
 pictures: it says how the methods compare there, and nothing about Stable Diffusion.
 
-{subjects} subjects that no preset was chosen on, 4 photos each, the default presets. The judge compares what is drawn
-with 8 further photos of the subject: *gap closed* is 0 for what the base model draws of the class and 1 for other
-photos of the subject itself. *Prompts kept* is the share of what 20 prompts ask for (places, positions, sizes,
-paintings, light) that the judge finds, over the base model's share; *in prompts* is the subject similarity in those
-pictures. *Drift to the subject* is the gap that "a photo of a [class]" closes, which should be nothing; *drift
-distance* is the kernel distance of the class's pictures before and after. ± is a 95 % confidence interval over
-subjects. Seconds are of one core, medians, with the class's pictures for the prior loss drawn once a class. Weights
-{model}, measured {date} on {device}.
+{subjects} subjects that no preset was chosen on, 4 photos each, the default presets; pictures by DPM-Solver++ in 15
+steps. The judge compares what is drawn with 8 further photos of the subject: *gap closed* is 0 for what the base
+model draws of the class and 1 for other photos of the subject itself. *Prompts kept* is the share of what 20 prompts
+ask for (places, positions, sizes, paintings, light) that the judge finds, over the base model's share; *in prompts*
+is the subject similarity in those pictures. *Drift to the subject* is the gap that "a photo of a [class]" closes,
+which should be nothing; *drift distance* is the kernel distance of the class's pictures before and after. ± is a 95 %
+confidence interval over subjects. Seconds are of one core, medians, with the class's pictures for the prior loss
+drawn once a class. Weights {model}, measured {date} on
+{device}.
 """
 
 
