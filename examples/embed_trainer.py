@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from pcs_trainer.trainer import Trainer
+from pcs_trainer import Trainer
 
 seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 20
 events = queue.Queue()

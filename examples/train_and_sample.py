@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-from pcs_trainer import load_model
-from pcs_trainer.sampling import sample
-from pcs_trainer.trainer import Trainer
+from pcs_trainer import Trainer, load_model, sample
 
 photos = Path(__file__).parent / "photos"
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 300

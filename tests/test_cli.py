@@ -110,6 +110,7 @@ WRONG = [
     ("plan --resolution 65", "multiple of"),
     ("evaluate", "needs one concept"),
     ("evaluate a", "--photos is missing"),
+    ("evaluate a --photos PHOTOS --clip nowhere", "--clip: nowhere does not exist"),
     ("demo --effort 2", "at most 1"),
     ("demo --photos nowhere", "does not exist"),
     ("bench --steps 1", "the least is 2"),
@@ -307,7 +308,7 @@ def examples() -> list[str]:
 SHORT = {
     "train": ["--steps", "2", "--prior-images", "2", "--set", "bank=4", "--no-report"],
     "sample": ["--steps", "2", "--count", "1"],
-    "evaluate": ["--steps", "2", "--count", "1"],
+    "evaluate": ["--steps", "2", "--count", "2"],
     "demo": ["--effort", "0.002"],
     "bench": ["--steps", "2"],
 }

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pcs_trainer import demo as demo_module
-from pcs_trainer.demo import METHODS, WITH_LAG, example_photos, run_demo
+from pcs_trainer.demo import METHODS, PROMPTS, WITH_LAG, example_photos, run_demo
 from pcs_trainer.images import load_pictures
-from pcs_trainer.judging import PROMPTS, judged
 from pcs_trainer.tiny.subjects import photos, subject
 from PIL import Image
 
@@ -23,18 +22,6 @@ def test_the_example_photos_are_the_subject_that_an_installed_package_draws():
     files = [picture.pixels for picture in load_pictures(EXAMPLES).pictures]
     assert len(files) == 4 and all(np.array_equal(a, b) for a, b in zip(drawn, files, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(example_photos(None), files, strict=True))
-
-
-def test_the_judge_knows_the_subject_from_another_and_a_place_from_another():
-    mine = [photo.picture for photo in photos(demo_module.EXAMPLE_SUBJECT, 4)]
-    same = [photo.picture for photo in photos(demo_module.EXAMPLE_SUBJECT, 3, background="beach", first=10)]
-    other = [photo.picture for photo in photos(300_000_014, 3, background="beach", first=10)]
-    beach, snow = [{"background": "beach"}] * 3, [{"background": "snow"}] * 3
-    assert judged(mine, same, beach, "mug").likeness > 0.8 > 0.4 > judged(mine, other, beach, "mug").likeness
-    assert judged(mine, same, beach, "mug").accuracy == 1.0
-    assert judged(mine, same, snow, "mug").accuracy == 0.0
-    assert judged(mine, other, beach, "mug").accuracy < 0.5
-    assert judged(mine, other, beach, "dragon").accuracy == 1.0  # a kind it does not know is not asked for
 
 
 @pytest.mark.slow
@@ -52,6 +39,7 @@ def test_every_part_is_made(tmp_path):
             assert min(shown.size) > 500
     numbers = json.loads((folder / "numbers.json").read_text())
     assert [row[0] for row in numbers["numbers"]["rows"]] == names
+    assert all(-1 <= float(row[5]) <= 1 and 0 <= int(row[6].rstrip("%")) <= 100 for row in numbers["numbers"]["rows"])
     text = done.report.read_text()
     assert (
         all(name in text for name in names) and "gradients agree" in text and "://" not in text.split("<main>")[1][:500]

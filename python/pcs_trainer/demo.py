@@ -8,12 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_pictures import attention_sheet, contact_sheet, loss_curves, save_picture
-from .judging import PROMPTS, judged
+from .evaluate import Ask, accuracy, similarities
 from .progress import Progress, quiet_libraries
 from .report import clock, size, write_report
 from .run_report import METHOD_NAMES, machine, maps_of, proof_of, read_losses
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 EXAMPLE_SUBJECT = 300_000_013  # of the tiny world; the files in examples/photos show it
 METHODS = ("dreambooth", "custom_diffusion", "personalized_residuals", "textboost")
 BASE, WITH_LAG = "Base model", "Personalized Residuals with LAG"
+# What is drawn, and what has to be seen in it.
+PROMPTS = (
+    Ask("a photo of a {}", "plain"),
+    Ask("a {} on the beach", "background", (("background", "beach"),)),
+    Ask("a {} underwater", "background", (("background", "underwater"),)),
+    Ask("a {} in the snow", "background", (("background", "snow"),)),
+    Ask("a {} in front of a brick wall", "background", (("background", "brick"),)),
+    Ask("a painting of a {} at night", "painting", (("background", "night"), ("style", "painting"))),
+)
 TRAINS = {
     "dreambooth": "the whole UNet",
     "custom_diffusion": "keys and values of the text, a word",
@@ -181,7 +190,7 @@ def draw(demo: Demo, model: Model, name: str, concept: Concept | None = None, la
     from .sampling import sample
 
     subject = " ".join(filter(None, (concept.token, concept.class_word))) if concept else demo.class_word
-    prompts = [text.format(subject) for text, _ in PROMPTS for _ in range(demo.each)]
+    prompts = [ask.prompt.format(subject) for ask in PROMPTS for _ in range(demo.each)]
 
     def on_step(step: int, steps: int, latents: Any) -> bool:
         demo.progress.count(step + 1, steps)
@@ -196,27 +205,42 @@ def draw(demo: Demo, model: Model, name: str, concept: Concept | None = None, la
 
 
 def measure(demo: Demo) -> dict[str, Any]:
-    """The judge's table: likeness to the photos, and prompts that it reads right."""
-    truths = [truth for _, truth in PROMPTS for _ in range(demo.each)]
+    """The judge's table: likeness to the photos, and what the prompts asked for and it finds."""
+    from .perception import JudgeEyes
+    from .tiny.world import CLASSES
+
+    judge, photos = JudgeEyes(), [small(p) for p in demo.photos]
+    kind = (("kind", demo.class_word),) if demo.class_word in CLASSES else ()
+    asks = [replace(ask, shows=ask.shows + kind) for ask in PROMPTS for _ in range(demo.each)]
     rows, real = [], 1.0
     for column in demo.columns:
-        verdict = judged(demo.photos, column.pictures, truths, demo.class_word)
-        real = verdict.photos
+        drawn = [small(p) for p in column.pictures]
+        alike = similarities(judge, drawn, photos)
+        real = alike.get("subject_similarity_real") or real
         seconds = [t["seconds"] for t in demo.timings if t["name"] == f"{column.name}: training"]
         method = column.concept.method if column.concept else ""
         file = demo.out / method / "concept.safetensors"
         rows.append([
             column.name, TRAINS.get(method, "–"), column.concept.parameters if column.concept else "–",
             clock(seconds[0]) if seconds else "–", size(file.stat().st_size) if method else "–",
-            f"{verdict.likeness:.2f}", f"{sum(verdict.right)} of {len(verdict.right)}",
+            f"{alike['subject_similarity']:.2f}", f"{accuracy(judge, asks, drawn)['all']:.0%}",
         ])  # fmt: skip
     columns = ["", "trains", "numbers learned", "time", "file", "likeness", "prompts right"]
     note = (
         f"Likeness: cosine of a picture and a photo in the judge's subject space, the mean over all pairs; the photos "
-        f"among themselves have {real:.2f}. Prompts right: pictures in which the judge reads the object, the place and "
-        "the style that were asked for. The judge is a small network trained apart from the model."
+        f"among themselves have {real:.2f}. Prompts right: the share of objects, places and styles asked for that "
+        "the judge finds. The judge is a small network trained apart from the model."
     )
     return {"columns": columns, "rows": rows, "note": note}
+
+
+def small(picture: Any) -> Any:
+    """A picture as the judge takes it: uint8 [64, 64, 3]."""
+    import numpy as np
+    from PIL import Image
+
+    shown = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    return np.asarray(shown.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
 
 
 def memory_of(demo: Demo) -> list[dict[str, Any]]:
@@ -245,7 +269,7 @@ def finish(demo: Demo, seconds: float) -> None:
     items = [
         {"label": column.name, "picture": column.pictures[demo.each], "maps": column.maps} for column in demo.columns
     ]
-    prompts = [text.format("…") for text, _ in PROMPTS]
+    prompts = [ask.prompt.format("…") for ask in PROMPTS]
     firsts = {column.name: column.pictures[:: demo.each] for column in demo.columns}
     numbers = measure(demo)
     save_picture(contact_sheet(demo.photos, firsts, prompts), demo.out / "contact_sheet.png")
