@@ -67,7 +67,7 @@ def sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name} is not installed; mend: pip install 'pcs_kernels[trainer]'"
-    if isinstance(error, (ValueError, ImportError)) or type(error).__module__.startswith("pcs_"):
+    if isinstance(error, (ValueError, ImportError, OSError)) or type(error).__module__.startswith("pcs_"):
         return text
     return f"{type(error).__name__}: {text[:300]} (pcs ... --debug shows where)"
 
