@@ -169,6 +169,8 @@ class Bench:
             concept = Trainer(
                 self.model, job.method, pictures, kind, check_backend=False, seed=0, **job.overrides
             ).train()
+        if concept.meta["finished"] != "1":
+            raise SystemExit("stopped; what was being learned is not measured")
         facts = {
             "section": job.section, "subject": job.subject, "method": job.method, "class": kind,
             "photos": job.photos, "steps": concept.meta["steps"],
