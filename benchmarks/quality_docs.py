@@ -18,6 +18,7 @@ NAMES = {
     "textboost": "TextBoost",
 }  # fmt: skip
 PR, LAG = "personalized_residuals", "personalized_residuals + LAG"
+SCALES = {"drift_distance": 1e-3}  # kernel distances of the judge's features are large numbers
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
 
@@ -106,7 +107,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def column(rows: list[Row], where: tuple[str, str], measure: str) -> dict[str, float]:
     """subject -> value"""
-    return {r["subject"]: float(r[measure]) for r in rows if (r["section"], r["setting"]) == where and r[measure] != ""}
+    mine = [r for r in rows if (r["section"], r["setting"]) == where and r[measure] != ""]
+    return {r["subject"]: float(r[measure]) * SCALES.get(measure, 1) for r in mine}
 
 
 def shown(values: list[float], digits: int = 2) -> str:
@@ -136,8 +138,8 @@ def verdict(differences: list[float], better: str) -> str:
 def main_table(rows: list[Row]) -> list[str]:
     lines = [
         "| method | gap closed | subject similarity | in prompts | prompts kept | text similarity "
-        "| drift to the subject | drift distance | diversity | parameters | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| drift to the subject | drift distance | class kept | diversity | parameters | CPU seconds |",
+        "|---" * 12 + "|",
     ]
     for setting, name in NAMES.items():
         where = ("main", setting)
@@ -145,19 +147,20 @@ def main_table(rows: list[Row]) -> list[str]:
         if not values("gap_closed"):
             continue
         cells = [shown(values(m)) for m in ("gap_closed", "subject_similarity", "prompted_similarity", "prompt_kept",
-                 "text_similarity", "drift_to_subject", "drift_distance", "diversity")]  # fmt: skip
+                 "text_similarity", "drift_to_subject", "drift_distance", "class_accuracy", "diversity")]  # fmt: skip
         cells += [
             f"{statistics.fmean(values('parameters')):,.0f}",
             f"{statistics.median(values('train_cpu_seconds')):.0f}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     base = ("main", PR)
-    wanted = ("subject_similarity_base", "text_similarity_base", "subject_similarity_real", "prompt_accuracy_base")
+    wanted = ("subject_similarity_base", "text_similarity_base", "subject_similarity_real", "prompt_accuracy_base",
+              "class_accuracy_base")  # fmt: skip
     one = {m: shown(list(column(rows, base, m).values())) for m in wanted}
     lines += [
         f"| *the base model's class* | 0 | {one['subject_similarity_base']} | - | 1 | {one['text_similarity_base']} "
-        "| 0 | 0 | - | - | - |",
-        f"| *other photos of the subject* | 1 | {one['subject_similarity_real']} | - | - | - | - | - | - | - | - |",
+        f"| 0 | 0 | {one['class_accuracy_base']} | - | - | - |",
+        f"| *other photos of the subject* | 1 | {one['subject_similarity_real']} | - | - | - | - | - | - | - | - | - |",
         "", f"The base model itself does {one['prompt_accuracy_base']} of what the prompts ask for.",
     ]  # fmt: skip
     return lines
@@ -207,9 +210,10 @@ steps. The judge compares what is drawn with 8 further photos of the subject: *g
 model draws of the class and 1 for other photos of the subject itself. *Prompts kept* is the share of what 20 prompts
 ask for (places, positions, sizes, paintings, light) that the judge finds, over the base model's share; *in prompts*
 is the subject similarity in those pictures. *Drift to the subject* is the gap that "a photo of a [class]" closes,
-which should be nothing; *drift distance* is the kernel distance of the class's pictures before and after. ± is a 95 %
-confidence interval over subjects. Seconds are of one core, medians, with the class's pictures for the prior loss
-drawn once a class. Weights {model}, measured {date} on
+which should be nothing; *drift distance* is the kernel distance (in thousands) of the class's pictures before and
+after; *class kept* is the share of them, after, that still show the class. LAG changes nothing there: its words are
+not in that prompt. ± is a 95 % confidence interval over subjects. Seconds are of one core, medians, with the class's
+pictures for the prior loss drawn once a class. Weights {model}, measured {date} on
 {device}.
 """
 
