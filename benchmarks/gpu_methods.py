@@ -117,7 +117,7 @@ def text_encoder(scene: Scene) -> list[nn.Parameter]:
     size = dict(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12, num_attention_heads=max(1, width // 64)
     )
-    encoder = CLIPTextModel(CLIPTextConfig(**size, num_hidden_layers=12)).to(like).requires_grad_(False).eval()
+    encoder = CLIPTextModel(CLIPTextConfig(**size)).to(like).requires_grad_(False).eval()
     trained = []
     for number in range(12):
         for layer in LAYERS["v1"]:

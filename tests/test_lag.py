@@ -182,16 +182,14 @@ def test_a_mask_of_ones_is_the_merged_weight(model):
 
 @torch.no_grad()
 def test_a_mask_of_zeros_is_the_base_bit_for_bit(model):
-    """On the op that the base itself runs through; the reference's has the same product for both."""
+    """A residual that nothing is left of is not computed, so the layer is the base's own, on every backend."""
     _, unet, call = model
     pairs = random_pairs(unet, 0, rank=3)
-    nothing = {name: (torch.zeros_like(down), torch.zeros_like(up)) for name, (down, up) in pairs.items()}
-    closed = with_masks(unet, call, pairs, 0.0)
-    assert torch.equal(closed, with_masks(unet, call, nothing, 1.0))
-    assert relative(closed, unet(*call)) < 1e-5
+    base = unet(*call)
+    assert torch.equal(with_masks(unet, call, pairs, 0.0), base)
+    assert not torch.equal(with_masks(unet, call, pairs, 1.0), base)
     with pcs_kernels.backend("reference"):
         assert torch.equal(with_masks(unet, call, pairs, 0.0), unet(*call))
-        assert not torch.equal(with_masks(unet, call, pairs, 1.0), unet(*call))
 
 
 def test_a_map_is_cut_at_its_median_and_ties_are_outside():

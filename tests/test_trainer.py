@@ -217,7 +217,7 @@ def test_several_concepts_train_together(model):
         {"images": pictures(seed=61), "class_word": "mug", "token": "<one>"},
         {"images": pictures(seed=62), "class_word": "cat", "token": "<two>"},
     ]
-    t = Trainer(model, "custom_diffusion", concepts=both, **SMALL, steps=2)
+    t = Trainer(model, "custom_diffusion", concepts=both, **SMALL | dict(batch=6), steps=2)
     assert {n for n in t.trainable() if n.startswith("word.")} == {"word.0.<one>", "word.0.<two>"}
     concept = t.train()
     assert set(concept.words) == {"<one>", "<two>"}
@@ -241,7 +241,8 @@ def test_masks_weight_the_loss(model, tmp_path):
 
 
 SCRIPT = """
-import sys, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without it
 sys.path[:0] = {path!r}
 torch.set_num_threads(1)
 from pcs_trainer import load_model
@@ -341,7 +342,7 @@ os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
 dist.init_process_group("gloo", rank=rank, world_size=2)
 t = Trainer(model, "custom_diffusion", [p.picture for p in photos(51, 2)], class_word="mug",
             out={out!r} if rank == 0 else None, steps=3, batch=2, bank=12, prior_images=2, prior_steps=2,
-            check_backend=False, optimizer="adamw", learning_rate=1e-4)
+            check_backend=False, optimizer="adamw", learning_rate=1e-4, token_learning_rate=1e-5)
 t.train()
 if rank:
     os._exit(0)
@@ -359,7 +360,8 @@ def test_two_processes_are_one_of_twice_the_batch(model, tmp_path):
     code = PARALLEL.format(path=[p for p in sys.path if p], out=str(tmp_path))
     assert subprocess.run([sys.executable, "-c", code, str(port)]).returncode == 0
     two = load_concept(tmp_path / "concept.safetensors")
-    settings = SMALL | dict(steps=3, batch=4, bank=12, optimizer="adamw", learning_rate=1e-4)
+    settings = SMALL | dict(steps=3, batch=4, bank=12, optimizer="adamw")
+    settings |= dict(learning_rate=1e-4, token_learning_rate=1e-5)
     one = Trainer(model, "custom_diffusion", pictures(), class_word="mug", **settings).train()
     base = dict(model.unet.named_parameters())
     for name, tensor in one.tensors.items():

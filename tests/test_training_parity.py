@@ -58,8 +58,9 @@ class Peer:
         return prediction, self.scheduler.get_velocity(batch.latents, batch.noise, batch.t)
 
 
-def close(ours, theirs, what):
-    error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+def close(ours, theirs, what, whole=0.0):
+    """Within 1e-4 of a tensor's gradient, or of a thousandth of the whole one where a tensor's is next to nothing."""
+    error = float((ours - theirs).norm() / theirs.norm().clamp_min(max(1e-3 * whole, 1e-12)))
     assert error < 1e-4, f"{what}: {error}"
 
 
@@ -80,8 +81,9 @@ def test_dreambooth():
     theirs.backward()
     assert float(loss) == pytest.approx(float(theirs), rel=1e-4)
     gradients = dict(peer.unet.named_parameters())
+    whole = float(torch.stack([p.grad.norm() for p in gradients.values()]).norm())
     for name, p in run.learner.parameters.items():
-        close(p.grad, gradients[name.removeprefix("unet.")].grad, name)
+        close(p.grad, gradients[name.removeprefix("unet.")].grad, name, whole)
 
 
 def test_dreambooth_lora():
