@@ -123,6 +123,7 @@ def evaluate_concept(
     photos: real pictures of the subject, others than it was learned from: a folder or a list. prompts: with {} for
     the subject. count: pictures of the subject's own prompt, and of its class. clip, dino: folders of networks, for
     every model but the embedded one, which has its judge. base: what base_of(...) drew, to draw it once for many.
+    draw(prompts, concepts, **options) -> pictures takes the place of sample().
 
     subject_similarity      of the drawn subject to the photos; beside it _base (the class by the base model) and
                             _real (the photos among themselves); gap_closed = (it - base) / (real - base)
