@@ -189,8 +189,8 @@ def claim_table(rows: list[Row], group: list[Claim]) -> list[str]:
 # Said where a method is short of an aim: what was tried, on subjects that are not reported.
 SHORT = {
     "textboost": "TextBoost: on a subject where it was short (0.41), twice the steps and batch with rank 16, uniform "
-    "timesteps, and half and twice the learning rate left it between 0.41 and 0.47. It learns in the text encoder alone, "
-    "so it draws what the frozen UNet can be told; most likely these patterns are not among that.",
+    "timesteps, and half and twice the learning rate left it between 0.41 and 0.47. It learns in the text encoder "
+    "alone, so it draws what the frozen UNet can be told; most likely these patterns are not among that.",
 }
 
 

@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # draw the collages and grey margins that augmentation makes of 64 pixels, and learns less with them.
 EMBEDDED: dict[str, dict[str, Any]] = {
     "dreambooth": dict(steps=220, batch=2, learning_rate=3e-4, prior_images=32),
-    "dreambooth_lora": dict(steps=280, batch=2, learning_rate=3e-3, rank=8, prior_images=32),
+    "dreambooth_lora": dict(steps=280, batch=2, learning_rate=1.5e-3, rank=8, prior_images=32),
     "custom_diffusion": dict(
         steps=300, batch=2, learning_rate=2e-3, token_learning_rate=2e-2, prior_images=32, augment=False
     ),
