@@ -115,7 +115,7 @@ def test_dreambooth_lora():
 
 def test_custom_diffusion():
     """Keys and values of the text with the first token detached, the masked loss, and the word's row."""
-    run, batch = started("custom_diffusion", prior_weight=1.0)
+    run, batch = started("custom_diffusion", prior_weight=1.0, augment=True)
     assert batch.masks is not None and not bool((batch.masks == 1).all())
     loss, _ = run.loss(batch)
     loss.backward()
