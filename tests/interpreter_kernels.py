@@ -148,7 +148,7 @@ def test_cross_attention_gives_only_the_needed_gradients(needs):
         assert torch.equal(gradient, full) if needed else gradient.numel() == 0
 
 
-ATTENTION_SHAPES = (2, 2, 63, 63, 40), (1, 2, 1, 1, 64), (1, 3, 17, 77, 80), (1, 1, 130, 35, 160), (2, 1, 70, 16, 8)
+ATTENTION_SHAPES = (2, 2, 63, 63, 40), (1, 2, 1, 3, 64), (1, 3, 17, 77, 80), (1, 1, 130, 35, 160), (2, 1, 70, 16, 8)
 
 
 @dtypes
@@ -163,6 +163,16 @@ def test_self_attention(shape, dtype):
     check((out, lse), attention_reference.forward, q, k, v, scale, names="out lse")
     call = torch.randn(q.shape).to(dtype), q, k, v, out, lse, scale
     check(attention.backward(*call), attention_reference.backward, *call, names="dq dk dv")
+
+
+def test_self_attention_to_one_key():
+    """The value itself; the gradients of query and key are differences of equal numbers: next to nothing."""
+    q, k, v, dout = (torch.randn(1, 1, 2, 64).transpose(1, 2) for _ in range(4))
+    out, lse = attention.forward(q, k, v, 0.125)
+    torch.testing.assert_close(out, v)
+    dq, dk, dv = attention.backward(dout, q, k, v, out, lse, 0.125)
+    assert float(dq.abs().max()) < 1e-5 and float(dk.abs().max()) < 1e-5
+    torch.testing.assert_close(dv, dout)
 
 
 # batch, rows, inputs, outputs, rank, concepts in the stack (0: one adapter), mask, bias
