@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .model import Model
     from .settings import Settings
 
+
 def rare_tokens(tokenizer: Any) -> list[str]:
     """Words that are one late, short, meaningless-looking entry of the vocabulary, the rarest first.
 
