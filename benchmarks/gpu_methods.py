@@ -17,28 +17,12 @@ import timing
 import torch
 from pcs_trainer.layers import LowRank
 from pcs_trainer.unet import UNet
+from registry import SD15, SDXL
 from torch import Tensor, nn
 
 from pcs_kernels.optim import AdamW8bit, step_in_backward
 
-MODELS = {
-    "sd15 512": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 64),
-    "sdxl 1024": (
-        {
-            "block_out_channels": [320, 640, 1280],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "cross_attention_dim": 2048,
-            "attention_head_dim": [5, 10, 20],
-            "transformer_layers_per_block": [1, 2, 10],
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        128,
-    ),
-}
+MODELS = {"sd15 512": (SD15, 64), "sdxl 1024": (SDXL, 128)}
 SMALL = {
     "small": (
         {

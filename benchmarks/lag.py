@@ -20,7 +20,8 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "python"), str(Path(__file__).pa
 
 import timing
 import torch
-from step import SD15, random_weights, residuals
+from registry import SD15
+from step import random_weights, residuals
 from torch import Tensor, nn
 
 from pcs_trainer import blocks

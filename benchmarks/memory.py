@@ -15,25 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import timing
+from registry import SD15, SD21, SDXL
 from pcs_trainer.memory import plan
 from pcs_trainer.plans import PLANS
 
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
 RESULTS = timing.RESULTS / "memory.csv"
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SD21 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
-SDXL = {
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 MODELS = {"SD1.5": (SD15, 512), "SD2.1": (SD21, 768), "SDXL": (SDXL, 1024)}
 METHODS = ("dreambooth", "custom_diffusion", "personalized_residuals", "textboost")
 BUDGETS = (4, 6, 8, 12, 24)

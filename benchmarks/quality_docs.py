@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import quality_sheet
+from pcs_trainer.whole import written_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, str]
@@ -254,12 +253,6 @@ def write(rows: list[Row], pictures: Path) -> None:
         if "one place" in name and (DOCS / "quality_lag.png").exists():
             lines += ["![one place: photos, plain, LAG](quality_lag.png)", ""]
     DOCS.mkdir(exist_ok=True)
-    _whole(DOCS / "quality.md", lambda path: path.write_text("\n".join(lines).rstrip() + "\n"))
+    written_text(DOCS / "quality.md", "\n".join(lines).rstrip() + "\n")
     quality_sheet.figures(rows, DOCS, pictures, NAMES)
     print(f"{DOCS / 'quality.md'} is made anew from {len(rows)} rows")
-
-
-def _whole(path: Path, write_to: Callable[[Path], object]) -> None:
-    part = path.with_suffix(".part")
-    write_to(part)
-    os.replace(part, path)

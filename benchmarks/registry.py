@@ -1,8 +1,29 @@
-"""The shapes that the benchmarks use: layers of the real UNets, named by where they stand."""
+"""The shapes that the benchmarks use: the real UNets, and layers of them named by where they stand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+# What differs from diffusers' defaults.
+SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SD21: dict[str, Any] = {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+SDXL: dict[str, Any] = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 @dataclass(frozen=True)

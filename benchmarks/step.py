@@ -23,9 +23,9 @@ import timing
 import torch
 from pcs_trainer.layers import LowRank
 from pcs_trainer.unet import UNet
+from registry import SD15
 from torch import nn
 
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 TERAFLOP = {256: 0.373, 512: 1.80}  # one frozen step, counted from the layer shapes
 RESULTS = timing.RESULTS / "step.csv"
 COLUMNS = ("date", "commit", "device", "threads", "torch", "size", "variant", "rounds", "seconds", "fastest", "slowest",

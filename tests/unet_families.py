@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from pcs_trainer.unet import UNet
 
+from benchmarks import registry
+
 SMALL = {
     "sample_size": 16,
     "in_channels": 4,
@@ -34,20 +36,7 @@ FAMILIES = {
     "low resolution": SMALL | {"in_channels": 7, "num_class_embeds": 10},
 }
 
-SD15_REAL = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SD21_REAL = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
-SDXL_REAL = {
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+SD15_REAL, SD21_REAL, SDXL_REAL = registry.SD15, registry.SD21, registry.SDXL
 
 
 def peer(config: dict):

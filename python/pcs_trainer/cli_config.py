@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from .cli_options import COMMON, Command, Option, UsageError, known_names, meant
+from .whole import written_text
 
 
 def read_config(path: Path, command: Command) -> dict[str, Any]:
@@ -71,11 +71,7 @@ def write_config(
         value = extra.get(option.key, getattr(options, option.key, None))
         if option.key not in without and value is not None and value is not False and value not in ([], ""):
             lines.append(f"{option.key} = {toml(value)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return written_text(path, "\n".join(lines) + "\n")
 
 
 def toml(value: Any) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .concept import PAIRS, Concept
+from .whole import written
 
 FORMAT = "pcs_concept"
 VERSION = "1"
@@ -20,17 +19,12 @@ def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     """A safetensors file that is there whole or not at all; a full disk or a closed folder is one sentence."""
     from safetensors.torch import save_file
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
-        os.replace(part, path)
+        return written(path, lambda part: save_file(plain, part, metadata))
     except Exception as error:
-        with suppress(OSError):
-            part.unlink()
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise OSError(f"{path} could not be written ({reason}); free some space or choose another folder") from error
-    return path
 
 
 def save_concept(concept: Concept, path: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from .evaluate import Ask, accuracy, similarities
 from .progress import Progress, quiet_libraries
 from .report import clock, size, write_report
 from .run_report import METHOD_NAMES, machine, maps_of, proof_of, read_losses
+from .whole import written_text
 
 if TYPE_CHECKING:
     from .concept import Concept
@@ -276,9 +276,8 @@ def finish(demo: Demo, seconds: float) -> None:
     save_picture(attention_sheet(items), demo.out / "attention.png")
     if curves:
         save_picture(loss_curves(curves), demo.out / "loss_curves.png")
-    part = demo.out / ".numbers.json.part"
-    part.write_text(json.dumps({"numbers": numbers, "timings": demo.timings, "failures": demo.failures}, indent=1))
-    os.replace(part, demo.out / "numbers.json")
+    facts = {"numbers": numbers, "timings": demo.timings, "failures": demo.failures}
+    written_text(demo.out / "numbers.json", json.dumps(facts, indent=1))
     rows = [{"prompt": p, "cells": [f[i] for f in firsts.values()]} for i, p in enumerate(prompts)]
     demo.report = write_report(demo.out / "report.html", {
         "title": f"Four ways to learn a {demo.class_word}",

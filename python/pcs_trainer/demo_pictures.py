@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .report_figures import heat, limits, picture, thinned, ticks
+from .whole import written
 
 PAPER, INK, QUIET, LINE = (251, 250, 248), (30, 29, 27), (107, 104, 98), (226, 223, 216)
 COLOURS = ((168, 68, 28), (47, 102, 144), (107, 127, 42))
@@ -30,10 +30,7 @@ def _canvas(width: int, height: int) -> tuple[Any, Any]:
 
 
 def save_picture(shown: Any, path: Path) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    shown.save(part, "PNG", optimize=True)
-    os.replace(part, path)
-    return path
+    return written(path, lambda part: shown.save(part, "PNG", optimize=True))
 
 
 def contact_sheet(photos: Sequence[Any], columns: dict[str, list[Any]], prompts: Sequence[str]) -> Any:

@@ -39,6 +39,13 @@ def latent_factor(model: Model) -> int:
     return 2 ** (len(model.vae.config.block_out_channels) - 1)
 
 
+def own_size(model: Model) -> tuple[int, int]:
+    """The height and width in pixels that the model was made for."""
+    side = model.unet.config.get("sample_size") or 64
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return latent_factor(model) * int(height), latent_factor(model) * int(width)
+
+
 @torch.no_grad()
 def encode_pictures(model: Model, pictures: Sequence[np.ndarray], batch: int = 8) -> Moments:
     """The moments of equally large uint8 pictures, in float32 on the CPU."""

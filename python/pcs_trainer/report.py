@@ -20,7 +20,6 @@ Every key but the title may be left out, and its section with it:
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -30,6 +29,7 @@ from string import Template
 from typing import Any
 
 from .report_figures import curve_svg, data_uri, heat_uri
+from .whole import written_text
 
 KEYS = ("title", "lead", "photos", "sheet", "numbers", "curves", "attention", "timings", "memory", "proof")
 KEYS += ("settings", "environment", "failures")
@@ -256,10 +256,4 @@ def own_version() -> str:
 
 def write_report(path: str | Path, data: dict[str, Any]) -> Path:
     """Write the page, whole or not at all."""
-    path = Path(path)
-    text = page(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return written_text(Path(path), page(data))

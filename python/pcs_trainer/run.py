@@ -16,7 +16,7 @@ from .batches import Batch, data_digest, draw_batch, prior_bank, seeded, subject
 from .checkpoint import check_same_run, checkpoints, read_checkpoint, write_checkpoint
 from .concept import Concept, fingerprint, load_concept, predict
 from .events import Event
-from .latents import latent_factor
+from .latents import own_size
 from .losses import drawn_timesteps, picture_losses, snr_weights
 from .methods import module_of
 from .methods.dreambooth import small_picture
@@ -92,7 +92,7 @@ class Run:
                 f"{model.name} has a UNet of {model.unet.settings['in_channels']} input channels; methods train on "
                 "text-to-image models, or on up-scalers with method='dreambooth', stage='super_resolution'"
             )
-        size = s.resolution or int(model.unet.config.get("sample_size") or 64) * latent_factor(model)
+        size = s.resolution or min(own_size(model))
         self.size = size
         for subject in self.trainer.subjects:
             for text in [*(f"skipped: {reason}" for reason in subject.loaded.skipped), *subject.loaded.notes]:

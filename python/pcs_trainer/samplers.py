@@ -202,7 +202,13 @@ def _euler_times(schedule: Schedule, config: dict[str, Any], steps: int) -> tupl
     spacing = config.get("timestep_spacing") or "linspace"
     times = _spaced(config, total, steps, spacing, total)
     sigmas = np.interp(times, np.arange(total), every)
-    return times, sigmas, float(sigmas.max() if spacing != "leading" else np.sqrt(sigmas.max() ** 2 + 1))
+    return times, sigmas, _noise_scale(config, sigmas)
+
+
+def _noise_scale(config: dict[str, Any], sigmas: np.ndarray) -> float:
+    """The deviation of the initial latents, as diffusers' Euler schedulers have it."""
+    leading = config.get("timestep_spacing") == "leading"
+    return float(np.sqrt(sigmas.max() ** 2 + 1) if leading else sigmas.max())
 
 
 def _slope(predict: Predict, x: Tensor, t: float, sigma: float, prediction: str) -> Tensor:
@@ -228,8 +234,7 @@ def euler(
         largest, smallest = config.get("sigma_max"), config.get("sigma_min")
         sigmas = _karras(largest or float(sigmas[0]), smallest or float(sigmas[-1]), steps)
         times = _times_of(sigmas, every)
-        spacing = config.get("timestep_spacing") or "linspace"
-        scale = float(sigmas.max() if spacing != "leading" else np.sqrt(sigmas.max() ** 2 + 1))
+        scale = _noise_scale(config, sigmas)
     sigmas = np.append(sigmas, _last_sigma(config, every))
     x = scale * noise
     for step, (now, after) in enumerate(pairwise(sigmas.tolist())):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .concept import Concept
 from .lag import Attention, Lag, Maps, MapTaker, Masker, attention_of
-from .latents import latent_factor
+from .latents import latent_factor, own_size
 from .samplers import SAMPLERS, draw
 from .scene import make_scene
 from .text import Text, Words
@@ -154,9 +154,7 @@ def _sizes(model: Model, size: int | tuple[int, int] | None) -> tuple[tuple[int,
             f"inpainting and enlarging do; sample() draws from a prompt alone"
         )
     factor = latent_factor(model)
-    if size is None:
-        own = model.unet.config.get("sample_size") or 64
-        size = tuple(factor * s for s in own) if isinstance(own, (list, tuple)) else factor * own
+    size = own_size(model) if size is None else size
     height, width = (size, size) if isinstance(size, int) else (int(s) for s in size)
     if min(height, width) < factor or height % factor or width % factor:
         raise ValueError(f"size must be multiples of {factor} pixels for this model, not {height} x {width}")

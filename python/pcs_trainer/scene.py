@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import pcs_kernels
-
 from .concept import Concept, attached
 from .layers import LowRank
 from .sources import SingleFile, read_json
@@ -42,8 +40,6 @@ class Scene:
         given = dict(self.words)
         if self.index is None:
             with attached(self.model, self.concepts, self.strengths) as learned:
-                if any(name.startswith("unet.") for c in self.concepts for name in c.wholes()):
-                    pcs_kernels.forget_packed_weights()  # whole weights were exchanged behind the packed copies
                 self.words = learned | given
                 yield
         else:

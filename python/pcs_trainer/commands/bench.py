@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli_options import Command, Option, UsageError, one_of, whole
 from ..progress import Progress
+from ..whole import written_text
 from .common import METHODS, MODEL_FLAGS, TRANSLATE, open_model
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ def run(options: argparse.Namespace) -> int:
     for row in rows:
         print(f"{row['name']:<26}{row['seconds']:>10.4f}{row['spread']:>10.0%}  {row['what']}")
     if options.out:
-        path = Path(options.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(rows, indent=1))
-        os.replace(part, path)
+        written_text(Path(options.out), json.dumps(rows, indent=1))
     return 0
 
 
@@ -74,9 +70,10 @@ def time_method(model: Model, method: str, options: argparse.Namespace, progress
     """Median seconds of a step after two that warm up; drawn pictures of noise stand for photos."""
     import numpy as np
 
+    from ..latents import own_size
     from ..trainer import Trainer
 
-    side = options.resolution or int(model.unet.config.get("sample_size") or 64) * 4
+    side = options.resolution or min(own_size(model))
     noise = np.random.default_rng(0).integers(0, 255, (4, side, side, 3), dtype=np.uint8)
     chosen = {"steps": options.steps + 2, "prior_images": 1, "bank": 8, "check_backend": False}
     chosen |= {key: value for key in ("batch", "resolution") if (value := getattr(options, key))}

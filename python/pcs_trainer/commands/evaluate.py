@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ..cli_options import Command, Option, UsageError, number, whole
 from ..interrupt import INTERRUPTED, Interrupt
 from ..progress import Progress
+from ..whole import written_text
 from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model
 
 OPTIONS = (
@@ -81,11 +81,7 @@ def measure(options: argparse.Namespace, stop: Interrupt) -> int:
         )  # fmt: skip
     print(found)
     if options.out:
-        path = Path(options.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(found.asdict(), indent=1))
-        os.replace(part, path)
+        written_text(Path(options.out), json.dumps(found.asdict(), indent=1))
     return 0
 
 

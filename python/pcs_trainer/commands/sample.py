@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..cli_config import write_config
 from ..cli_options import Command, Option, UsageError, number, whole
 from ..interrupt import INTERRUPTED, Interrupt
 from ..progress import Progress
+from ..whole import written
 from .common import (
     MODEL_FLAGS,
     SAMPLING_FLAGS,
@@ -126,10 +126,7 @@ def draw_batch(
 
 
 def save_picture(picture: Any, path: Path) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, "PNG")
-    os.replace(part, path)
-    return path
+    return written(path, lambda part: picture.save(part, "PNG"))
 
 
 COMMAND = Command(
