@@ -39,6 +39,7 @@ lint: setup
 
 # Ops, a training step, LAG, memory and quality against peers; then the README's tables and the figures anew.
 bench: setup
+	$(PIP) install -q -c constraints.txt torchao
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/step.py --size 512 --rounds 2 --no-compile
 	$(BIN)/python benchmarks/lag.py --rounds 3

@@ -16,6 +16,8 @@ from typing import Any
 import timing
 import torch
 from pcs_trainer.layers import LowRank
+from pcs_trainer.methods.custom_diffusion import without_first_gradient
+from pcs_trainer.methods.dreambooth import PROJECTIONS
 from pcs_trainer.unet import UNet
 from registry import SD15, SDXL
 from torch import Tensor, nn
@@ -38,15 +40,27 @@ SMALL = {
     )
 }
 METHODS = ("personalized_residuals", "custom_diffusion", "textboost", "dreambooth")
+Trained = dict[str, nn.Parameter]  # by the tensor's own name, or the layer's with .down and .up
 CAPS = {"dreambooth": 4.6e9, "custom_diffusion": 3.0e9, "personalized_residuals": 2.4e9, "textboost": 2.4e9}  # SD1.5
 
 
 class Scene:
     """A network on the device with the inputs of a step."""
 
-    def __init__(self, config: dict[str, Any], side: int, batch: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        side: int,
+        batch: int,
+        device: str,
+        dtype: torch.dtype,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(0)
-        self.unet = UNet.from_config(config, device=device).to(dtype).requires_grad_(False)
+        self.unet = UNet.from_config(config, device="meta" if weights else device)
+        if weights:
+            self.unet.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
+        self.unet.to(dtype).requires_grad_(False)
         width = config["cross_attention_dim"]
         self.x, self.noise = (torch.randn(batch, 4, side, side, device=device, dtype=dtype) for _ in range(2))
         self.t = torch.randint(1000, (batch,), device=device)
@@ -55,43 +69,62 @@ class Scene:
         if config.get("addition_embed_type"):
             ids = torch.full((batch, 6), 1024.0, device=device)
             self.added = {"text_embeds": torch.randn(batch, 1280, device=device, dtype=dtype), "time_ids": ids}
-        self.encode: Callable[[], Tensor] = lambda: self.text
+        self.encode: Callable[[], Any] = lambda: self.text
+        self.trained: Trained = {}
+        self.encoder: Any = None  # TextBoost's, and what it reads
+        self.ids: Any = None
 
     def loss(self) -> Tensor:
         return (self.unet(self.x, self.t, self.encode(), self.added).float() - self.noise.float()).square().mean()
 
 
-def residual_pairs(unet: UNet) -> list[nn.Parameter]:
-    """A pair of rank 0.05 of the width on every proj_out."""
-    trained = []
-    for name, layer in unet.named_modules():
-        if name.endswith(".proj_out"):
-            width, device = layer.weight.shape[0], layer.weight.device
-            rank = max(1, width // 20)
-            pair = torch.randn(rank, width, device=device) * rank**-0.5, torch.randn(width, rank, device=device) * 0.01
-            down, up = (nn.Parameter(p) for p in pair)
-            unet.attach(name, LowRank(down, up, key="subject"))
-            trained += [down, up]
+def attached(unet: UNet, names: list[str], rank: Callable[[int], int]) -> Trained:
+    """A low-rank pair on each of these projections."""
+    trained: Trained = {}
+    for name in names:
+        weight = unet.get_submodule(name).weight
+        c_out, c_in = weight.shape[:2]
+        r = rank(c_out)
+        pair = torch.randn(r, c_in, device=weight.device) * r**-0.5, torch.randn(c_out, r, device=weight.device) * 0.01
+        down, up = (nn.Parameter(p) for p in pair)
+        unet.attach(name, LowRank(down, up, key="subject"))
+        trained |= {f"{name}.down": down, f"{name}.up": up}
     return trained
 
 
-def start(scene: Scene, method: str) -> list[nn.Parameter]:
-    """What the method trains, put on the scene's network."""
+def residual_pairs(unet: UNet) -> Trained:
+    """A pair of rank 0.05 of the width on every proj_out."""
+    names = [name for name, _ in unet.named_modules() if name.endswith(".proj_out")]
+    return attached(unet, names, lambda width: max(1, width // 20))
+
+
+def lora_pairs(unet: UNet) -> Trained:
+    """A pair of rank 4 on every projection of every attention."""
+    return attached(unet, [n for n, _ in unet.named_modules() if n.endswith(PROJECTIONS) and ".attn" in n], lambda _: 4)
+
+
+def start(scene: Scene, method: str) -> Trained:
+    """What the method trains, put on the scene's network; text that stays the same is projected once."""
     unet = scene.unet
     if method == "personalized_residuals":
-        return residual_pairs(unet)
+        trained, kv = residual_pairs(unet), unet.text_kv(scene.text)
+        scene.encode = lambda: kv
+        return trained
+    if method == "dreambooth_lora":
+        return lora_pairs(unet)
     if method == "custom_diffusion":
-        trained = [p for n, p in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
-        for p in trained:
+        trained = {n: p for n, p in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n}
+        for p in trained.values():
             p.data = p.data.float()
             p.requires_grad_(True)
+        scene.encode = lambda: without_first_gradient(unet.text_kv(scene.text))
         return trained
     if method == "dreambooth":
-        return list(unet.requires_grad_(True).parameters())
+        return dict(unet.requires_grad_(True).named_parameters())
     return text_encoder(scene)
 
 
-def text_encoder(scene: Scene) -> list[nn.Parameter]:
+def text_encoder(scene: Scene) -> Trained:
     """CLIP's text encoder of the model's width with rank-4 LoRA on its six projections."""
     from pcs_trainer.methods.textboost import LAYERS
     from pcs_trainer.text import TextLowRank, attach_text
@@ -102,27 +135,28 @@ def text_encoder(scene: Scene) -> list[nn.Parameter]:
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12, num_attention_heads=max(1, width // 64)
     )
     encoder = CLIPTextModel(CLIPTextConfig(**size)).to(like).requires_grad_(False).eval()
-    trained = []
+    trained: Trained = {}
     for number in range(12):
         for layer in LAYERS["v1"]:
             c_in = 4 * width if layer == "mlp.fc2" else width
             c_out = 4 * width if layer == "mlp.fc1" else width
             down, up = (nn.Parameter(torch.randn(*s, device=like.device) * 0.02) for s in ((4, c_in), (c_out, 4)))
-            attach_text(encoder, f"text_model.encoder.layers.{number}.{layer}", TextLowRank(down, up))
-            trained += [down, up]
-    ids = torch.randint(49000, (like.shape[0], 77), device=like.device)
-    scene.encode = lambda: encoder(ids).last_hidden_state
+            name = f"text_model.encoder.layers.{number}.{layer}"
+            attach_text(encoder, name, TextLowRank(down, up))
+            trained |= {f"{name}.down": down, f"{name}.up": up}
+    scene.ids, scene.encoder = torch.randint(49000, (like.shape[0], 77), device=like.device), encoder
+    scene.encode = lambda: encoder(scene.ids).last_hidden_state
     return trained
 
 
 def stepper(scene: Scene, method: str, graph: bool) -> Callable[[], None]:
     """One training step; with `graph` forward and backward replay one CUDA graph, the optimizer follows."""
-    trained = start(scene, method)
-    optimizer = AdamW8bit(trained, lr=1e-6)
+    trained = scene.trained = scene.trained or start(scene, method)
+    optimizer = AdamW8bit(trained.values(), lr=1e-6)
     if method == "dreambooth" and not graph:
         handle = step_in_backward(optimizer)
         return lambda: handle.backward(scene.loss) and None
-    replay = captured(scene, trained) if graph else None
+    replay = captured(scene, list(trained.values())) if graph else None
 
     def step() -> None:
         if replay is None:

@@ -49,7 +49,7 @@ def ops_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ratio = f"{row['ratio']} ({row['quartile_low']}-{row['quartile_high']})"
+        ratio = f"{row['ratio']} ({row['quartile_low']}-{row['quartile_high']})" if row["ratio"] else "cannot run here"
         direction = LABELS[row["direction"]]
         lines.append(f"| {row['op']} | {row['shape']} | {row['dtype']} | {direction} | {row['peer']} | {ratio} |")
     return "\n".join(lines) + "\n"

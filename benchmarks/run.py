@@ -7,6 +7,7 @@ time over ours (above 1: ours is faster), round by round; the quartiles are its 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,8 +48,14 @@ def self_attention(dtype: torch.dtype) -> Iterator[Case]:
     for s in registry.SELF_ATTENTION:
         q, k, v = (torch.randn(s.batch, s.queries, s.heads, s.width).to(dtype).transpose(1, 2) for _ in range(3))
         target = {"sdpa": (2.0, 1.7)} if s is registry.SELF_ATTENTION[0] and dtype == torch.bfloat16 else {}
-        peers = {"sdpa": F.scaled_dot_product_attention}
+        peers = {"sdpa": F.scaled_dot_product_attention, "xformers": xformers_attention}
         yield Case("self_attention", s.name, pcs_kernels.self_attention, peers, [q, k, v], target)
+
+
+def xformers_attention(q, k, v):
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def cross_attention(dtype: torch.dtype) -> Iterator[Case]:
@@ -195,12 +202,13 @@ def adamw(rounds: int, device: str) -> Iterator[dict[str, object]]:
 
     variants = {"ours": optimizer(lambda p: pcs_kernels.optim.AdamW8bit(p, lr=1e-3))}
     variants["torch fused AdamW, 32-bit states"] = optimizer(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
-    try:
-        import bitsandbytes
-
-        variants["bitsandbytes AdamW8bit"] = optimizer(lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3))
-    except ImportError:
-        print("bitsandbytes is not installed: its row is missing")
+    for package in ("bitsandbytes", "torchao"):
+        try:
+            theirs = importlib.import_module(f"{package}.optim").AdamW8bit
+        except ImportError as error:
+            yield absent("adamw8bit", s.name, "float32", "step", f"{package} AdamW8bit", str(error))
+            continue
+        variants[f"{package} AdamW8bit"] = optimizer(lambda p, theirs=theirs: theirs(p, lr=1e-3))
     targets = {"bitsandbytes AdamW8bit": 40.0, "torch fused AdamW, 32-bit states": 1 / 1.5} if device == "cpu" else {}
     yield from rows_of("adamw8bit", s.name, "float32", "step", timing.interleave(variants, rounds), targets)
 
@@ -220,13 +228,42 @@ def rows_of(op, shape, dtype, direction, seconds, targets) -> Iterator[dict[str,
         }  # fmt: skip
 
 
+def absent(op, shape, dtype, direction, peer, why) -> dict[str, object]:
+    """The row of a peer that cannot run here."""
+    said = dict.fromkeys(("ours_ms", "peer_ms", "ratio", "quartile_low", "quartile_high", "target", "met"), "")
+    return {"op": op, "shape": shape, "dtype": dtype, "direction": direction, "peer": peer, **said, "absent": why}
+
+
 def show(row: dict[str, object]) -> None:
+    if row.get("absent"):
+        print(f"{row['op']:<24}{row['shape']:<34}{row['dtype']:<10}{row['direction']:<9}", end="  ")
+        print(f"no {row['peer']}: {row['absent']}", flush=True)
+        return
     verdict = f"  target {row['target']}: {row['met']}" if row["target"] else ""
     print(
         f"{row['op']:<24}{row['shape']:<34}{row['dtype']:<10}{row['direction']:<9}{row['ours_ms']:>9} ms"
         f"  {row['ratio']:>6} x {row['peer']} ({row['quartile_low']}-{row['quartile_high']}){verdict}",
         flush=True,
     )
+
+
+def time_case(case: Case, rounds: int, device: str) -> Iterator[dict[str, object]]:
+    """Forward, then forward and backward, of one gated case; a peer that cannot run here is a row that says why."""
+    ours = on_triton(case.ours) if device == "cuda" else case.ours
+    gate(case, ours)
+    for i, (direction, turn) in enumerate((("forward", forward), ("both", with_backward))):
+        named = case.op, case.shape, str(case.inputs[0].dtype)[6:], direction
+        calls, missing = {"ours": turn(ours, case.inputs)}, []
+        for peer, theirs in case.peers.items():
+            try:
+                call = turn(theirs, case.inputs)
+                call()
+                calls[peer] = call
+            except (ImportError, NotImplementedError) as error:
+                missing.append(absent(*named, peer, str(error).strip().splitlines()[0].rstrip(":")))
+        targets = {peer: both[i] for peer, both in case.targets.items() if device == "cpu"}
+        yield from rows_of(*named, timing.interleave(calls, rounds), targets)
+        yield from missing
 
 
 def main() -> None:
@@ -245,15 +282,9 @@ def main() -> None:
         for case in cases(dtype):
             if args.op and args.op not in case.op:
                 continue
-            ours = on_triton(case.ours) if args.device == "cuda" else case.ours
-            gate(case, ours)
-            for i, (direction, turn) in enumerate((("forward", forward), ("both", with_backward))):
-                calls = {name: turn(call, case.inputs) for name, call in {"ours": ours, **case.peers}.items()}
-                seconds = timing.interleave(calls, args.rounds)
-                targets = {peer: both[i] for peer, both in case.targets.items() if args.device == "cpu"}
-                for row in rows_of(case.op, case.shape, str(dtype)[6:], direction, seconds, targets):
-                    show(row)
-                    found.append(row)
+            for row in time_case(case, args.rounds, args.device):
+                show(row)
+                found.append(row)
     if not args.op or args.op in "adamw8bit":
         for row in adamw(args.rounds, args.device):
             show(row)
