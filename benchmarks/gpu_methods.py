@@ -120,7 +120,10 @@ def start(scene: Scene, method: str) -> Trained:
         scene.encode = lambda: without_first_gradient(unet.text_kv(scene.text))
         return trained
     if method == "dreambooth":
-        return dict(unet.requires_grad_(True).named_parameters())
+        for p in unet.requires_grad_(True).parameters():
+            if p.ndim == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        return dict(unet.named_parameters())
     return text_encoder(scene)
 
 

@@ -16,5 +16,6 @@ from .geglu import geglu as geglu
 from .group_norm_silu import group_norm_silu as group_norm_silu
 from .lowrank_residual import lowrank_residual as lowrank_residual
 from .self_attention import self_attention as self_attention
+from .trained_conv import trained_conv2d as trained_conv2d
 
 __version__ = "0.1.0"

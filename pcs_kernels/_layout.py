@@ -1,7 +1,8 @@
-"""How attention's [B, H, N, D] tensors lie in memory, the same for every backend."""
+"""How tensors lie in memory: attention's [B, H, N, D], parameters, the same for every backend."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,3 +15,9 @@ def heads_last_empty(x: Tensor) -> Tensor:
 def unit_rows(x: Tensor) -> Tensor:
     """x itself where its last dimension is dense, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def in_memory_order(p: Tensor, t: Tensor) -> Tensor:
+    """t with p's dimensions in the order of p's memory: an optimizer's blocks are blocks of memory."""
+    channels_last = p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+    return t.permute(0, 2, 3, 1) if channels_last else t

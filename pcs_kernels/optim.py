@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._layout import in_memory_order
 from .adamw8bit import step_8bit, step_32bit
 from .adamw8bit.codes import blocks, code_map
 from .step_in_backward import StepInBackward as StepInBackward
@@ -82,13 +83,13 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] += 1
         numbers = (group["lr"], *group["betas"][:2], group["eps"], group["weight_decay"], int(state["step"]))
         seed = None if self.seed is None else self.seed * 1_000_003 + self._index(p)
-        grad = p.grad.contiguous()
+        value, grad = in_memory_order(p, p), in_memory_order(p, p.grad).contiguous()
         if state["state1"].dtype == torch.uint8:
             names = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
             coded = (state[name] for name in names)
-            step_8bit(p, grad, *coded, *numbers, self.block_size, grad_scale, seed, self.decay_first)
+            step_8bit(value, grad, *coded, *numbers, self.block_size, grad_scale, seed, self.decay_first)
         else:
-            step_32bit(p, grad, state["state1"], state["state2"], *numbers, grad_scale, seed, self.decay_first)
+            step_32bit(value, grad, state["state1"], state["state2"], *numbers, grad_scale, seed, self.decay_first)
 
     def _index(self, p: Tensor) -> int:
         """The parameter's place among all groups: each draws its own random bits."""
@@ -100,15 +101,15 @@ class AdamW8bit(torch.optim.Optimizer):
     def _init_state(self, p: Tensor, state: dict[str, Any]) -> None:
         state["step"] = 0
         dtype = torch.uint8 if p.numel() >= self.min_8bit_size else torch.float32
-        contiguous = torch.contiguous_format
+        like, contiguous = in_memory_order(p, p), torch.contiguous_format
         if dtype == torch.float32:
-            state["state1"] = torch.zeros_like(p, dtype=dtype, memory_format=contiguous)
-            state["state2"] = torch.zeros_like(p, dtype=dtype, memory_format=contiguous)
+            state["state1"] = torch.zeros_like(like, dtype=dtype, memory_format=contiguous)
+            state["state2"] = torch.zeros_like(like, dtype=dtype, memory_format=contiguous)
             return
         for number, signed in ((1, True), (2, False)):
             qmap = code_map(signed).to(p.device)
             zero = int((qmap == 0).nonzero()[0])
-            state[f"state{number}"] = torch.full_like(p, zero, dtype=dtype, memory_format=contiguous)
+            state[f"state{number}"] = torch.full_like(like, zero, dtype=dtype, memory_format=contiguous)
             state[f"qmap{number}"] = qmap
             state[f"absmax{number}"] = torch.zeros(
                 blocks(p.numel(), self.block_size), dtype=torch.float32, device=p.device
@@ -139,6 +140,12 @@ def _check_saved_state(saved: dict[str, Any], p: Tensor, key: Any, block_size: i
     for name in ("state1", "state2"):
         if name not in saved or saved[name].numel() != p.numel():
             raise ValueError(f"state_dict: {name} of parameter {key} does not fit its {tuple(p.shape)} elements")
+        memory = tuple(in_memory_order(p, p).shape)
+        if saved[name].ndim == 4 and tuple(saved[name].shape) != memory:
+            raise ValueError(
+                f"state_dict: {name} of parameter {key} was saved from another memory format than the parameter's; "
+                "mend: give the parameter the same one (contiguous or channels_last) before loading"
+            )
         number = name[-1]
         if saved[name].dtype == torch.uint8:
             wanted = blocks(p.numel(), block_size)

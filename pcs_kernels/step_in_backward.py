@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._layout import in_memory_order
+
 if TYPE_CHECKING:
     from .optim import AdamW8bit
+
+PART = 1 << 16  # elements whose squares are summed at a time
 
 
 class StepInBackward:
@@ -49,12 +53,13 @@ class StepInBackward:
             raise ValueError(f"step_in_backward was made for {self.accumulate} micro-batches, not {len(losses)}")
         unknown = self.clip == "two_pass" or self.norm is None
         if self.max_norm is not None and unknown and self.accumulate == 1:
-            self._measuring = True
-            try:
-                losses[0]().backward()
-            finally:
-                self._measuring = False
-            self._set_coefficient(self._take_norm())
+            measured = self._measure(losses[0])
+            norm = self._take_norm()
+            if not math.isfinite(norm):  # known before anything was stepped: everything stays as it is
+                self.refused = len(self._groups)
+                return measured
+            self.norm = norm
+            self._set_coefficient(norm)
             self._steps_now = True
         total = None
         for micro_batch in losses:
@@ -63,6 +68,16 @@ class StepInBackward:
             total = loss.detach() if total is None else total + loss.detach()
         self.finish()
         return total  # type: ignore[return-value]
+
+    def _measure(self, loss_of: Callable[[], Tensor]) -> Tensor:
+        """A backward for the norm alone."""
+        self._measuring = True
+        try:
+            loss = loss_of()
+            loss.backward()
+        finally:
+            self._measuring = False
+        return loss.detach()
 
     def finish(self) -> None:
         """End a step that plain `loss.backward()` calls made: step what waited for the norm, forget the counts."""
@@ -140,8 +155,13 @@ class StepInBackward:
 
 
 def _square(gradient: Tensor | None) -> Tensor:
+    """The sum of squares in float32; a large CPU tensor in parts, whose float32 copies stay in the cache."""
     assert gradient is not None
-    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square()
+    flat = in_memory_order(gradient, gradient.detach()).flatten()
+    if flat.dtype == torch.float32 or flat.device.type != "cpu":
+        return torch.linalg.vector_norm(flat, dtype=torch.float32).square()
+    parts = (part.float() for part in flat.split(PART))
+    return torch.stack([torch.dot(part, part) for part in parts]).sum()
 
 
 def step_in_backward(

@@ -5,25 +5,13 @@ import warnings
 
 import pytest
 import torch
+from optimizer_cases import batches, network
 
 import pcs_kernels
 from pcs_kernels.adamw8bit import codes, reference
-from pcs_kernels.optim import AdamW8bit, step_in_backward
+from pcs_kernels.optim import AdamW8bit
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-
-
-def network(seed: int = 0) -> torch.nn.Sequential:
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64))
-
-
-def batches(n: int):
-    generator = torch.Generator().manual_seed(5)
-    teacher = torch.randn(64, 64, generator=generator) / 8
-    for _ in range(n):
-        x = torch.randn(64, 64, generator=generator)
-        yield x, torch.tanh(x @ teacher)
 
 
 def train(net, opt, steps: int) -> list[float]:
@@ -237,73 +225,6 @@ def test_decay_after_the_update_is_bitsandbytes_on_cuda():
         torch.testing.assert_close(q, p * 0.95 - update if first else (p - update) * 0.95)
 
 
-@pytest.mark.parametrize("clip", ("two_pass", "previous"))
-@pytest.mark.parametrize("max_norm", (None, 0.05))
-def test_step_in_backward_equals_the_ordinary_step(clip, max_norm):
-    ours, theirs = network(), network()
-    a, b = AdamW8bit(ours.parameters(), lr=1e-3), AdamW8bit(theirs.parameters(), lr=1e-3)
-    handle = step_in_backward(a, max_norm=max_norm, clip=clip)
-    previous = None
-    for x, y in batches(6):
-        loss = handle.backward(lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y))
-        assert all(p.grad is None for p in ours.parameters())
-        expected = torch.nn.functional.mse_loss(theirs(x), y)
-        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-        b.zero_grad()
-        expected.backward()
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()]))
-        used = previous if clip == "previous" and previous is not None else norm
-        previous = norm
-        b.step(grad_scale=1.0 if max_norm is None else min(1.0, max_norm / (used + 1e-6)))
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    handle.remove()
-    ours(torch.randn(1, 64)).sum().backward()
-    assert all(p.grad is not None for p in ours.parameters())
-
-
-def test_step_in_backward_accumulates():
-    ours, theirs = network(), network()
-    a, b = AdamW8bit(ours.parameters()), AdamW8bit(theirs.parameters())
-    handle = step_in_backward(a, accumulate=3, max_norm=0.05, clip="two_pass")
-    for _ in range(2):
-        micro = list(batches(3))
-        handle.backward(*[lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y) / 3 for x, y in micro])
-        b.zero_grad()
-        for x, y in micro:
-            (torch.nn.functional.mse_loss(theirs(x), y) / 3).backward()
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()]))
-        b.step(grad_scale=min(1.0, 0.05 / (norm + 1e-6)))
-        assert handle.norm == pytest.approx(norm, rel=1e-5)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
-def test_step_in_backward_with_plain_backwards():
-    ours, theirs = network(), network()
-    a, b = AdamW8bit(ours.parameters()), AdamW8bit(theirs.parameters())
-    step_in_backward(a, accumulate=2)
-    for _ in range(2):
-        for x, y in batches(2):
-            torch.nn.functional.mse_loss(ours(x), y).backward()
-        b.zero_grad()
-        for x, y in batches(2):
-            torch.nn.functional.mse_loss(theirs(x), y).backward()
-        b.step()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
-def test_one_gradient_alive_at_a_time():
-    net = torch.nn.Sequential(*[torch.nn.Linear(64, 64, bias=False) for _ in range(6)])
-    opt = AdamW8bit(net.parameters())
-    most = []
-    for p in net.parameters():
-        p.register_post_accumulate_grad_hook(lambda _: most.append(sum(q.grad is not None for q in net.parameters())))
-    step_in_backward(opt).backward(lambda: net(torch.randn(4, 64)).square().sum())
-    assert max(most) == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -319,18 +240,29 @@ def test_bad_settings_are_named(arguments, sentence):
         AdamW8bit([torch.nn.Parameter(torch.randn(4))], **arguments)
 
 
-def test_bad_step_in_backward_is_named():
-    net = network()
-    opt = AdamW8bit(net.parameters())
-    with pytest.raises(TypeError, match="opt must be"):
-        step_in_backward(torch.optim.SGD(net.parameters(), lr=0.1))
-    for bad, sentence in ((dict(accumulate=0), "accumulate"), (dict(max_norm=0), "max_norm"), (dict(clip="x"), "clip")):
-        with pytest.raises(ValueError, match=sentence):
-            step_in_backward(opt, **bad)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("channels", (4, 40))
+def test_channels_last_parameters_step_in_their_own_memory(channels, dtype):
+    """The step of a channels-last weight is that of the same memory seen as a plain tensor, bit for bit."""
+    value = torch.randn(channels, channels, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    last = torch.nn.Parameter(value.clone())
+    plain = torch.nn.Parameter(value.permute(0, 2, 3, 1).clone())
+    a, b = AdamW8bit([last]), AdamW8bit([plain])
+    for form in (torch.channels_last, torch.contiguous_format):  # a gradient may come either way
+        gradient = torch.randn(value.shape, dtype=dtype)
+        last.grad, plain.grad = gradient.contiguous(memory_format=form), gradient.permute(0, 2, 3, 1).contiguous()
+        a.step()
+        b.step()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last.permute(0, 2, 3, 1), plain)
+    again = AdamW8bit([torch.nn.Parameter(value.clone())])
+    again.load_state_dict(a.state_dict())
+    with pytest.raises(ValueError, match="another memory format"):
+        AdamW8bit([torch.nn.Parameter(value.contiguous())]).load_state_dict(a.state_dict())
 
 
-def test_channels_last_parameters_are_refused_with_a_mend():
-    p = torch.nn.Parameter(torch.randn(8, 8, 3, 3).contiguous(memory_format=torch.channels_last))
+def test_other_memory_formats_are_refused_with_a_mend():
+    p = torch.nn.Parameter(torch.randn(8, 8).T)
     p.grad = torch.randn_like(p)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="param must be contiguous; mend"):
         AdamW8bit([p]).step()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear, LowRank
+from ..layers import Linear, LowRank, replace_data
 from ..text import file_name
 from . import Learner, add_words, subject_rows, train_weights
 
@@ -39,13 +39,15 @@ def setup(model: Model, s: Settings) -> Learner:
         whole_text_encoder(model, learner)
     add_words(learner, subject_rows(model, s), s.train_token)
     values = {n: p for n, p in learner.parameters.items() if not n.startswith("word.")}
-    learner.tensors = lambda: {n: p.detach().clone() for n, p in values.items()}
+    learner.tensors = lambda: {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in values.items()}
     return learner
 
 
 def whole_unet(model: Model, learner: Learner) -> None:
     """Every tensor, in place: what they were is read from the model's files again, and kept nowhere."""
     for name, parameter in model.unet.named_parameters():
+        if parameter.ndim == 4:  # the memory in which a convolution's gradient comes
+            replace_data(parameter, parameter.data.contiguous(memory_format=torch.channels_last))
         learner.parameters[f"unet.{name}"] = parameter.requires_grad_(True)
     learner.undo.append(lambda: model.release("unet"))
 

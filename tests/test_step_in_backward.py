@@ -1,0 +1,105 @@
+"""The optimizer step inside the backward: the ordinary step's values, one gradient alive at a time."""
+
+import pytest
+import torch
+from optimizer_cases import batches, network
+
+from pcs_kernels.optim import AdamW8bit, step_in_backward
+
+
+@pytest.mark.parametrize("clip", ("two_pass", "previous"))
+@pytest.mark.parametrize("max_norm", (None, 0.05))
+def test_step_in_backward_equals_the_ordinary_step(clip, max_norm):
+    ours, theirs = network(), network()
+    a, b = AdamW8bit(ours.parameters(), lr=1e-3), AdamW8bit(theirs.parameters(), lr=1e-3)
+    handle = step_in_backward(a, max_norm=max_norm, clip=clip)
+    previous = None
+    for x, y in batches(6):
+        loss = handle.backward(lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y))
+        assert all(p.grad is None for p in ours.parameters())
+        expected = torch.nn.functional.mse_loss(theirs(x), y)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        b.zero_grad()
+        expected.backward()
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()]))
+        used = previous if clip == "previous" and previous is not None else norm
+        previous = norm
+        b.step(grad_scale=1.0 if max_norm is None else min(1.0, max_norm / (used + 1e-6)))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    handle.remove()
+    ours(torch.randn(1, 64)).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_step_in_backward_accumulates():
+    ours, theirs = network(), network()
+    a, b = AdamW8bit(ours.parameters()), AdamW8bit(theirs.parameters())
+    handle = step_in_backward(a, accumulate=3, max_norm=0.05, clip="two_pass")
+    for _ in range(2):
+        micro = list(batches(3))
+        handle.backward(*[lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y) / 3 for x, y in micro])
+        b.zero_grad()
+        for x, y in micro:
+            (torch.nn.functional.mse_loss(theirs(x), y) / 3).backward()
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()]))
+        b.step(grad_scale=min(1.0, 0.05 / (norm + 1e-6)))
+        assert handle.norm == pytest.approx(norm, rel=1e-5)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_step_in_backward_with_plain_backwards():
+    ours, theirs = network(), network()
+    a, b = AdamW8bit(ours.parameters()), AdamW8bit(theirs.parameters())
+    step_in_backward(a, accumulate=2)
+    for _ in range(2):
+        for x, y in batches(2):
+            torch.nn.functional.mse_loss(ours(x), y).backward()
+        b.zero_grad()
+        for x, y in batches(2):
+            torch.nn.functional.mse_loss(theirs(x), y).backward()
+        b.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_one_gradient_alive_at_a_time():
+    net = torch.nn.Sequential(*[torch.nn.Linear(64, 64, bias=False) for _ in range(6)])
+    opt = AdamW8bit(net.parameters())
+    most = []
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: most.append(sum(q.grad is not None for q in net.parameters())))
+    step_in_backward(opt).backward(lambda: net(torch.randn(4, 64)).square().sum())
+    assert max(most) == 1
+
+
+def test_bad_step_in_backward_is_named():
+    net = network()
+    opt = AdamW8bit(net.parameters())
+    with pytest.raises(TypeError, match="opt must be"):
+        step_in_backward(torch.optim.SGD(net.parameters(), lr=0.1))
+    for bad, sentence in ((dict(accumulate=0), "accumulate"), (dict(max_norm=0), "max_norm"), (dict(clip="x"), "clip")):
+        with pytest.raises(ValueError, match=sentence):
+            step_in_backward(opt, **bad)
+
+
+@pytest.mark.parametrize("form", (torch.contiguous_format, torch.channels_last))
+def test_the_norm_of_a_large_gradient_in_16_bits_is_exact(form):
+    """It is summed in parts; every element counts once."""
+    p = torch.nn.Parameter(torch.randn(150, 64, 3, 3).bfloat16().contiguous(memory_format=form))
+    handle = step_in_backward(AdamW8bit([p]), max_norm=1.0)
+    weight = torch.randn(p.shape).bfloat16()
+    handle.backward(lambda: (p * weight).sum())
+    assert handle.norm == pytest.approx(float(weight.double().norm()), rel=1e-5)
+
+
+def test_two_passes_leave_everything_as_it_was_where_one_gradient_is_not_finite():
+    net = network()
+    opt = AdamW8bit(net.parameters())
+    handle = step_in_backward(opt, max_norm=1.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    net[0].weight.register_hook(lambda g: g * float("nan"))
+    handle.backward(lambda: net(torch.ones(2, 64)).sum())
+    assert handle.refused == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)) and not opt.state
