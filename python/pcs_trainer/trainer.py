@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .events import Event
 from .images import load_pictures
 from .methods import Learner, add_words, setup, subject_rows
 from .model import Model, load_model
-from .prompts import choose_token
+from .prompts import choose_token, rare_token
 from .run import Run
 from .run import TrainingStopped as TrainingStopped
 from .settings import Settings, settings_for
@@ -39,18 +40,21 @@ class Trainer:
         given = concepts or [{"images": images, "class_word": class_word, "token": token}]
         if images is None and not concepts:
             raise ValueError("images is missing: give a folder of pictures, or a list of them")
-        self.subjects = [self._subject(method, one, masks, overrides) for one in given]
+        self.subjects = [self._subject(method, one, masks, overrides, number) for number, one in enumerate(given)]
         tokens = [subject.settings.token for subject in self.subjects]
         if len(set(tokens)) < len(tokens):
             raise ValueError(f"the concepts share the token {tokens[0]!r}: give each a token of its own")
         self.settings: Settings = self.subjects[0].settings
         self._learner: Learner | None = None
 
-    def _subject(self, method: str, one: dict[str, Any], masks: Any, overrides: dict[str, Any]) -> Subject:
+    def _subject(self, method: str, one: dict[str, Any], masks: Any, overrides: dict[str, Any], number: int) -> Subject:
         chosen = {"class_word": one.get("class_word") or "", "token": one.get("token") or ""} | overrides
         s = settings_for(self.model, method, **chosen)
         if not s.class_word.strip() and s.identifier != "plain":
             raise ValueError("class_word is missing: one word for what the pictures show, such as 'dog' or 'mug'")
+        if number:  # a rare word of its own, to be called by or to start from
+            own = rare_token(self.model.tokenizers[0], s.seed + number)
+            s = replace(s, token=s.token or own) if s.identifier == "rare" else replace(s, init_word=s.init_word or own)
         return Subject(load_pictures(one["images"], one.get("masks") or masks), choose_token(self.model, s))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -140,13 +141,17 @@ def is_own(path: Path) -> bool:
         raise ValueError(f"{path} is no whole safetensors file ({' '.join(str(error).split())[:120]})") from None
 
 
-def subject_of(concepts: Sequence[Concept]) -> str:
-    return " and ".join(" ".join(filter(None, (c.token, c.class_word))) for c in concepts)
+def subjects_of(concepts: Sequence[Concept]) -> list[str]:
+    """The words that name each subject of the concepts."""
+    pairs = [pair for c in concepts for pair in json.loads(c.meta.get("subjects") or "[]") or [(c.token, c.class_word)]]
+    return [" ".join(filter(None, pair)) for pair in pairs]
 
 
 def filled(prompt: str, concepts: Sequence[Concept]) -> str:
-    """The prompt with {} or {subject} replaced by the words that name the subject."""
-    return re.sub(r"\{(subject)?\}", lambda _: subject_of(concepts), prompt)
+    """The prompt with {} or {subject} replaced by a subject's words: as many as subjects take them in turn."""
+    subjects, place = subjects_of(concepts), re.compile(r"\{(subject)?\}")
+    in_turn = iter(subjects if len(place.findall(prompt)) == len(subjects) else [])
+    return place.sub(lambda _: next(in_turn, " and ".join(subjects)), prompt)
 
 
 def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..cli_config import write_config
 from ..cli_options import Command, Option, UsageError, number, one_of
-from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say, subject_of
+from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say, subjects_of
 
 OPTIONS = (
     Option("concepts", "runs' folders or concepts' files", metavar="CONCEPT", many=True, group="words"),
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"compressed to {merged.parameters / before:.0%} of its numbers")
     path = merged.save(options.out)
     write_config(path.with_suffix(".toml"), COMMAND, options, how=how)
-    say(f"it knows {subject_of(concepts)}")
+    say(f"it knows {' and '.join(subjects_of(concepts))}")
     print(path)
     return 0
 

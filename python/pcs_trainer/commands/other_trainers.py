@@ -80,7 +80,7 @@ def report_to(text: str) -> list[str]:
 
 
 def concepts_list(text: str) -> list[str]:
-    """A concepts.json with one concept; several are trained one by one and merged."""
+    """A concepts.json: the first concept, and the further ones that are learned together with it."""
     try:
         entries = json.loads(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
@@ -91,14 +91,19 @@ def concepts_list(text: str) -> list[str]:
         raise UsageError(
             f"--concepts_list: {text} must hold a list of objects with instance_data_dir and instance_prompt"
         )
-    if len(entries) > 1:
-        raise UsageError(
-            f"--concepts_list: {text} holds {len(entries)} concepts; train each by itself and join them with pcs merge"
-        )
-    entry = entries[0]
-    if "instance_data_dir" not in entry or "instance_prompt" not in entry:
-        raise UsageError(f"--concepts_list: the concept in {text} needs instance_data_dir and instance_prompt")
-    words = [*photos(entry["instance_data_dir"]), *instance_prompt(entry["instance_prompt"])]
-    if entry.get("class_data_dir"):
-        words += ["--prior-folder", entry["class_data_dir"]]
+    if not all(e.get("instance_data_dir") and e.get("instance_prompt") for e in entries):
+        raise UsageError(f"--concepts_list: each concept in {text} needs instance_data_dir and instance_prompt")
+    first, *others = entries
+    words = [*photos(first["instance_data_dir"]), *instance_prompt(first["instance_prompt"])]
+    if first.get("class_data_dir"):
+        words += ["--prior-folder", first["class_data_dir"]]
+    for other in others:
+        if other.get("class_data_dir") != first.get("class_data_dir"):
+            raise UsageError(
+                f"--concepts_list: the concepts in {text} have several class_data_dir; give all the same one, or none: "
+                "the model draws the pictures of each class"
+            )
+        said = instance_prompt(other["instance_prompt"])
+        token = f":{said[said.index('--token') + 1]}" if "--token" in said else ""
+        words += ["--with", f"{other['instance_data_dir']}={said[said.index('--class') + 1]}{token}"]
     return words

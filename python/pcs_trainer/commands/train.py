@@ -37,6 +37,17 @@ SETTINGS = {
     "preview": "preview_prompts", "clip_norm": "clip_norm", "weight_decay": "weight_decay", "identifier": "identifier",
 }  # fmt: skip
 
+
+def further(text: str) -> str:
+    """A further subject's FOLDER=WORD[:TOKEN]."""
+    folder, _, words = text.rpartition("=")
+    if not folder or not words.split(":")[0].strip():
+        raise argparse.ArgumentTypeError(f"{text!r} does not read FOLDER=WORD, such as my-cat=cat or my-cat=cat:<tom>")
+    if not Path(folder).expanduser().exists():
+        raise argparse.ArgumentTypeError(f"{folder} does not exist; give a folder of photos")
+    return text
+
+
 OPTIONS = (
     Option("photos", "a folder of photos, or the photos", metavar="PHOTOS", many=True, group="words"),
     Option("--class", "what the subject is, in a word or two: mug, dog, old house", metavar="WORD",
@@ -44,6 +55,8 @@ OPTIONS = (
     Option("--method", ", ".join(METHODS), one_of("method", METHODS), METHODS[0], "NAME", group="what to learn"),
     Option("--token", "the word that will name the subject; none lets the method choose", metavar="WORD",
            also=("--modifier_token", "--placeholder_token"), group="what to learn"),
+    Option("--with", "another subject to learn together with it; the token is optional", further,
+           metavar="FOLDER=WORD[:TOKEN]", many=True, group="what to learn"),
     Option("--identifier", "rare, learned or plain: what kind of word that is",
            one_of("identifier", ("rare", "learned", "plain")), metavar="KIND", group="what to learn"),
     Option("--prompt", "what a photo shows, with {subject} for its words: 'a photo of a {subject}'", metavar="TEXT",
@@ -112,6 +125,7 @@ EXAMPLES = (
     ('pcs train examples/photos --class mug --method textboost --preview "a {} on the beach" --out out/textboost',
      "another method, a preview along the way"),
     ("pcs train --config out/mug/run.toml --out out/mug-again", "the same again, by the configuration beside a result"),
+    ("pcs train my-dog --class dog --with my-cat=cat --method custom_diffusion", "two subjects, learned together"),
     ("pcs train examples/photos --class mug --resume --steps 400", "go on where out/mug was stopped, to 400 steps"),
     ("pcs train my-photos --class dog --model runwayml/stable-diffusion-v1-5 --method dreambooth --budget 8GB",
      "a real checkpoint within 8 GB"),
@@ -204,7 +218,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     events: list[Any] = []
     started = time.monotonic()
     with Progress(options.method, quiet=options.quiet) as progress, board(options, folder) as also:
-        trainer = Trainer(model, options.method, images, out=folder, **chosen)
+        trainer = Trainer(model, options.method, images, out=folder, concepts=together(options, images), **chosen)
 
         def on_event(event: Any) -> None:
             if event.kind != "step":
@@ -226,6 +240,18 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     say(f'use it: pcs sample "a photo of {{}}" --concept {shlex.quote(str(folder))}{model_flag(options)}')
     print(folder / CONCEPT_FILE)
     return 0
+
+
+def together(options: argparse.Namespace, images: Any) -> list[dict[str, Any]] | None:
+    """The subjects that are learned together, where there are several."""
+    if not options.__dict__["with"]:
+        return None
+    subjects = [{"images": images, "class_word": options.__dict__["class"], "token": options.token}]
+    for text in options.__dict__["with"]:
+        photos, _, words = text.rpartition("=")
+        word, _, token = words.partition(":")
+        subjects.append({"images": photos, "class_word": word, "token": token})
+    return subjects
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""The flags of diffusers' scripts and of sd-scripts: they mean the same here."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from pcs_trainer import cli
+from pcs_trainer.cli_options import UsageError, parse
+from pcs_trainer.commands import command
+from pcs_trainer.commands.common import filled
+from pcs_trainer.concept import load_concept
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+
+
+def test_the_flags_of_other_trainers_mean_the_same():
+    ours = (
+        "PHOTOS --token sks --class dog --identifier rare --prompt {p} --model m --out o --steps 7 --batch 2 --lr 1e-4"
+    )
+    ours = [w.replace("{p}", "a photo of {subject}") for w in (ours + " --rank 8 --resume --dtype bfloat16").split()]
+    theirs = shlex.split(
+        "--instance_data_dir PHOTOS --instance_prompt='a photo of sks dog' --pretrained_model_name_or_path m "
+        "--output_dir o --max_train_steps 7 --train_batch_size=2 --learning_rate 1e-4 --network_dim 8 "
+        "--resume_from_checkpoint latest --mixed_precision bf16 --use_8bit_adam --gradient_checkpointing"
+    )
+    a, b = vars(parse(command("train"), ours)), vars(parse(command("train"), theirs))
+    notes = b.pop("notes")
+    assert a.pop("notes") == [] and a == b
+    assert len(notes) == 2 and "not needed" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a photo of sks dog", {"token": "sks", "class": "dog", "prompt": "a photo of {subject}"}),
+        ("photo of a <new1> cat", {"token": "<new1>", "class": "cat", "prompt": "photo of a {subject}"}),
+        ("a zxq mug", {"token": "zxq", "class": "mug", "prompt": "a {subject}"}),
+        ("a photo of a dog", {"class": "dog", "prompt": "a photo of a {subject}"}),
+        ("my {subject}", {"prompt": "my {subject}"}),
+    ],
+)
+def test_an_instance_prompt_is_taken_apart(prompt, words):
+    found = vars(parse(command("train"), ["--instance_prompt", prompt]))
+    assert {k: v for k, v in found.items() if k not in ("notes", "identifier")} == words
+
+
+def test_a_list_of_concepts_is_learned_together(tmp_path, capsys):
+    file = tmp_path / "concepts.json"
+    folders = [tmp_path / name for name in ("dog", "cat")]
+    for folder in folders:
+        shutil.copytree(PHOTOS, folder)
+    dog = {"instance_data_dir": str(folders[0]), "instance_prompt": "a photo of sks dog", "class_data_dir": "y"}
+    cat = {"instance_data_dir": str(folders[1]), "instance_prompt": "a photo of <tom> cat"}
+    file.write_text(json.dumps([dog]))
+    found = parse(command("train"), ["--concepts_list", str(file)])
+    assert found.photos == [str(folders[0])] and found.prior_folder == "y" and found.token == "sks"
+    file.write_text(json.dumps([dog, cat]))
+    with pytest.raises(UsageError, match="several class_data_dir"):
+        parse(command("train"), ["--concepts_list", str(file)])
+    del dog["class_data_dir"]
+    file.write_text(json.dumps([dog, cat]))
+    shared = "--method custom_diffusion --steps 1 --batch 2 --prior-images 2 --no-report --quiet"
+    assert cli.main(["train", "--concepts_list", str(file), *shared.split(), "--out", str(tmp_path / "both")]) == 0
+    capsys.readouterr()
+    concept = load_concept(tmp_path / "both" / "concept.safetensors")
+    assert set(concept.words) == {"<tom>"}  # sks is a rare word of the tokenizer
+    assert filled("a {} and a {}", [concept]) == "a sks dog and a <tom> cat"
+    assert filled("a {}", [concept]) == "a sks dog and <tom> cat"
+    with pytest.raises(UsageError, match="does not read FOLDER=WORD"):
+        parse(command("train"), ["x", "--with", "cats"])
