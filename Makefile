@@ -37,11 +37,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Ops, a training step, LAG, memory and quality against peers; then the README's tables and the figures anew.
+# Ops, training steps, LAG, memory and quality against peers; then the README's tables and the figures anew.
+# torchao, a peer of one op, stays apart: transformers would load it wherever it finds it.
 bench: setup
-	$(PIP) install -q -c constraints.txt torchao
-	$(BIN)/python benchmarks/run.py
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/peers torchao
+	PYTHONPATH=$(VENV)/peers $(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/step.py --size 512 --rounds 2 --no-compile
+	$(BIN)/python benchmarks/step_methods.py --rounds 2
 	$(BIN)/python benchmarks/lag.py --rounds 3
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/memory.py --docs

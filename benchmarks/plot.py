@@ -1,4 +1,4 @@
-"""Rebuild the README's tables, and the figures in docs/, from results/: python benchmarks/plot.py
+"""Rebuild the README's tables, docs/speed.md and its figure from results/: python benchmarks/plot.py
 
 Only the newest run of each file is shown; the test suite fails when the README says anything else.
 """
@@ -12,69 +12,19 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import quality_docs
-import registry
+import speed_docs
 import timing
 
 README = Path(__file__).parents[1] / "README.md"
-LABELS = {"forward": "forward", "both": "forward + backward", "step": "step"}
-
-
-def newest(path: Path) -> list[dict[str, str]]:
-    """The rows of the last run in a results file: those with the last row's date and commit."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    last = (rows[-1]["date"], rows[-1]["commit"])
-    return [row for row in rows if (row["date"], row["commit"]) == last]
-
-
-def shown(row: dict[str, str]) -> bool:
-    """The README shows the first shape of each op in bfloat16 (the optimizer's in float32); the results hold all."""
-    if row["dtype"] != "bfloat16" and row["op"] != "adamw8bit":
-        return False
-    firsts = {s[0].name for s in (registry.SELF_ATTENTION, registry.CONV, registry.ADAMW)}
-    return row["shape"].split(",")[0] in firsts
-
-
-def ops_table() -> str:
-    rows = [row for row in newest(timing.RESULTS / "ops_cpu.csv") if shown(row)]
-    if not rows:
-        return "No results yet.\n"
-    facts = rows[0]
-    lines = [
-        f"CPU ops on {facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}"
-        " (median ratio, quartiles in brackets):\n",
-        "| op | shape | dtype | pass | against | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratio = f"{row['ratio']} ({row['quartile_low']}-{row['quartile_high']})" if row["ratio"] else "cannot run here"
-        direction = LABELS[row["direction"]]
-        lines.append(f"| {row['op']} | {row['shape']} | {row['dtype']} | {direction} | {row['peer']} | {ratio} |")
-    return "\n".join(lines) + "\n"
-
-
-def step_table() -> str:
-    rows = [row for row in newest(timing.RESULTS / "step.csv") if row["size"] == "512"]
-    if not rows:
-        return ""
-    facts = rows[0]
-    lines = [
-        f"One Personalized-Residuals step, forward and backward, batch 1, SD1.5 at 512, on {facts['device']},"
-        f" {facts['threads']} threads, torch {facts['torch']}, {facts['date']} (median; the share is of the machine's"
-        " own bf16 matrix rate in that run):\n",
-        "| | seconds | over ours | share |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(f"| {row['variant']} | {row['seconds']} | {row['ours_is_faster']} | {row['share_of_machine']} |")
-    return "\n".join(lines) + "\n\n"
 
 
 def memory_table() -> str:
     """For each method and model the smallest of the budgets that fits, and what is used of it."""
-    rows = [row for row in newest(timing.RESULTS / "memory.csv") if row["what"] == "budget" and row["fits"] == "yes"]
+    rows = [
+        row
+        for row in speed_docs.newest(timing.RESULTS / "memory.csv")
+        if row["what"] == "budget" and row["fits"] == "yes"
+    ]
     if not rows:
         return ""
     models = list(dict.fromkeys(f"{row['model']} {row['resolution']}" for row in rows))
@@ -121,7 +71,9 @@ def replaced(readme: str, name: str, text: str) -> str:
 
 def with_numbers(readme: str) -> str:
     """The README with the parts between the markers made anew."""
-    readme = replaced(readme, "numbers", step_table() + ops_table())
+    readme = replaced(
+        readme, "numbers", speed_docs.step_table() + speed_docs.methods_table() + speed_docs.ops_summary()
+    )
     readme = replaced(readme, "memory", memory_table())
     return replaced(readme, "quality", quality_table())
 
@@ -133,7 +85,7 @@ def step_figure(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in newest(timing.RESULTS / "step.csv") if row["size"] == "512"]
+    rows = speed_docs.steps()
     if not rows:
         return
     names, values = [row["variant"] for row in rows], [float(row["seconds"]) for row in rows]
@@ -156,4 +108,5 @@ if __name__ == "__main__":
     docs = README.parent / "docs"
     docs.mkdir(exist_ok=True)
     step_figure(docs / "step.png")
-    print("README.md: the tables are made anew; docs/step.png")
+    (docs / "speed.md").write_text(speed_docs.page())
+    print("README.md and docs/speed.md: the tables are made anew; docs/step.png")

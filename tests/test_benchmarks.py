@@ -14,6 +14,7 @@ def test_numbers_are_those_of_the_results():
 
     readme = plot.README.read_text()
     assert plot.with_numbers(readme) == readme, "run: python benchmarks/plot.py"
+    assert (ROOT / "docs" / "speed.md").read_text() == plot.speed_docs.page(), "run: python benchmarks/plot.py"
 
 
 def test_every_function_it_names_exists():

@@ -1,0 +1,212 @@
+"""docs/speed.md from results/: targets with what was measured, whole steps, every op; made by benchmarks/plot.py"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import registry
+import timing
+
+Row = dict[str, str]
+LABELS = {"forward": "forward", "both": "forward + backward", "step": "step"}
+METHODS = {
+    "personalized_residuals": "Personalized Residuals", "custom_diffusion": "Custom Diffusion",
+    "textboost": "TextBoost", "dreambooth_lora": "DreamBooth-LoRA", "dreambooth": "DreamBooth",
+}  # fmt: skip
+KEPT = {"A": 457, "B": 272, "C": 134}  # MB of SD1.5 at 512, computed from the layer shapes
+CARDS = {"dreambooth": 4.6, "custom_diffusion": 3.0, "personalized_residuals": 2.4, "textboost": 2.4}  # GB, CUDA's too
+# What is behind a target that was missed: where the time goes, what was tried, what is left.
+BEHIND = {
+    "cross_attention + maps": "the peer needs 3-4 ms here; a fifth of that is little more than the half millisecond "
+    "that the two products alone take at this machine's rate. Of the rest 0.24 ms are exponentials, then row sums.",
+    "group_norm_silu": "bound by memory: two reads, one write and the write's own read; torch's own pass reaches "
+    "97 GB/s here. Stores around the cache would win this ratio and lose the next layer's read, so they were left.",
+    "adamw8bit": "106 instructions for 16 elements (56 of them the update, 50 the coding) at 2.4 a cycle. Taken: "
+    "lengths known when compiled (22 to 8 ms), tables in registers (to 7.6 ms). A further quarter needs fewer "
+    "instructions, not fewer bytes.",
+    "textboost": "the smallest step counted needs 2.66 GB: 1.72 of it are the UNet's weights, 0.25 the text encoder's. "
+    "Frozen weights in 8 bits would bring it under; they are not built.",
+    "share": "self-attention takes 0.6 of 2.2 s, at 0.5 TFLOP/s forward and 0.75 backward, under the rate of large "
+    "products; residual sums inside the products would save about 30 ms more.",
+}  # fmt: skip
+
+
+def newest(path: Path) -> list[Row]:
+    """The rows of the last run in a results file: those with the last row's date and commit."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = (rows[-1]["date"], rows[-1]["commit"])
+    return [row for row in rows if (row["date"], row["commit"]) == last]
+
+
+def spread(row: Row) -> str:
+    """A ratio with its quartiles, or that the peer could not run."""
+    if not row["ratio"]:
+        return "cannot run here"
+    return f"{row['ratio']} ({row['quartile_low']}-{row['quartile_high']})"
+
+
+def steps() -> list[Row]:
+    return [row for row in newest(timing.RESULTS / "step.csv") if row["size"] == "512"]
+
+
+def method_steps() -> dict[str, dict[str, Row]]:
+    """method -> variant -> row of the newest whole steps."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in newest(timing.RESULTS / "step_methods.csv"):
+        found.setdefault(row["method"], {})[row["variant"]] = row
+    return found
+
+
+def step_table() -> str:
+    rows = steps()
+    if not rows:
+        return ""
+    facts = rows[0]
+    lines = [
+        f"One Personalized-Residuals step, forward and backward, batch 1, SD1.5 at 512, on {facts['device']},"
+        f" {facts['threads']} threads, torch {facts['torch']}, {facts['date']} (median; the share is of the machine's"
+        " own bf16 matrix rate in that run):\n",
+        "| | seconds | over ours | share |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['variant']} | {row['seconds']} | {row['ours_is_faster']} | {row['share_of_machine']} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def methods_table() -> str:
+    """Each method's whole step: ours, and the peers over it."""
+    methods = method_steps()
+    if not methods:
+        return ""
+    facts = next(iter(next(iter(methods.values())).values()))
+    peers = [name for name in next(iter(methods.values())) if name != "pcs"]
+    lines = [
+        f"A whole step (forward, backward, optimizer) at {facts['size']} on {facts['device']}, torch {facts['torch']},"
+        f" {facts['date']}: seconds of ours, and diffusers' training scripts' arithmetic over it (quartiles in"
+        " brackets):\n",
+        f"| method | pictures | pcs | {' | '.join(peers)} |",
+        "|---" * (3 + len(peers)) + "|",
+    ]
+    for method, rows in methods.items():
+        ours = rows["pcs"]
+        cells = [
+            f"{r['ours_is_faster']} ({r['quartile_low']}-{r['quartile_high']})"
+            for r in (rows[name] for name in peers if name in rows)
+        ]
+        lines.append(f"| {METHODS[method]} | {ours['batch']} | {ours['seconds']} s | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def ops_summary() -> str:
+    """One line an op: its first shape in bfloat16 (the optimizer in float32) against its first peer."""
+    rows = [row for row in newest(timing.RESULTS / "ops_cpu.csv") if row["ratio"]]
+    firsts = {s[0].name for s in (registry.SELF_ATTENTION, registry.CONV, registry.ADAMW)}
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        shape = row["shape"].split(",")[0]
+        wanted = "float32" if row["op"] == "adamw8bit" else "bfloat16"
+        if (
+            row["dtype"] != wanted
+            or shape not in firsts
+            or (row["op"] == "frozen_conv2d" and shape != "sd15 512 mid up")
+        ):
+            continue
+        table.setdefault((row["op"], f"{row['shape']}, {row['peer']}"), {})[row["direction"]] = spread(row)
+    if not table:
+        return "No results yet.\n"
+    facts = rows[0]
+    lines = [
+        f"Ops on {facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, bfloat16 (the"
+        " optimizer float32); the peer's time over ours, quartiles in brackets:\n",
+        "| op | shape, against | forward or step | forward + backward |",
+        "|---|---|---|---|",
+    ]
+    for (op, against), found in table.items():
+        first = found.get("forward") or found.get("step", "")
+        lines.append(f"| {op} | {against} | {first} | {found.get('both', '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def ops_table() -> str:
+    lines = ["| op | shape | dtype | pass | ours, ms | against | ratio |", "|---" * 7 + "|"]
+    for row in newest(timing.RESULTS / "ops_cpu.csv"):
+        cells = (
+            row["op"],
+            row["shape"],
+            row["dtype"],
+            LABELS[row["direction"]],
+            row["ours_ms"],
+            row["peer"],
+            spread(row),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def targets() -> list[tuple[str, str, str, bool, str]]:
+    """(what, asked, measured, met, what is behind it) of every target that a CPU can decide."""
+    found = []
+    rows = steps()
+    if rows:
+        peers = [float(r["seconds"]) for r in rows if r["variant"].startswith("diffusers")]
+        ours = {r["variant"]: r for r in rows}["pcs plan A"]
+        mine, share = float(ours["seconds"]), float(ours["share_of_machine"])
+        best, plain = min(peers) / mine, max(peers) / mine
+        step = "SD1.5 512, frozen step"
+        found += [
+            (f"{step}, against the best of diffusers", ">= 1.5", f"{best:.2f}", best >= 1.5, "share"),
+            (f"{step}, against its plain fp32 script", ">= 2.5", f"{plain:.2f}", plain >= 2.5, "share"),
+            (f"{step}, share of the machine's bf16 rate", ">= 80 %", f"{share:.0%}", share >= 0.8, "share"),
+        ]
+    for row in newest(timing.RESULTS / "ops_cpu.csv"):
+        if row["target"]:
+            what = f"{row['op']}, {row['shape']}, {row['dtype']}, {LABELS[row['direction']]}, against {row['peer']}"
+            found.append((what, f">= {row['target']}", spread(row), row["met"] == "yes", row["op"]))
+    memory = newest(timing.RESULTS / "memory.csv")
+    kept = {r["plans"]: float(r["kept_mb"]) for r in memory if r["what"] == "kept, frozen" and r["model"] == "SD1.5"}
+    for plan, asked in KEPT.items():
+        if plan in kept:
+            met = kept[plan] <= 1.1 * asked
+            found.append((f"kept for the backward, plan {plan}", f"{asked} MB", f"{kept[plan]:.0f} MB", met, "kept"))
+    for row in memory:
+        if row["what"] == "target" and row["method"] in CARDS:
+            asked, used = CARDS[row["method"]], float(row["with_context_gb"])
+            what = f"memory of a {METHODS[row['method']]} step, SD1.5 512, CUDA's 0.5 GB included (counted)"
+            found.append((what, f"<= {asked} GB", f"{used:.2f} GB", used <= asked + 5e-3, row["method"]))
+    return found + lag_targets()
+
+
+def lag_targets() -> list[tuple[str, str, str, bool, str]]:
+    rows = [r for r in newest(timing.RESULTS / "lag.csv") if r["variant"] == "LAG"]
+    found = []
+    for row in rows[-1:]:
+        over, maps = float(row["over_merged"]), int(row["map_bytes"]) / 1e6
+        shown = f"{over - 1:+.1%} ({float(row['lower_quartile']) - 1:+.1%} to {float(row['upper_quartile']) - 1:+.1%})"
+        found.append(("LAG over the same sampling without it", "<= 3 %", shown, over <= 1.03, "lag"))
+        found.append(("LAG's maps", "< 2 MB", f"{maps:.2f} MB", maps < 2, "lag"))
+    return found
+
+
+def targets_table() -> str:
+    lines = ["| target | asked | measured | met |", "|---|---|---|---|"]
+    found = targets()
+    lines += [f"| {what} | {asked} | {said} | {'yes' if met else '**no**'} |" for what, asked, said, met, _ in found]
+    short = list(dict.fromkeys(key for *_, met, key in found if not met and BEHIND.get(key)))
+    lines += ["", *(f"- **{key}**: {BEHIND[key]}" for key in short)]
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    return (
+        "# Speed\n\nMade by `python benchmarks/plot.py` from the newest runs in `benchmarks/results/`; `make bench`"
+        " adds a run of your machine. Every ratio is the peer's time over ours, taken in turn in one process.\n\n"
+        f"## Targets\n\n{targets_table()}\n## Steps\n\n{step_table()}{methods_table()}"
+        "DreamBooth's peers: bitsandbytes' 8-bit AdamW on float32 weights, as the script's --use_8bit_adam; all in"
+        " bfloat16, torch's fused AdamW, whose updates under half a bfloat16 digit are lost (ours are rounded"
+        f" stochastically).\n\n![Seconds of a step](step.png)\n\n## Every op\n\n{ops_table()}"
+    )
