@@ -23,3 +23,27 @@ def quiet_warnings():
 
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
     yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The embedded model, as shipped."""
+    from pcs_trainer import load_model
+
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """diffusers' own pipeline of it."""
+    from concept_cases import peer_pipeline
+
+    return peer_pipeline()
+
+
+@pytest.fixture
+def pipe(loaded):
+    """A copy of that pipeline which a test may change."""
+    from concept_cases import fresh
+
+    return fresh(loaded)

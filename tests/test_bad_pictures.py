@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import pytest
-from pcs_trainer import load_model
 from pcs_trainer.images import fitted, load_pictures
 from pcs_trainer.tiny.subjects import photos
 from pcs_trainer.trainer import Trainer
@@ -17,11 +16,6 @@ from PIL import Image
 def folder(tmp_path):
     Image.fromarray(photos(71, 1)[0].picture).save(tmp_path / "good.png")
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("tiny")
 
 
 def test_no_picture(tmp_path):

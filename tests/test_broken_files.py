@@ -8,15 +8,9 @@ import pickle
 import pytest
 import torch
 from concept_cases import residuals
-from pcs_trainer import load_model
 from pcs_trainer.export import export
 from pcs_trainer.importing import import_concept, read_file
 from safetensors.torch import load_file, save_file
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("tiny")
 
 
 def refused(path, model, match, **options):

@@ -9,11 +9,6 @@ from pcs_trainer.concept import Concept, attached, fingerprint, load_concept, pr
 from pcs_trainer.text import encode
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_model("tiny")
-
-
 def residuals(model, rank=4, seed=0):
     g = torch.Generator().manual_seed(seed)
     tensors = {}

@@ -13,7 +13,6 @@ from concept_cases import (
     custom_diffusion,
     dreambooth,
     dreambooth_lora,
-    fresh,
     low_rank,
     ours,
     peer_pipeline,
@@ -30,21 +29,6 @@ from pcs_trainer.export import export
 from safetensors import safe_open
 from unet_families import FAMILIES, ours_like, peer, peer_prediction, relative
 from unet_families import inputs as inputs_of
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("tiny")
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return peer_pipeline()
-
-
-@pytest.fixture
-def pipe(loaded):
-    return fresh(loaded)
 
 
 def header_of(file) -> dict[str, str]:

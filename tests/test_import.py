@@ -10,38 +10,19 @@ from concept_cases import (
     assert_same,
     custom_diffusion,
     dreambooth_lora,
-    fresh,
     ours,
-    peer_pipeline,
     prompts,
     residuals,
     textboost,
     theirs,
     word_rows,
 )
-from pcs_trainer import load_model
 from pcs_trainer.export import export
 from pcs_trainer.file_names import Layers, stability_name
 from pcs_trainer.importing import import_concept, module_name
 from pcs_trainer.unet import UNet
 from safetensors.torch import load_file, save_file
 from unet_families import SDXL_REAL, relative
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("tiny")
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return peer_pipeline()
-
-
-@pytest.fixture
-def pipe(loaded):
-    return fresh(loaded)
-
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

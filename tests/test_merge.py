@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcs_trainer import load_model
 from pcs_trainer.combine import blend, compress, kept_values
 from pcs_trainer.concept import Concept, attached, fingerprint, predict
 from pcs_trainer.general_captions import general_captions
@@ -14,11 +13,6 @@ from pcs_trainer.unet import UNet
 from unet_families import SD15_REAL, relative
 
 WIDTH, OUT = 24, 40
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("tiny")
 
 
 def random_rows(n: int, seed: int = 0) -> torch.Tensor:

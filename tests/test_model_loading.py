@@ -1,11 +1,9 @@
-"""load_model on folders, files and hub names; memory and time of a real-size load; broken models in one sentence."""
+"""load_model on folders, files and hub names; broken models in one sentence."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -336,48 +334,3 @@ def test_a_schedule_of_another_kind_is_refused():
     for key in ("beta_schedule", "prediction_type"):
         with pytest.raises(ValueError, match=f"schedule: {key} = 'odd'"):
             Schedule.from_config({key: "odd"})
-
-
-MEASURE = """
-import resource, sys, threading, time, torch
-from pcs_trainer import load_model
-import pcs_trainer.model, safetensors.torch
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def load():
-    model = load_model(sys.argv[1], dtype=torch.bfloat16)
-    return model.unet
-before, start = peak(), time.perf_counter()
-unet = load()
-seconds, loaded = time.perf_counter() - start, peak() - before
-total = sum(float(p.flatten().view(torch.int16)[::512].sum()) for p in unet.parameters())
-print(seconds, loaded, peak() - before)
-"""
-
-
-@pytest.fixture(scope="module")
-def real_size(tmp_path_factory):
-    """SD1.5's UNet with zero weights in bf16 (1.7 GB, a sparse file): its folder and the file's size."""
-    from pcs_trainer.unet import UNet
-
-    root = tmp_path_factory.mktemp("real")
-    (root / "unet").mkdir()
-    (root / "unet" / "config.json").write_text(json.dumps(SD15_REAL))
-    header, at = {}, 0
-    for name, p in UNet.from_config(SD15_REAL, device="meta").state_dict().items():
-        end = at + 2 * p.numel()
-        header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    with open(root / "unet" / WEIGHTS, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
-    return root, at
-
-
-def test_memory_and_time_of_loading_sd15(real_size):
-    root, size = real_size
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(root)], capture_output=True, text=True, check=True)
-    seconds, loaded, touched = map(float, run.stdout.split())
-    print(f"loaded in {seconds:.2f} s, {loaded / size:.2f} x the file; every page read: {touched / size:.2f} x")
-    assert touched <= 1.1 * size
-    assert seconds < 3

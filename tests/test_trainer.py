@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from pcs_trainer import load_model
 from pcs_trainer.checkpoint import checkpoints
 from pcs_trainer.concept import load_concept, predict
 from pcs_trainer.proof import NotTrained
 from pcs_trainer.run import Run
-from pcs_trainer.tiny.subjects import photos
 from pcs_trainer.trainer import Trainer, TrainingStopped
+from trainer_cases import METHODS, SMALL, cache, pictures, trainer
 
 import pcs_kernels
 
-METHODS = (
-    "dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost", "textual_inversion",
-)  # fmt: skip
-SMALL = dict(batch=1, prior_images=2, prior_steps=2, bank=6, check_backend=False)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("tiny")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Nothing of a test is kept in the user's cache folder."""
-    before = os.environ.get("PCS_CACHE")
-    os.environ["PCS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("PCS_CACHE")
-    if before is not None:
-        os.environ["PCS_CACHE"] = before
-
-
-def pictures(n=2, seed=51):
-    return [p.picture for p in photos(seed, n)]
-
-
-def trainer(model, method="personalized_residuals", out=None, **settings):
-    chosen = SMALL | settings
-    return Trainer(model, method, pictures(), class_word="mug", out=out, **chosen)
+__all__ = ["cache"]
 
 
 def same(a, b):
@@ -238,132 +204,3 @@ def test_masks_weight_the_loss(model, tmp_path):
     run = Run(t, lambda e: None, lambda: False)
     run.prepare()
     assert run.bank.masks.shape == (2, 1, 16, 16) and float(run.bank.masks.mean()) == pytest.approx(0.25, abs=0.02)
-
-
-SCRIPT = """
-import signal, sys, torch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without it
-sys.path[:0] = {path!r}
-torch.set_num_threads(1)
-from pcs_trainer import load_model
-from pcs_trainer.trainer import Trainer
-from pcs_trainer.tiny.subjects import photos
-t = Trainer(load_model("tiny"), "personalized_residuals", [p.picture for p in photos(51, 2)], class_word="mug",
-            out={out!r}, steps=100000, checkpoint_every=3, keep=2, batch=1, check_backend=False)
-t.train(on_event=lambda e: print(e.kind, e.step, flush=True), resume={resume})
-"""
-
-
-def start(out: Path, resume: bool) -> subprocess.Popen:
-    code = SCRIPT.format(path=[p for p in sys.path if p], out=str(out), resume=resume)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-
-KILLS = """
-import os, random, signal, sys, time, torch
-sys.path[:0] = {path!r}
-torch.set_num_threads(1)
-from pathlib import Path
-from pcs_trainer import load_model
-from pcs_trainer.checkpoint import checkpoints, read_checkpoint
-from pcs_trainer.trainer import Trainer
-from pcs_trainer.tiny.subjects import photos
-
-out, moments, reached = Path({out!r}), random.Random(0), 0
-model = load_model("tiny")
-model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
-
-def child(pipe):
-    t = Trainer(model, "personalized_residuals", [p.picture for p in photos(51, 2)], class_word="mug", out=out,
-                steps=100000, checkpoint_every=3, keep=2, batch=1, check_backend=False)
-    def tell(event):
-        if event.kind == "step":
-            os.write(pipe, b"%d\\n" % event.step)
-    t.train(on_event=tell, resume=bool(checkpoints(out)))
-
-for attempt in range(10):
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read)
-        try:
-            child(write)
-        finally:
-            os._exit(1)
-    os.close(write)
-    steps = os.fdopen(read)
-    first = int(steps.readline())
-    # the last checkpoint is at most three steps old; the step that was running when it was killed is lost too
-    assert first > reached - 3, (attempt, first, reached)
-    time.sleep(moments.uniform(0.0, 0.8))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    reached = max([first, *map(int, steps.read().split())])
-    for folder in checkpoints(out)[-1:]:
-        tensors, state = read_checkpoint(folder)
-        assert tensors and state["step"] == int(folder.name[11:]) >= reached - 3, (folder, reached)
-print("reached", reached)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
-    """Ten kills at random moments of one run that is resumed each time."""
-    code = KILLS.format(path=[p for p in sys.path if p], out=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 10
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_an_interrupt_saves_and_ends(model, tmp_path):
-    process = start(tmp_path, resume=False)
-    for line in process.stdout:
-        if line.startswith("step 4"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait(60) == 0 and "stopped" in rest and "saved" in rest
-    assert load_concept(tmp_path / "concept.safetensors", model).meta["finished"] == "0"
-
-
-PARALLEL = """
-import os, sys, torch
-sys.path[:0] = {path!r}
-torch.set_num_threads(1)
-import torch.distributed as dist
-from pcs_trainer import load_model
-from pcs_trainer.trainer import Trainer
-from pcs_trainer.tiny.subjects import photos
-model = load_model("tiny")
-model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
-rank = 0 if os.fork() else 1
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
-dist.init_process_group("gloo", rank=rank, world_size=2)
-t = Trainer(model, "custom_diffusion", [p.picture for p in photos(51, 2)], class_word="mug",
-            out={out!r} if rank == 0 else None, steps=3, batch=2, bank=12, prior_images=2, prior_steps=2,
-            check_backend=False, optimizer="adamw", learning_rate=1e-4, token_learning_rate=1e-5)
-t.train()
-if rank:
-    os._exit(0)
-assert os.wait()[1] == 0
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_are_one_of_twice_the_batch(model, tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = PARALLEL.format(path=[p for p in sys.path if p], out=str(tmp_path))
-    assert subprocess.run([sys.executable, "-c", code, str(port)]).returncode == 0
-    two = load_concept(tmp_path / "concept.safetensors")
-    settings = SMALL | dict(steps=3, batch=4, bank=12, optimizer="adamw")
-    settings |= dict(learning_rate=1e-4, token_learning_rate=1e-5)
-    one = Trainer(model, "custom_diffusion", pictures(), class_word="mug", **settings).train()
-    base = dict(model.unet.named_parameters())
-    for name, tensor in one.tensors.items():
-        moved = (tensor - base[name.removeprefix("unet.")]).norm()
-        assert float((two.tensors[name] - tensor).norm() / moved) < 1e-2, name

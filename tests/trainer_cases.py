@@ -1,0 +1,32 @@
+"""Small runs of the trainer on the embedded model."""
+
+import os
+
+import pytest
+from pcs_trainer.tiny.subjects import photos
+from pcs_trainer.trainer import Trainer
+
+METHODS = (
+    "dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost", "textual_inversion",
+)  # fmt: skip
+SMALL = dict(batch=1, prior_images=2, prior_steps=2, bank=6, check_backend=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Nothing of a test is kept in the user's cache folder."""
+    before = os.environ.get("PCS_CACHE")
+    os.environ["PCS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("PCS_CACHE")
+    if before is not None:
+        os.environ["PCS_CACHE"] = before
+
+
+def pictures(n=2, seed=51):
+    return [p.picture for p in photos(seed, n)]
+
+
+def trainer(model, method="personalized_residuals", out=None, **settings):
+    chosen = SMALL | settings
+    return Trainer(model, method, pictures(), class_word="mug", out=out, **chosen)
