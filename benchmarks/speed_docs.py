@@ -69,12 +69,14 @@ def step_table() -> str:
     lines = [
         f"One Personalized-Residuals step, forward and backward, batch 1, SD1.5 at 512, on {facts['device']},"
         f" {facts['threads']} threads, torch {facts['torch']}, {facts['date']} (median; the share is of the machine's"
-        " own bf16 matrix rate in that run):\n",
-        "| | seconds | over ours | share |",
+        " own bf16 matrix rate in that run; quartiles in brackets):\n",
+        "| | seconds | over plan A | share |",
         "|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(f"| {row['variant']} | {row['seconds']} | {row['ours_is_faster']} | {row['share_of_machine']} |")
+        between = f" ({row['quartile_low']}-{row['quartile_high']})" if row.get("quartile_low") else ""
+        over = row["ours_is_faster"] + between
+        lines.append(f"| {row['variant']} | {row['seconds']} | {over} | {row['share_of_machine']} |")
     return "\n".join(lines) + "\n\n"
 
 

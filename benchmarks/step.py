@@ -29,7 +29,8 @@ from torch import nn
 TERAFLOP = {256: 0.373, 512: 1.80}  # one frozen step, counted from the layer shapes
 RESULTS = timing.RESULTS / "step.csv"
 COLUMNS = ("date", "commit", "device", "threads", "torch", "size", "variant", "rounds", "seconds", "fastest", "slowest",
-           "ours_is_faster", "teraflop_per_second", "machine_teraflop_per_second", "share_of_machine")  # fmt: skip
+           "ours_is_faster", "quartile_low", "quartile_high", "teraflop_per_second", "machine_teraflop_per_second",
+           "share_of_machine")  # fmt: skip
 PLANS = ("eager", "A", "B", "C")
 Step = Callable[[], list[torch.Tensor]]
 
@@ -182,15 +183,16 @@ def device_name() -> str:
 
 def rows(size: int, seconds: dict[str, list[float]], rates: list[float]) -> list[dict[str, object]]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    mine, machine = statistics.median(seconds["pcs plan A"]), statistics.median(rates)
+    machine = statistics.median(rates)
     made = []
     for name, times in seconds.items():
         median = statistics.median(times)
         speed = TERAFLOP[size] / median
+        over, low, high = timing.ratio(times, seconds["pcs plan A"])
         values = (
             datetime.date.today().isoformat(), commit.stdout.strip(), device_name(), torch.get_num_threads(),
             torch.__version__, size, name, len(times), f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}",
-            f"{median / mine:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}",
+            f"{over:.2f}", f"{low:.2f}", f"{high:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}",
         )  # fmt: skip
         made.append(dict(zip(COLUMNS, values, strict=True)))
     return made

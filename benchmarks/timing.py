@@ -49,7 +49,7 @@ def interleave(
 def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
     """(median, lower quartile, upper quartile) of over / under, round by round."""
     ratios = sorted(a / b for a, b in zip(over, under, strict=True))
-    quartiles = statistics.quantiles(ratios, n=4)
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
     return statistics.median(ratios), quartiles[0], quartiles[2]
 
 
