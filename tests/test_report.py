@@ -62,6 +62,7 @@ def full() -> dict:
     rng = np.random.default_rng(0)
     steps = list(range(1, 41))
     loss = [1 / s + 0.1 for s in steps]
+    probe = {"step": [5.0, 10.0], "held_out": [0.5, 0.4], "drift": [0.01, 0.042]}
     return {
         "title": "A <mug> & more",
         "lead": "Four photos.",
@@ -74,7 +75,7 @@ def full() -> dict:
             ],
         },
         "numbers": {"columns": ["method", "numbers learned"], "rows": [["TextBoost", 24704]]},
-        "curves": [{"name": "TextBoost", "steps": steps, "loss": loss, "smoothed": loss}],
+        "curves": [{"name": "TextBoost", "steps": steps, "loss": loss, "smoothed": loss, "probe": probe}],
         "attention": {
             "items": [{"label": "TextBoost", "picture": picture(), "maps": [rng.random((16, 16)) for _ in range(6)]}]
         },
@@ -92,7 +93,7 @@ def test_every_part_is_there_and_every_tag_is_closed():
     found = Checked(page(data))
     assert set(data) - {"title", "lead"} <= set(found.ids)
     text = " ".join(found.text)
-    for said in ("A <mug> & more", "a <mug> mug on the beach", "24,704", "1 min 15 s", "23.0 MB", "no space"):
+    for said in ("A <mug> & more", "a <mug> mug on the beach", "24,704", "1 min 15 s", "23.0 MB", "no space", "drifted by 4.2%", "held-out"):
         assert said in text
     assert "nothing" not in text  # a component of no bytes is no component
 

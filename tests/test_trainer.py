@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from pcs_trainer.checkpoint import checkpoints
 from pcs_trainer.concept import load_concept, predict
+from pcs_trainer.probe import Probe
 from pcs_trainer.proof import NotTrained
 from pcs_trainer.run import Run
 from pcs_trainer.trainer import Trainer, TrainingStopped
@@ -204,3 +206,33 @@ def test_masks_weight_the_loss(model, tmp_path):
     run = Run(t, lambda e: None, lambda: False)
     run.prepare()
     assert run.bank.masks.shape == (2, 1, 16, 16) and float(run.bank.masks.mean()) == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_probe_tells_the_held_out_loss_and_the_drift_and_changes_nothing(model, tmp_path):
+    """On noise that never changes: the loss falls, the class moves, and the run is the one without a probe."""
+    events = []
+    settings = dict(steps=30, learning_rate=8e-3)
+    seen = trainer(model, out=tmp_path / "a", probe_every=10, **settings).train(on_event=events.append)
+    same(seen, trainer(model, probe_every=0, **settings).train())
+    probes = [e for e in events if e.kind == "probe"]
+    assert [e.step for e in probes] == [10, 20, 30]
+    at_first = re.search(r"\(([\d.]+) at first", probes[0].data["text"])[1]
+    assert probes[-1].data["held_out"] < float(at_first)
+    assert all(0 < e.data["drift"] < 1 for e in probes)
+    lines = (tmp_path / "a" / "logs" / "probe.csv").read_text().splitlines()
+    assert lines[0] == "step,held_out,drift" and len(lines) == 4
+    again = trainer(model, out=tmp_path / "a", probe_every=20, **settings | dict(steps=40))
+    again.train(on_event=events.append, resume=True)
+    later = [e for e in events if e.kind == "probe"][3:]
+    assert [e.step for e in later] == [40] and f"({at_first} at first)" in later[0].data["text"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_probe_starts_at_no_drift(model, method):
+    run = Run(trainer(model, method), lambda event: None, bool)
+    run.prepare()
+    run.learner = run.trainer.learner
+    if not run.learner.text_trains:
+        run.freeze_text()
+    assert Probe(run).measure()[1] == 0
+    run.learner.restore()

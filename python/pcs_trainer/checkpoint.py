@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # What may change between a run and its resume.
-FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts", "plan", "check_backend")
+FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts", "probe_every", "plan", "check_backend")
 
 
 def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 @dataclass
 class Event:
-    """kind: start, warning, proof, step, checkpoint, preview, stopped, saved, done."""
+    """kind: start, warning, proof, step, probe, checkpoint, preview, stopped, saved, done."""
 
     kind: str
     step: int

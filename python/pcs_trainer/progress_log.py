@@ -9,8 +9,10 @@ from typing import IO, Any
 
 from .events import peak_memory
 from .settings import Settings
+from .whole import written_text
 
 COLUMNS = ("step", "loss", "smoothed", "subject", "prior", "preservation", "lr", "its_per_second")
+PROBES = "probe.csv"
 
 
 class Log:
@@ -21,6 +23,7 @@ class Log:
         self.smoothed: float | None = None
         self.first, self.started = step, time.monotonic()
         self._file: IO[str] | None = None
+        self._probes: list[str] = []
 
     def __enter__(self) -> Log:
         if self.out is not None:
@@ -29,11 +32,20 @@ class Log:
             kept = path.read_text().splitlines()[1 : self.first + 1] if self.first and path.is_file() else []
             self._file = path.open("w", newline="")
             self._file.write("\n".join([",".join(COLUMNS), *kept]) + "\n")
+            probes = path.with_name(PROBES)
+            earlier = probes.read_text().splitlines()[1:] if self.first and probes.is_file() else []
+            self._probes = [line for line in earlier if int(line.split(",")[0]) <= self.first]
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+    def probe(self, step: int, held_out: float, drift: float) -> None:
+        """out/logs/probe.csv: what the probe saw so far."""
+        if self.out is not None:
+            self._probes.append(f"{step},{held_out:.6g},{drift:.6g}")
+            written_text(self.out / "logs" / PROBES, "\n".join(["step,held_out,drift", *self._probes]) + "\n")
 
     def step(self, step: int, parts: list[dict[str, float]], rate: float) -> dict[str, Any]:
         """The data of a step's event."""

@@ -118,13 +118,19 @@ def _curves(curves: list[dict[str, Any]]) -> str:
         for colour, key in enumerate(("smoothed", "subject", "prior")):
             if curve.get(key):
                 lines.append({"label": key, "x": curve["steps"], "y": curve[key], "colour": colour})
+        probe = curve.get("probe") or {}
+        if probe.get("step"):
+            lines.append({"label": "held-out", "x": probe["step"], "y": probe["held_out"], "colour": 3})
         if lines:
             shown = [
                 f'<li><i class="b{line["colour"]}"></i>{line["label"]}</li>' for line in lines if not line.get("raw")
             ]
             key = f'<ul class="key">{"".join(shown)}</ul>'
+            if probe.get("step"):
+                key += f'<p class="note">The class drifted by {probe["drift"][-1]:.1%} of its prediction.</p>'
             figures.append(f"<figure><h3>{escape(curve['name'])}</h3>{curve_svg(curve['name'], lines)}{key}</figure>")
-    return '<p class="note">Every step faint, smoothed in bold.</p>' + f'<div class="two">{"".join(figures)}</div>'
+    note = "Every step faint, smoothed in bold; held-out: the subject's loss on noise that never changes."
+    return f'<p class="note">{note}</p><div class="two">{"".join(figures)}</div>'
 
 
 def _attention(attention: dict[str, Any]) -> str:

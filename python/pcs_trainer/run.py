@@ -21,8 +21,9 @@ from .losses import drawn_timesteps, picture_losses, snr_weights
 from .methods import module_of
 from .methods.dreambooth import small_picture
 from .modelspec import family
+from .probe import Probe
 from .progress_log import Log
-from .prompts import subject_prompt
+from .prompts import class_prompt, subject_prompt
 from .proof import Movement, check_file, compare_gradients
 from .signals import Stop
 from .stepping import Stepper
@@ -61,10 +62,11 @@ class Run:
         learner = self.learner = self.trainer.learner
         self.model.unet.set_plan(self.s.plan)
         self.stepper = Stepper(learner.parameters, self.s)
-        if resume:
-            self.resume()
         if not learner.text_trains:
             self.freeze_text()
+        self.probe = Probe(self) if self.s.probe_every else None
+        if resume:
+            self.resume()
         if self.s.check_backend and self.step == 0:
             exact = _compute_dtype(self.model.unet) == torch.float32
             first = lambda: self.loss(self.batch(0, 0))[0]  # noqa: E731
@@ -75,7 +77,7 @@ class Run:
                 self.one_step(log)
                 if movement is not None and self.step == min(PROOF_STEP, self.s.steps):
                     self.say("proof", text=movement.check(learner.seldom))
-                self.housekeeping()
+                self.housekeeping(log)
         self.stopped = self.step < self.s.steps
         unreached = movement.unmoved() if movement is not None and learner.seldom else []
         if unreached:
@@ -118,7 +120,7 @@ class Run:
 
     def freeze_text(self) -> None:
         """The states of every prompt, once; then the text encoders leave memory."""
-        prompts = sorted({*self.bank.prompts, *(self.prior.prompts if self.prior else [])})
+        prompts = sorted({*self.bank.prompts, *(self.prior.prompts if self.prior else []), class_prompt(self.s)})
         with torch.no_grad():
             for prompt in prompts:
                 self._texts[prompt] = encode(self.model, [prompt], self.learner.words, self.learner.hold_first)
@@ -142,8 +144,8 @@ class Run:
         share = _share()
         return draw_batch(self.bank, self.prior, self.names, self.s, step, micro, share, law)
 
-    def loss(self, batch: Batch, extra: int | None = None) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one micro-batch, and its parts for the log."""
+    def predicted(self, batch: Batch, step: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(prediction, its target, masks) of a batch; `step` seeds the noise on an up-scaler's small picture."""
         s, unet, schedule = self.s, self.model.unet, self.model.schedule
         like = unet.conv_in.weight
         x, noise = batch.latents.to(like.device), batch.noise.to(like.device)
@@ -154,12 +156,16 @@ class Run:
             kv = self.method.without_first_gradient(kv)
         noisy, added = schedule.add_noise(x, noise, t), text.added(self.size, self.size)
         if s.stage == "super_resolution":
-            noisy, added = self.with_small_picture(noisy, batch, added)
+            noisy, added = self.with_small_picture(noisy, batch, added, step)
         prediction = unet(noisy.to(_compute_dtype(unet)), t, kv, added)
-        masks = None if batch.masks is None else batch.masks.to(like.device)
-        each = picture_losses(prediction, schedule.target(x, noise, t), masks)
+        return prediction, schedule.target(x, noise, t), None if batch.masks is None else batch.masks.to(like.device)
+
+    def loss(self, batch: Batch, extra: int | None = None) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one micro-batch, and its parts for the log."""
+        s = self.s
+        each = picture_losses(*self.predicted(batch, self.step))
         if s.snr_gamma:
-            each = each * snr_weights(schedule, t, s.snr_gamma)
+            each = each * snr_weights(self.model.schedule, batch.t.to(each.device), s.snr_gamma)
         subject, prior = each[: batch.subjects].mean(), each[batch.subjects :]
         total, parts = subject, {"subject": float(subject.detach())}
         if len(prior):
@@ -170,12 +176,14 @@ class Run:
             total, parts["preservation"] = total + kept, float(kept.detach())
         return total, parts | {"loss": float(total.detach())}
 
-    def with_small_picture(self, noisy: Tensor, batch: Batch, added: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def with_small_picture(
+        self, noisy: Tensor, batch: Batch, added: Any, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """An up-scaler's further input channels, and the noise level it is told."""
         more = self.model.unet.settings["in_channels"] - noisy.shape[1]
         if not 0 < more <= noisy.shape[1]:
             raise ValueError(f"{self.model.name} is no up-scaler: its UNet has no input channels for a small picture")
-        small = small_picture(batch.latents.to(noisy), more, self.s.noise_level, seeded(self.s.seed, 4, self.step))
+        small = small_picture(batch.latents.to(noisy), more, self.s.noise_level, seeded(self.s.seed, 4, step))
         added = dict(added or {})
         if self.model.unet.class_embedding is not None:
             added["class_labels"] = torch.zeros(len(noisy), dtype=torch.long, device=noisy.device)
@@ -221,8 +229,13 @@ class Run:
         self.say("warning", text=f"{sentence}; going back to step {from_step}")
         raise TrainingStopped(sentence, self.finish())
 
-    def housekeeping(self) -> None:
+    def housekeeping(self, log: Log) -> None:
         s = self.s
+        if self.probe is not None and (self.step % s.probe_every == 0 or self.step == s.steps):
+            held_out, drift = self.probe.measure()
+            log.probe(self.step, held_out, drift)
+            since = f"held-out loss {held_out:.4f} ({self.probe.at_first:.4f} at first)"
+            self.say("probe", text=f"{since}, the class drifted by {drift:.1%}", held_out=held_out, drift=drift)
         if self.out is not None and s.checkpoint_every and self.step % s.checkpoint_every == 0:
             self.checkpoint()
         if s.preview_every and self.step % s.preview_every == 0 and s.preview_prompts:

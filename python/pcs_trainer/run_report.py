@@ -37,6 +37,11 @@ def read_losses(folder: Path) -> dict[str, list[Any]]:
             curve[key] = values if key in ("loss", "smoothed") else smooth(values)
     if "prior" not in curve:
         curve.pop("subject", None)  # it is the loss itself
+    probes = folder / "logs" / "probe.csv"
+    if probes.is_file():
+        with probes.open(newline="") as file:
+            seen = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        curve["probe"] = {key: [row[key] for row in seen] for key in ("step", "held_out", "drift")}
     return curve
 
 

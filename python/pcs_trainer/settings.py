@@ -61,6 +61,7 @@ class Settings:
     keep: int = 2
     preview_every: int = 0
     preview_prompts: tuple[str, ...] = ()
+    probe_every: int = 50  # steps between looks at the held-out loss and the class's drift; 0 is off
     check_backend: bool = True  # compare gradients with the reference before step 1
 
     def asdict(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _check(s: Settings) -> None:
     if not 0 < s.learning_rate < 1:
         raise ValueError(f"learning_rate must lie between 0 and 1, not {s.learning_rate!r}")
     for name in ("token_learning_rate", "clip_norm", "snr_gamma", "prior_weight", "preservation_weight", "weight_decay",
-                 "warmup", "rank", "checkpoint_every", "preview_every", "resolution"):  # fmt: skip
+                 "warmup", "rank", "checkpoint_every", "preview_every", "probe_every", "resolution"):  # fmt: skip
         if not getattr(s, name) >= 0:
             raise ValueError(f"{name} must not be negative, and is {getattr(s, name)!r}")
     if s.resolution % 8:

@@ -34,6 +34,7 @@ SETTINGS = {
     "prior_images": "prior_images", "prior_folder": "prior_folder", "snr_gamma": "snr_gamma", "seed": "seed",
     "train_text_encoder": "train_text_encoder", "resolution": "resolution", "plan": "plan", "optimizer": "optimizer",
     "checkpoint_every": "checkpoint_every", "keep": "keep", "preview_every": "preview_every",
+    "probe_every": "probe_every",
     "preview": "preview_prompts", "clip_norm": "clip_norm", "weight_decay": "weight_decay", "identifier": "identifier",
 }  # fmt: skip
 
@@ -115,6 +116,8 @@ OPTIONS = (
            also=("--validation_prompt", "--validation_prompts"), group="output"),
     Option("--preview-every", "steps between previews", whole(1, "50"), metavar="N",
            also=("--validation_steps", "--sample_every_n_steps"), group="output"),
+    Option("--probe-every", "steps between looks at the held-out loss and the class's drift (default 50)",
+           whole(0, "50"), metavar="N", group="output"),
     Option("--tensorboard", "write the losses for TensorBoard, into FOLDER/logs", None, False, group="output"),
     Option("--no-report", "write no report.html", None, False, group="output"),
     Option("--quiet", "print the result alone", None, False, group="output"),
@@ -267,8 +270,10 @@ def board(options: argparse.Namespace, folder: Path) -> Iterator[Callable[[Any],
         raise UsageError("--tensorboard: tensorboard is not installed; mend: pip install tensorboard") from None
     writer = SummaryWriter(str(folder / "logs"))
 
+    told = {"step": ("loss", "smoothed", "subject", "prior", "lr"), "probe": ("held_out", "drift")}
+
     def write(event: Any) -> None:
-        for name in ("loss", "smoothed", "subject", "prior", "lr") if event.kind == "step" else ():
+        for name in told.get(event.kind, ()):
             if event.data.get(name) is not None:
                 writer.add_scalar(name, event.data[name], event.step)
 
