@@ -93,7 +93,16 @@ def test_every_part_is_there_and_every_tag_is_closed():
     found = Checked(page(data))
     assert set(data) - {"title", "lead"} <= set(found.ids)
     text = " ".join(found.text)
-    for said in ("A <mug> & more", "a <mug> mug on the beach", "24,704", "1 min 15 s", "23.0 MB", "no space", "drifted by 4.2%", "held-out"):
+    for said in (
+        "A <mug> & more",
+        "a <mug> mug on the beach",
+        "24,704",
+        "1 min 15 s",
+        "23.0 MB",
+        "no space",
+        "drifted by 4.2%",
+        "held-out",
+    ):
         assert said in text
     assert "nothing" not in text  # a component of no bytes is no component
 

@@ -14,6 +14,7 @@ from pcs_trainer.trainer import Trainer
 from trainer_cases import SMALL, cache, pictures
 
 __all__ = ["cache"]
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 
 
 SCRIPT = """
@@ -139,6 +140,32 @@ def test_two_processes_are_one_of_twice_the_batch(model, tmp_path):
     settings = SMALL | dict(steps=3, batch=4, bank=12, optimizer="adamw")
     settings |= dict(learning_rate=1e-4, token_learning_rate=1e-5)
     one = Trainer(model, "custom_diffusion", pictures(), class_word="mug", **settings).train()
+    base = dict(model.unet.named_parameters())
+    for name, tensor in one.tensors.items():
+        moved = (tensor - base[name.removeprefix("unet.")]).norm()
+        assert float((two.tensors[name] - tensor).norm() / moved) < 1e-2, name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gloo over sockets")
+def test_the_command_line_under_torchrun(model, tmp_path):
+    """Two processes, one folder: the first one writes, both resume, and the result is that of twice the batch."""
+    flags = "--class mug --method custom_diffusion --no-report --quiet --optimizer adamw --lr 1e-4 --token-lr 1e-5"
+    flags += " --prior-images 2 --set prior_steps=2 --set bank=12"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def run(start: list[str], out: str, more: str) -> None:
+        words = ["-m", "pcs_trainer", "train", str(PHOTOS), *flags.split(), *more.split(), "--out", str(tmp_path / out)]
+        done = subprocess.run([*start, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.strip().endswith(f"{out}/concept.safetensors") and done.stdout.count("concept") == 1
+
+    run(torchrun, "two", "--batch 2 --steps 2")
+    run(torchrun, "two", "--batch 2 --steps 3 --resume")
+    run([sys.executable], "one", "--batch 4 --steps 3")
+    two, one = (load_concept(tmp_path / name / "concept.safetensors") for name in ("two", "one"))
+    lines = (tmp_path / "two" / "logs" / "loss.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
     base = dict(model.unet.named_parameters())
     for name, tensor in one.tensors.items():
         moved = (tensor - base[name.removeprefix("unet.")]).norm()

@@ -22,6 +22,7 @@ from .methods import module_of
 from .methods.dreambooth import small_picture
 from .modelspec import family
 from .probe import Probe
+from .processes import agreed, share
 from .progress_log import Log
 from .prompts import class_prompt, subject_prompt
 from .proof import Movement, check_file, compare_gradients
@@ -47,8 +48,10 @@ class Run:
     """One call of Trainer.train: the state that it needs and nothing after it."""
 
     def __init__(self, trainer: Trainer, tell: Callable[[Event], Any], should_stop: Callable[[], bool]) -> None:
-        self.trainer, self.model, self.s, self.out = trainer, trainer.model, trainer.settings, trainer.out
-        self.tell, self.should_stop = tell, should_stop
+        self.trainer, self.model, self.s = trainer, trainer.model, trainer.settings
+        first = share()[0] == 0  # of several processes one writes and tells
+        self.out = trainer.out if first else None
+        self.tell, self.should_stop = tell if first else lambda event: None, should_stop
         self.method = module_of(self.s.method)
         self.step = 0
         self.skipped_in_a_row = 0
@@ -73,7 +76,7 @@ class Run:
             self.say("proof", text=compare_gradients(learner.parameters, first, exact))
         movement = Movement(learner.parameters, self.frozen()) if self.step == 0 else None
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
-            while self.step < self.s.steps and not stop:
+            while self.step < self.s.steps and not agreed(bool(stop)):
                 self.one_step(log)
                 if movement is not None and self.step == min(PROOF_STEP, self.s.steps):
                     self.say("proof", text=movement.check(learner.seldom))
@@ -141,8 +144,7 @@ class Run:
 
     def batch(self, step: int, micro: int) -> Batch:
         law = lambda n, g: drawn_timesteps(self.model.schedule, self.s.timesteps, n, g)  # noqa: E731
-        share = _share()
-        return draw_batch(self.bank, self.prior, self.names, self.s, step, micro, share, law)
+        return draw_batch(self.bank, self.prior, self.names, self.s, step, micro, share(), law)
 
     def predicted(self, batch: Batch, step: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """(prediction, its target, masks) of a batch; `step` seeds the noise on an up-scaler's small picture."""
@@ -282,9 +284,10 @@ class Run:
             self.say("warning", text=f"{error}; training goes on")
 
     def resume(self) -> None:
-        found = checkpoints(self.out) if self.out is not None else []
+        out = self.trainer.out
+        found = checkpoints(out) if out is not None else []
         if not found:
-            where = f"{self.out} has no whole checkpoint" if self.out is not None else "no out folder was given"
+            where = f"{out} has no whole checkpoint" if out is not None else "no out folder was given"
             raise ValueError(f"there is nothing to resume: {where}")
         tensors, state = read_checkpoint(found[-1])
         now = json.loads(json.dumps(self.identity(), default=str))
@@ -334,10 +337,3 @@ class Run:
 def _compute_dtype(unet: nn.Module) -> torch.dtype:
     """What the UNet computes in: its norms' dtype (trained projections may be float32 masters)."""
     return unet.conv_norm_out.weight.dtype
-
-
-def _share() -> tuple[int, int]:
-    """(rank, world size) of this process among those that train together."""
-    import torch.distributed as dist
-
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pcs_kernels.optim import AdamW8bit, step_in_backward
 
+from .processes import share, share_gradients
 from .settings import Settings
 
 GOOD_EVERY = 10  # steps between copies of a good state
@@ -21,10 +22,8 @@ class Stepper:
     """The optimizer of a run and all that surrounds its step."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], s: Settings) -> None:
-        import torch.distributed as dist
-
         self.parameters, self.s = parameters, s
-        self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.world = share()[1]
         rows = [p for n, p in parameters.items() if n.startswith("word.")]
         others = [p for n, p in parameters.items() if not n.startswith("word.")]
         groups = [{"params": others, "lr": s.learning_rate, "weight_decay": s.weight_decay}] if others else []
@@ -101,7 +100,7 @@ class Stepper:
             finite = finite and bool(torch.isfinite(loss))
             loss.backward()
         if self.world > 1:
-            _share_gradients(trained, self.world)
+            share_gradients(trained)
         gradients = [p.grad for p in trained if p.grad is not None]
         norm = float(torch.stack([g.float().norm() for g in gradients]).norm()) if gradients else 0.0
         good = finite and math.isfinite(norm)
@@ -141,14 +140,3 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
             self.handle.load_state_dict(state["handle"])
-
-
-def _share_gradients(trained: list[nn.Parameter], world: int) -> None:
-    """The mean of all processes' gradients; what had none in one process counts as zero."""
-    import torch.distributed as dist
-
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in trained])
-    dist.all_reduce(flat)
-    flat /= world
-    for p, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-        p.grad = part.view_as(p).to(p.dtype)

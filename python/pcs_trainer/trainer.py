@@ -15,6 +15,7 @@ from .events import Event
 from .images import load_pictures
 from .methods import Learner, add_words, setup, subject_rows
 from .model import Model, load_model
+from .processes import join
 from .prompts import choose_token, rare_token
 from .run import Run
 from .run import TrainingStopped as TrainingStopped
@@ -36,7 +37,8 @@ class Trainer:
         concepts: list[dict[str, Any]] | None = None, **overrides: Any,
     ) -> None:  # fmt: skip
         self.model = load_model(model) if isinstance(model, (str, Path)) else model
-        self.out = None if out is None else _writable(Path(out))
+        rank, _ = join()
+        self.out = None if out is None else _writable(Path(out)) if rank == 0 else Path(out)
         given = concepts or [{"images": images, "class_word": class_word, "token": token}]
         if images is None and not concepts:
             raise ValueError("images is missing: give a folder of pictures, or a list of them")

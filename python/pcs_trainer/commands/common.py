@@ -67,6 +67,7 @@ def open_model(options: argparse.Namespace) -> Model:
     import torch
 
     from ..model import load_model
+    from ..processes import local_rank
     from ..unet_config import UnsupportedModel
 
     quiet_libraries()
@@ -75,7 +76,7 @@ def open_model(options: argparse.Namespace) -> Model:
         where = "tiny"
         if not getattr(options, "quiet", False):
             say("no --model given: the embedded model is used (64x64 pictures of a small made-up world)")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type
     except RuntimeError:

@@ -213,8 +213,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], stop: Interrupt) -> int:
+    from ..processes import join
     from ..trainer import Trainer
 
+    first = join()[0] == 0
+    options.quiet, options.tensorboard = options.quiet or not first, options.tensorboard and first
     model = open_model(options)
     if options.budget:
         chosen |= within_budget(options, model, chosen)
@@ -233,6 +236,8 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
             also(event)
 
         concept = trainer.train(on_event, stop, options.resume)
+    if not first:
+        return 0
     if stop() or concept.meta.get("finished") == "0":
         say(f"stopped and saved after {concept.meta.get('steps')} steps; go on with: {again(folder)}")
         return INTERRUPTED
