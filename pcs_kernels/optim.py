@@ -77,13 +77,16 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError("update needs p.grad; it is None")
         if p.grad.is_sparse:
             raise ValueError("p.grad is sparse, which AdamW8bit does not take; mend: Embedding(sparse=False)")
+        part, part_grad = own_part(p), own_part(p.grad)
+        if not part.numel():
+            return
         state = self.state[p]
         if not state:
-            self._init_state(p, state)
+            self._init_state(part, state)
         state["step"] += 1
         numbers = (group["lr"], *group["betas"][:2], group["eps"], group["weight_decay"], int(state["step"]))
         seed = None if self.seed is None else self.seed * 1_000_003 + self._index(p)
-        value, grad = in_memory_order(p, p), in_memory_order(p, p.grad).contiguous()
+        value, grad = in_memory_order(part, part), in_memory_order(part, part_grad).contiguous()
         if state["state1"].dtype == torch.uint8:
             names = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
             coded = (state[name] for name in names)
@@ -128,12 +131,17 @@ class AdamW8bit(torch.optim.Optimizer):
             if key in state_dict["state"]:
                 saved = dict(state_dict["state"][key])
                 saved.update(saved.pop(_BNB_NESTED, {}))
-                _check_saved_state(saved, p, key, self.block_size)
+                _check_saved_state(saved, own_part(p), key, self.block_size)
                 loaded[p] = {k: v.to(p.device).clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
         self.state.clear()
         self.state.update(loaded)
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({k: deepcopy(v) for k, v in saved_group.items() if k != "params"})
+
+
+def own_part(t: Tensor) -> Tensor:
+    """This process's part of a tensor that several share (a DTensor), or the tensor."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def _check_saved_state(saved: dict[str, Any], p: Tensor, key: Any, block_size: int) -> None:

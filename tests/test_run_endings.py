@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from pcs_trainer.concept import load_concept
 from pcs_trainer.trainer import Trainer
 from trainer_cases import SMALL, cache, pictures
@@ -117,33 +118,59 @@ model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
 rank = 0 if os.fork() else 1
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
 dist.init_process_group("gloo", rank=rank, world_size=2)
-t = Trainer(model, "custom_diffusion", [p.picture for p in photos(51, 2)], class_word="mug",
-            out={out!r} if rank == 0 else None, steps=3, batch=2, bank=12, prior_images=2, prior_steps=2,
-            check_backend=False, optimizer="adamw", learning_rate=1e-4, token_learning_rate=1e-5)
-t.train()
+for steps, resume in {runs!r}:
+    t = Trainer(model, {method!r}, [p.picture for p in photos(51, 2)], class_word="mug", out={out!r}, steps=steps,
+                **{settings!r})
+    t.train(resume=resume)
+    dist.barrier()
 if rank:
     os._exit(0)
 assert os.wait()[1] == 0
 """
+PLAIN = dict(optimizer="adamw", learning_rate=1e-4, step_in_backward=False)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_are_one_of_twice_the_batch(model, tmp_path):
+def in_two_processes(out: Path, method: str, runs: list[tuple[int, bool]], **settings):
+    """Each (steps, resume) in turn, by two processes that share the batch; the concept that they write."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = PARALLEL.format(path=[p for p in sys.path if p], out=str(tmp_path))
-    assert subprocess.run([sys.executable, "-c", code, str(port)]).returncode == 0
-    two = load_concept(tmp_path / "concept.safetensors")
-    settings = SMALL | dict(steps=3, batch=4, bank=12, optimizer="adamw")
-    settings |= dict(learning_rate=1e-4, token_learning_rate=1e-5)
-    one = Trainer(model, "custom_diffusion", pictures(), class_word="mug", **settings).train()
+    code = PARALLEL.format(
+        path=[p for p in sys.path if p], out=str(out), method=method, runs=runs, settings=SMALL | settings
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(port)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_concept(out / "concept.safetensors")
+
+
+def assert_same_movement(model, one, two, limit: float = 1e-2) -> None:
     base = dict(model.unet.named_parameters())
     for name, tensor in one.tensors.items():
         moved = (tensor - base[name.removeprefix("unet.")]).norm()
-        assert float((two.tensors[name] - tensor).norm() / moved) < 1e-2, name
+        assert float((two.tensors[name] - tensor).norm() / moved) < limit, name
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("method", ("custom_diffusion", "dreambooth"))
+def test_two_processes_are_one_of_twice_the_batch(model, tmp_path, method):
+    """Each holds everything and averages gradients; of a whole network each holds its part."""
+    more = PLAIN | (dict(token_learning_rate=1e-5, bank=12) if method == "custom_diffusion" else {})
+    two = in_two_processes(tmp_path, method, [(3, False)], batch=2, **more)
+    settings = SMALL | more | dict(steps=3, batch=4)
+    one = Trainer(model, method, pictures(), class_word="mug", **settings).train()
+    assert_same_movement(model, one, two)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_shared_network_resumes_bit_for_bit_with_as_many_processes(model, tmp_path):
+    at_once = in_two_processes(tmp_path / "a", "dreambooth", [(3, False)], learning_rate=1e-4)
+    resumed = in_two_processes(tmp_path / "b", "dreambooth", [(2, False), (3, True)], learning_rate=1e-4)
+    assert all(torch.equal(at_once.tensors[n], resumed.tensors[n]) for n in at_once.tensors)
+    alone = dict(out=tmp_path / "b", steps=4, learning_rate=1e-4)
+    with pytest.raises(ValueError, match="saved by 2 processes; resume with as many"):
+        Trainer(model, "dreambooth", pictures(), class_word="mug", **SMALL | alone).train(resume=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo over sockets")
@@ -166,7 +193,4 @@ def test_the_command_line_under_torchrun(model, tmp_path):
     two, one = (load_concept(tmp_path / name / "concept.safetensors") for name in ("two", "one"))
     lines = (tmp_path / "two" / "logs" / "loss.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
-    base = dict(model.unet.named_parameters())
-    for name, tensor in one.tensors.items():
-        moved = (tensor - base[name.removeprefix("unet.")]).norm()
-        assert float((two.tensors[name] - tensor).norm() / moved) < 1e-2, name
+    assert_same_movement(model, one, two)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import pcs_kernels
 
+from .sharding import whole
+
 SET = 50_000_000  # numbers: two gradients of so many are held for a comparison
 
 
@@ -85,7 +87,7 @@ class Movement:
 @torch.no_grad()
 def _mark(p: Tensor) -> tuple[float, float]:
     """The sum of all, and a weighted one of 64 elements: enough to see any step of an optimizer."""
-    flat = p.detach().flatten()
+    flat = whole(p.detach()).flatten()
     some = flat[:: max(1, flat.numel() // 64)].double()
     order = torch.arange(1, len(some) + 1, dtype=torch.float64, device=some.device)
     return float(flat.sum(dtype=torch.float64)), float((some * order).sum())

@@ -26,6 +26,7 @@ from .processes import agreed, share
 from .progress_log import Log
 from .prompts import class_prompt, subject_prompt
 from .proof import Movement, check_file, compare_gradients
+from .sharding import fill, shard, whole
 from .signals import Stop
 from .stepping import Stepper
 from .text import Text, encode
@@ -64,16 +65,18 @@ class Run:
         self.prepare()
         learner = self.learner = self.trainer.learner
         self.model.unet.set_plan(self.s.plan)
-        self.stepper = Stepper(learner.parameters, self.s)
         if not learner.text_trains:
             self.freeze_text()
-        self.probe = Probe(self) if self.s.probe_every else None
-        if resume:
-            self.resume()
-        if self.s.check_backend and self.step == 0:
+        if self.s.check_backend and not resume:
             exact = _compute_dtype(self.model.unet) == torch.float32
             first = lambda: self.loss(self.batch(0, 0))[0]  # noqa: E731
             self.say("proof", text=compare_gradients(learner.parameters, first, exact))
+        if learner.whole and share()[1] > 1:
+            shard(self.model.unet, learner)
+        self.stepper = Stepper(learner.parameters, self.s)
+        self.probe = Probe(self) if self.s.probe_every else None
+        if resume:
+            self.resume()
         movement = Movement(learner.parameters, self.frozen()) if self.step == 0 else None
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
             while self.step < self.s.steps and not agreed(bool(stop)):
@@ -85,7 +88,7 @@ class Run:
         unreached = movement.unmoved() if movement is not None and learner.seldom else []
         if unreached:
             self.say("warning", text=f"no picture of this run reached {', '.join(unreached)}: they are as they began")
-        if self.out is not None:
+        if self.trainer.out is not None:
             self.checkpoint()
         return self.finish()
 
@@ -238,7 +241,7 @@ class Run:
             log.probe(self.step, held_out, drift)
             since = f"held-out loss {held_out:.4f} ({self.probe.at_first:.4f} at first)"
             self.say("probe", text=f"{since}, the class drifted by {drift:.1%}", held_out=held_out, drift=drift)
-        if self.out is not None and s.checkpoint_every and self.step % s.checkpoint_every == 0:
+        if self.trainer.out is not None and s.checkpoint_every and self.step % s.checkpoint_every == 0:
             self.checkpoint()
         if s.preview_every and self.step % s.preview_every == 0 and s.preview_prompts:
             self.preview()
@@ -275,8 +278,10 @@ class Run:
         return {"base": self.base, "base_name": self.model.name, "data": self.digest, "settings": s}
 
     def checkpoint(self) -> None:
-        tensors = {name: p.detach() for name, p in self.learner.parameters.items()}
+        tensors = {name: whole(p.detach()) for name, p in self.learner.parameters.items()}
         state = self.identity() | {"step": self.step, "optimizer": self.stepper.state_dict()}
+        if self.out is None:
+            return  # another process writes; this one has given its parts
         try:
             path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep)  # type: ignore[arg-type]
             self.say("checkpoint", path=str(path))
@@ -292,9 +297,8 @@ class Run:
         tensors, state = read_checkpoint(found[-1])
         now = json.loads(json.dumps(self.identity(), default=str))
         check_same_run(found[-1], state, now)
-        with torch.no_grad():
-            for name, p in self.learner.parameters.items():
-                p.copy_(tensors[name])
+        for name, p in self.learner.parameters.items():
+            fill(p, tensors[name])
         self.stepper.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
         self.say("start", text=f"goes on from {found[-1].name}")

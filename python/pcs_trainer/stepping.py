@@ -13,6 +13,7 @@ from pcs_kernels.optim import AdamW8bit, step_in_backward
 
 from .processes import share, share_gradients
 from .settings import Settings
+from .sharding import gathered, is_part, norm_of
 
 GOOD_EVERY = 10  # steps between copies of a good state
 LARGEST_COPY = 50_000_000  # parameters: above it, checkpoints on disk are the only way back
@@ -100,9 +101,9 @@ class Stepper:
             finite = finite and bool(torch.isfinite(loss))
             loss.backward()
         if self.world > 1:
-            share_gradients(trained)
+            share_gradients([p for p in trained if not is_part(p)])
         gradients = [p.grad for p in trained if p.grad is not None]
-        norm = float(torch.stack([g.float().norm() for g in gradients]).norm()) if gradients else 0.0
+        norm = norm_of(gradients)
         good = finite and math.isfinite(norm)
         if good:
             scale = min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0
@@ -132,11 +133,22 @@ class Stepper:
             p.copy_(value)
         return self._good[0]
 
-    def state_dict(self) -> dict[str, Any]:
-        held = {} if self.handle is None else {"handle": self.handle.state_dict()}
-        return {"optimizer": self.optimizer.state_dict()} | held
+    @property
+    def sharded(self) -> bool:
+        return any(is_part(p) for p in self.parameters.values())
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def state_dict(self) -> Any:
+        """The optimizer's state; of a sharded one every process's, in the first process."""
+        held = {} if self.handle is None else {"handle": self.handle.state_dict()}
+        own = {"optimizer": self.optimizer.state_dict()} | held
+        return gathered(own) if self.sharded else own
+
+    def load_state_dict(self, state: Any) -> None:
+        if self.sharded != isinstance(state, list) or (self.sharded and len(state) != self.world):
+            made = len(state) if isinstance(state, list) else "one process or several that each held everything"
+            raise ValueError(f"the optimizer's state was saved by {made} processes; resume with as many")
+        if self.sharded:
+            state = state[share()[0]]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
             self.handle.load_state_dict(state["handle"])

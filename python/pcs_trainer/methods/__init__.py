@@ -38,6 +38,7 @@ class Learner:
     undo: list[Callable[[], Any]] = field(default_factory=list)
     text_trains: bool = False  # the text states have a gradient, so they are computed in every step
     hold_first: bool = False
+    whole: bool = False  # a whole network trains: several processes share it instead of each holding all
     seldom: tuple[str, ...] = ()  # parameters that a short run may never reach
 
     def restore(self) -> None:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Linear, LowRank, replace_data
+from ..processes import share
+from ..sharding import whole
 from ..text import file_name
 from . import Learner, add_words, subject_rows, train_weights
 
@@ -38,15 +40,19 @@ def setup(model: Model, s: Settings) -> Learner:
     if s.train_text_encoder:
         whole_text_encoder(model, learner)
     add_words(learner, subject_rows(model, s), s.train_token)
-    values = {n: p for n, p in learner.parameters.items() if not n.startswith("word.")}
-    learner.tensors = lambda: {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in values.items()}
+    learner.tensors = lambda: {
+        n: whole(p.detach()).clone(memory_format=torch.contiguous_format)
+        for n, p in learner.parameters.items()
+        if not n.startswith("word.")
+    }
     return learner
 
 
 def whole_unet(model: Model, learner: Learner) -> None:
     """Every tensor, in place: what they were is read from the model's files again, and kept nowhere."""
+    learner.whole = True
     for name, parameter in model.unet.named_parameters():
-        if parameter.ndim == 4:  # the memory in which a convolution's gradient comes
+        if parameter.ndim == 4 and share()[1] == 1:  # the memory in which a convolution's gradient comes
             replace_data(parameter, parameter.data.contiguous(memory_format=torch.channels_last))
         learner.parameters[f"unet.{name}"] = parameter.requires_grad_(True)
     learner.undo.append(lambda: model.release("unet"))
