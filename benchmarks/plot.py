@@ -59,7 +59,10 @@ def quality_table() -> str:
         if found[0]:
             cells = [quality_docs.shown(list(values.values())) for values in found]
             lines.append(f"| {name} | {' | '.join(cells)} | {len(found[0])} |")
-    said = "Likeness: 0 is the base model's picture of the class, 1 another photo of the subject; 95 % intervals.\n"
+    said = (
+        "Likeness: 0 is the base model's picture of the class, 1 another photo of the subject; 95 % intervals."
+        ' TextBoost is its second version here (`variant="causal++"`): the embedded text encoder has three layers.\n'
+    )
     return "\n".join(lines) + f"\n\n{said}" if len(lines) > 2 else ""
 
 

@@ -38,7 +38,7 @@ TRAINS = {
     "dreambooth": "the whole UNet",
     "custom_diffusion": "keys and values of the text, a word",
     "personalized_residuals": "a low-rank offset on each output projection",
-    "textboost": "a low-rank offset in the text encoder, a word",
+    "textboost": "low-rank offsets on the text, a word",
 }
 
 

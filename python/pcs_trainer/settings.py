@@ -94,16 +94,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # The embedded model is a thousandth of a real one: it takes larger steps, and fewer pictures of the class. It cannot
-# draw the collages and grey margins that augmentation makes of 64 pixels, and learns less with them. Its text encoder of
-# three layers is too small to hold a subject by itself: TextBoost's second version, which also moves the text states in
-# front of each cross-attention, can.
+# draw the collages and grey margins that augmentation makes of 64 pixels, and learns less with them. Its text encoder
+# of three layers is too small to hold a subject by itself: TextBoost's second version, which also moves the text
+# states in front of each cross-attention, can.
 EMBEDDED: dict[str, dict[str, Any]] = {
-    "dreambooth": dict(steps=220, batch=2, learning_rate=3e-4, prior_images=32),
-    "dreambooth_lora": dict(steps=280, batch=2, learning_rate=1.5e-3, rank=8, prior_images=32),
+    "dreambooth": dict(steps=350, batch=2, learning_rate=3e-4, prior_images=32),
+    "dreambooth_lora": dict(steps=450, batch=2, learning_rate=1.5e-3, rank=8, prior_images=32),
     "custom_diffusion": dict(
-        steps=300, batch=2, learning_rate=2e-3, token_learning_rate=2e-2, prior_images=32, augment=False
+        steps=700, batch=2, learning_rate=2e-3, token_learning_rate=2e-2, prior_images=32, augment=False
     ),
-    "personalized_residuals": dict(steps=350, batch=4, learning_rate=8e-3, rank=8),
+    "personalized_residuals": dict(steps=500, batch=4, learning_rate=8e-3, rank=8),
     "textboost": dict(
         steps=800, batch=4, learning_rate=2e-3, token_learning_rate=2e-2, augment=False, variant="causal++"
     ),
