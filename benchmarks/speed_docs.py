@@ -97,11 +97,16 @@ def methods_table() -> str:
     for method, rows in methods.items():
         ours = rows["pcs"]
         cells = [
-            f"{r['ours_is_faster']} ({r['quartile_low']}-{r['quartile_high']})"
-            for r in (rows[name] for name in peers if name in rows)
+            f"{r['ours_is_faster']} ({r['quartile_low']}-{r['quartile_high']})" if r else ""
+            for r in (rows.get(name) for name in peers)
         ]
         lines.append(f"| {METHODS[method]} | {ours['batch']} | {ours['seconds']} s | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n"
+    note = (
+        "DreamBooth's peers: bitsandbytes' 8-bit AdamW on float32 weights, as the script's --use_8bit_adam; all in"
+        " bfloat16, torch's fused AdamW, which loses updates under half a bfloat16 digit (ours are rounded"
+        " stochastically)."
+    )
+    return "\n".join([*lines, "", note]) + "\n\n"
 
 
 def ops_summary() -> str:
@@ -208,7 +213,5 @@ def page() -> str:
         "# Speed\n\nMade by `python benchmarks/plot.py` from the newest runs in `benchmarks/results/`; `make bench`"
         " adds a run of your machine. Every ratio is the peer's time over ours, taken in turn in one process.\n\n"
         f"## Targets\n\n{targets_table()}\n## Steps\n\n{step_table()}{methods_table()}"
-        "DreamBooth's peers: bitsandbytes' 8-bit AdamW on float32 weights, as the script's --use_8bit_adam; all in"
-        " bfloat16, torch's fused AdamW, whose updates under half a bfloat16 digit are lost (ours are rounded"
-        f" stochastically).\n\n![Seconds of a step](step.png)\n\n## Every op\n\n{ops_table()}"
+        f"![Seconds of a step](step.png)\n\n## Every op\n\n{ops_table()}"
     )

@@ -89,7 +89,11 @@ class StepInBackward:
             self.norm = norm if math.isfinite(norm) else self.norm  # one bad step says nothing about the next
         elif self.max_norm is not None and waiting:
             self.norm = float(torch.linalg.vector_norm(torch.stack([_square(p.grad) for p in waiting]).sqrt()))
-        if not self._steps_now:
+        if waiting and not self._steps_now and self.max_norm is not None:
+            if self.norm is None or not math.isfinite(self.norm):  # nothing has been stepped yet: nothing is
+                self.refused, self.norm = len(waiting), None
+                self.forget()
+                return
             self._set_coefficient(self.norm)
         for p in waiting:
             self._update(p, _square(p.grad))

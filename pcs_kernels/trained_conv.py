@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._dispatch import forced_backend
+
 
 def trained_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
     """y = conv2d(x, weight) + bias for x [B, C_in, H, W] and a square weight [C_out, C_in, K, K], all of one dtype."""
     rows = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= weight.shape[0]:
+    small = x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= weight.shape[0]
+    if small and forced_backend() != "reference":
         return _Unfolded.apply(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)
 
@@ -64,7 +67,7 @@ def folded(taps: Tensor, shape: tuple[int, ...], stride: int, padding: int) -> T
     """The sum of taps [B, h, w, K, K, C] at the positions they were read from -> [B, C, H, W], added in float32."""
     batch, channels, height, width = shape
     h, w, size = taps.shape[1], taps.shape[2], taps.shape[3]
-    padded = torch.zeros(batch, height + 2 * padding, width + 2 * padding, channels)
+    padded = taps.new_zeros((batch, height + 2 * padding, width + 2 * padding, channels), dtype=torch.float32)
     for i in range(size):
         for j in range(size):
             padded[:, i : i + stride * h : stride, j : j + stride * w : stride] += taps[:, :, :, i, j]

@@ -103,3 +103,18 @@ def test_two_passes_leave_everything_as_it_was_where_one_gradient_is_not_finite(
     handle.backward(lambda: net(torch.ones(2, 64)).sum())
     assert handle.refused == len(before)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)) and not opt.state
+
+
+@pytest.mark.parametrize("clip", ("two_pass", "previous"))
+def test_accumulated_steps_of_an_unknown_norm_leave_everything_as_it_was_too(clip):
+    net = network()
+    opt = AdamW8bit(net.parameters())
+    handle = step_in_backward(opt, accumulate=2, max_norm=1.0, clip=clip)
+    before = [p.detach().clone() for p in net.parameters()]
+    broken = net[0].weight.register_hook(lambda g: g * float("inf"))
+    handle.backward(*[lambda: net(torch.ones(2, 64)).sum()] * 2)
+    assert handle.refused == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)) and not opt.state
+    broken.remove()
+    handle.backward(*[lambda: net(torch.ones(2, 64)).sum()] * 2)
+    assert not handle.refused and not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

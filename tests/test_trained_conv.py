@@ -43,3 +43,9 @@ def test_only_what_is_asked_for_gets_a_gradient():
 def test_a_large_picture_takes_torch_s_own():
     x, weight = torch.randn(1, 8, 9, 9), torch.randn(4, 8, 3, 3)
     assert torch.equal(pcs_kernels.trained_conv2d(x, weight, None, 1, 1), F.conv2d(x, weight, None, 1, 1))
+
+
+def test_a_forced_reference_is_torch_s_own():
+    x, weight = torch.randn(1, 8, 3, 3).bfloat16(), torch.randn(16, 8, 3, 3).bfloat16()
+    with pcs_kernels.backend("reference"):
+        assert torch.equal(pcs_kernels.trained_conv2d(x, weight, None, 1, 1), F.conv2d(x, weight, None, 1, 1))

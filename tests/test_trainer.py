@@ -191,6 +191,26 @@ def test_several_concepts_train_together(model):
     assert set(concept.words) == {"<one>", "<two>"}
     with pytest.raises(ValueError, match="token of its own"):
         Trainer(model, "custom_diffusion", concepts=[both[0], both[1] | {"token": "<one>"}], **SMALL)
+    with pytest.raises(ValueError, match="made for one word"):
+        Trainer(model, "textboost", concepts=both, **SMALL)
+    alike = Trainer(model, "dreambooth_lora", concepts=both, identifier="learned", **SMALL).learner
+    first, second = alike.words.values()
+    alike.restore()
+    assert not torch.equal(first[0], second[0])  # words that do not train must not be the same words
+
+
+def test_pictures_of_several_classes_in_one_folder_need_captions(model, tmp_path):
+    from PIL import Image
+
+    for i, picture in enumerate(pictures()):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    both = [{"images": pictures(seed=61), "class_word": "mug"}, {"images": pictures(seed=62), "class_word": "cat"}]
+    given = SMALL | dict(steps=2, batch=6, prior_folder=str(tmp_path))
+    with pytest.raises(ValueError, match=r"0\.png in .* has no caption"):
+        Trainer(model, "custom_diffusion", concepts=both, **given).train()
+    for i, text in enumerate(("a mug", "a cat")):
+        (tmp_path / f"{i}.txt").write_text(text)
+    Trainer(model, "custom_diffusion", concepts=both, **given).train()
 
 
 def test_masks_weight_the_loss(model, tmp_path):

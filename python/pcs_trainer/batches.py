@@ -99,9 +99,16 @@ def prior_bank(
     if not s.prior_weight:
         return None
     pixels, prompts = [], []
-    for prompt, own in {class_prompt(subject.settings): subject.settings for subject in subjects}.items():
-        share = -(-s.prior_images // len(subjects))
+    classes = {class_prompt(subject.settings): subject.settings for subject in subjects}
+    share = -(-s.prior_images // len(classes))
+    for prompt, own in list(classes.items())[: 1 if s.prior_folder else None]:
         pictures = prior_pictures(model, prompt, replace(own, prior_images=share, resolution=size), report)
+        bare = [p.name for p in pictures if not p.caption] if s.prior_folder and len(classes) > 1 else []
+        if bare:
+            raise ValueError(
+                f"{bare[0]} in {s.prior_folder} has no caption, and the subjects are of several classes; put a .txt "
+                "with what it shows beside each picture, or leave the folder out: the model draws each class"
+            )
         pixels += [fitted(p.pixels, size) for p in pictures]
         prompts += [p.caption or prompt for p in pictures]
     return Bank(cached_moments(model, pixels), prompts)

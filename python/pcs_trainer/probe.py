@@ -25,13 +25,14 @@ class Probe:
     def __init__(self, run: Run) -> None:
         self.run = run
         generator = seeded(run.s.seed, 5)
-        pick = torch.arange(len(TIMES)) % len(run.bank)
+        pick = torch.linspace(0, len(run.bank) - 1, len(TIMES)).round().long()  # of every subject
         z = run.bank.moments.draw(pick, generator)
         t = torch.tensor([int(part * len(run.model.schedule)) for part in TIMES])
         masks = None if run.bank.masks is None else run.bank.masks[pick]
         noise = torch.randn(z.shape, generator=generator)
         self.subject = Batch(z, [run.bank.prompts[i] for i in pick.tolist()], masks, noise, t, len(t))
-        self.classes = replace(self.subject, prompts=[class_prompt(run.s)] * len(t), masks=None)
+        classes = [class_prompt(subject.settings) for subject in run.trainer.subjects]
+        self.classes = replace(self.subject, prompts=[classes[i % len(classes)] for i in range(len(t))], masks=None)
         self.at_first = self.held_out()
         self.start = self.of_the_class()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ def join() -> tuple[int, int]:
     if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     return share()
 
@@ -30,6 +32,17 @@ def local_rank() -> int:
 def share() -> tuple[int, int]:
     """(rank, world size) of this process among those that train together."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process does what is inside before the others: they find what it has kept."""
+    rank, world = share()
+    if world > 1 and rank:
+        dist.barrier()
+    yield
+    if world > 1 and not rank:
+        dist.barrier()
 
 
 def agreed(wish: bool) -> bool:

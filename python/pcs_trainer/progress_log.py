@@ -34,6 +34,8 @@ class Log:
             self._file.write("\n".join([",".join(COLUMNS), *kept]) + "\n")
             probes = path.with_name(PROBES)
             earlier = probes.read_text().splitlines()[1:] if self.first and probes.is_file() else []
+            if not self.first:
+                probes.unlink(missing_ok=True)
             self._probes = [line for line in earlier if int(line.split(",")[0]) <= self.first]
         return self
 

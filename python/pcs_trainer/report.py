@@ -129,7 +129,7 @@ def _curves(curves: list[dict[str, Any]]) -> str:
             if probe.get("step"):
                 key += f'<p class="note">The class drifted by {probe["drift"][-1]:.1%} of its prediction.</p>'
             figures.append(f"<figure><h3>{escape(curve['name'])}</h3>{curve_svg(curve['name'], lines)}{key}</figure>")
-    note = "Every step faint, smoothed in bold; held-out: the subject's loss on noise that never changes."
+    note = "Every step faint, smoothed in bold; held-out: the photos' loss on noise that training never sees."
     return f'<p class="note">{note}</p><div class="two">{"".join(figures)}</div>'
 
 

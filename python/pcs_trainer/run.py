@@ -22,7 +22,7 @@ from .methods import module_of
 from .methods.dreambooth import small_picture
 from .modelspec import family
 from .probe import Probe
-from .processes import agreed, share
+from .processes import agreed, first_alone, share
 from .progress_log import Log
 from .prompts import class_prompt, subject_prompt
 from .proof import Movement, check_file, compare_gradients
@@ -106,7 +106,8 @@ class Run:
             for text in [*(f"skipped: {reason}" for reason in subject.loaded.skipped), *subject.loaded.notes]:
                 self.say("warning", text=text)
         self.bank, self.names = subject_bank(model, self.trainer.subjects, s, size)
-        self.prior = prior_bank(model, self.trainer.subjects, s, size, lambda text: self.say("start", text=text))
+        with first_alone():
+            self.prior = prior_bank(model, self.trainer.subjects, s, size, lambda text: self.say("start", text=text))
         self.latent = self.bank.moments.mean.shape[-1]
         model.release("vae")
         self.digest = data_digest(self.trainer.subjects, self.prior)
@@ -126,7 +127,8 @@ class Run:
 
     def freeze_text(self) -> None:
         """The states of every prompt, once; then the text encoders leave memory."""
-        prompts = sorted({*self.bank.prompts, *(self.prior.prompts if self.prior else []), class_prompt(self.s)})
+        classes = [class_prompt(subject.settings) for subject in self.trainer.subjects]
+        prompts = sorted({*self.bank.prompts, *(self.prior.prompts if self.prior else []), *classes})
         with torch.no_grad():
             for prompt in prompts:
                 self._texts[prompt] = encode(self.model, [prompt], self.learner.words, self.learner.hold_first)
@@ -239,7 +241,7 @@ class Run:
         if self.probe is not None and (self.step % s.probe_every == 0 or self.step == s.steps):
             held_out, drift = self.probe.measure()
             log.probe(self.step, held_out, drift)
-            since = f"held-out loss {held_out:.4f} ({self.probe.at_first:.4f} at first)"
+            since = f"loss on held-out noise {held_out:.4f} ({self.probe.at_first:.4f} at first)"
             self.say("probe", text=f"{since}, the class drifted by {drift:.1%}", held_out=held_out, drift=drift)
         if self.trainer.out is not None and s.checkpoint_every and self.step % s.checkpoint_every == 0:
             self.checkpoint()
@@ -275,10 +277,15 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         s = self.s.asdict() | {"subjects": [[x.settings.class_word, x.settings.token] for x in self.trainer.subjects]}
+        s["processes"] = share()[1]
         return {"base": self.base, "base_name": self.model.name, "data": self.digest, "settings": s}
 
     def checkpoint(self) -> None:
-        tensors = {name: whole(p.detach()) for name, p in self.learner.parameters.items()}
+        tensors = {}
+        for name, p in self.learner.parameters.items():
+            value = whole(p.detach())  # one at a time: the whole network need not fit on a device
+            if self.out is not None:
+                tensors[name] = value.cpu()
         state = self.identity() | {"step": self.step, "optimizer": self.stepper.state_dict()}
         if self.out is None:
             return  # another process writes; this one has given its parts

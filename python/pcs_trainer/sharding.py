@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .layers import Conv2d
 from .processes import share
@@ -74,5 +75,5 @@ def gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
 
     rank, world = share()
     found: list[Any] | None = [None] * world if rank == 0 else None
-    dist.gather_object(state, found)
+    dist.gather_object(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, state), found)
     return found or []  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcs_kernels.optim import AdamW8bit, step_in_backward
 
-from .processes import share, share_gradients
+from .processes import agreed, share, share_gradients
 from .settings import Settings
 from .sharding import gathered, is_part, norm_of
 
@@ -32,7 +32,8 @@ class Stepper:
             rate = s.token_learning_rate or s.learning_rate
             groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
         kind = AdamW8bit if s.optimizer == "adamw8bit" else torch.optim.AdamW
-        extra = {"seed": s.seed} if s.optimizer == "adamw8bit" else {}
+        parts = any(is_part(p) for p in parameters.values())  # torch's loops over lists take no mixture with whole ones
+        extra = {"seed": s.seed} if s.optimizer == "adamw8bit" else {"foreach": False} if parts else {}
         self.optimizer = kind(groups, betas=(0.9, 0.999), **extra)
         self.rates = [group["lr"] for group in groups]
         self.handle = None
@@ -56,7 +57,8 @@ class Stepper:
         return 1 - share if s.lr_schedule == "linear" else 1.0
 
     def step(self, losses: list[Callable[[], Tensor]], step: int) -> bool:
-        """Run the micro-batches and update; False where a number was not finite and nothing was updated."""
+        """Run the micro-batches and update; False where a number was not finite: nothing was updated then, or, with the
+        step in the backward and clip="previous", everything but the tensors whose gradient it was."""
         factor = self.factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -104,13 +106,14 @@ class Stepper:
             share_gradients([p for p in trained if not is_part(p)])
         gradients = [p.grad for p in trained if p.grad is not None]
         norm = norm_of(gradients)
-        good = finite and math.isfinite(norm)
+        good = not agreed(not (finite and math.isfinite(norm)))
         if good:
             scale = min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0
             if isinstance(self.optimizer, AdamW8bit):
                 self.optimizer.step(grad_scale=scale)
             else:
-                torch._foreach_mul_(gradients, scale)
+                for g in gradients:
+                    g.mul_(scale)
                 self.optimizer.step()
         self.reason = "" if good else "a gradient is not finite" if finite else "the loss is not finite"
         for p in trained:
@@ -144,9 +147,6 @@ class Stepper:
         return gathered(own) if self.sharded else own
 
     def load_state_dict(self, state: Any) -> None:
-        if self.sharded != isinstance(state, list) or (self.sharded and len(state) != self.world):
-            made = len(state) if isinstance(state, list) else "one process or several that each held everything"
-            raise ValueError(f"the optimizer's state was saved by {made} processes; resume with as many")
         if self.sharded:
             state = state[share()[0]]
         self.optimizer.load_state_dict(state["optimizer"])

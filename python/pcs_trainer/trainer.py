@@ -16,7 +16,7 @@ from .images import load_pictures
 from .methods import Learner, add_words, setup, subject_rows
 from .model import Model, load_model
 from .processes import join
-from .prompts import choose_token, rare_token
+from .prompts import choose_token
 from .run import Run
 from .run import TrainingStopped as TrainingStopped
 from .settings import Settings, settings_for
@@ -47,6 +47,11 @@ class Trainer:
         if len(set(tokens)) < len(tokens):
             raise ValueError(f"the concepts share the token {tokens[0]!r}: give each a token of its own")
         self.settings: Settings = self.subjects[0].settings
+        if len(tokens) > 1 and self.settings.variant.startswith("causal"):
+            raise ValueError(
+                f"textboost's variant {self.settings.variant!r} is made for one word; learn several subjects with "
+                "variant='v1', or with custom_diffusion"
+            )
         self._learner: Learner | None = None
 
     def _subject(self, method: str, one: dict[str, Any], masks: Any, overrides: dict[str, Any], number: int) -> Subject:
@@ -54,9 +59,7 @@ class Trainer:
         s = settings_for(self.model, method, **chosen)
         if not s.class_word.strip() and s.identifier != "plain":
             raise ValueError("class_word is missing: one word for what the pictures show, such as 'dog' or 'mug'")
-        if number:  # a rare word of its own, to be called by or to start from
-            own = rare_token(self.model.tokenizers[0], s.seed + number)
-            s = replace(s, token=s.token or own) if s.identifier == "rare" else replace(s, init_word=s.init_word or own)
+        s = replace(s, seed=s.seed + number)  # each has a rare word of its own, to be called by or to start from
         return Subject(load_pictures(one["images"], one.get("masks") or masks), choose_token(self.model, s))
 
     @property

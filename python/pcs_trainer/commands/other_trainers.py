@@ -104,6 +104,11 @@ def concepts_list(text: str) -> list[str]:
                 "the model draws the pictures of each class"
             )
         said = instance_prompt(other["instance_prompt"])
+        if said[-1] != words[words.index("--prompt") + 1] or "--class" not in said:
+            raise UsageError(
+                f"--concepts_list: the instance prompts in {text} must be the same but for the subject's words, as "
+                "'a photo of <one> dog' and 'a photo of <two> cat' are"
+            )
         token = f":{said[said.index('--token') + 1]}" if "--token" in said else ""
         words += ["--with", f"{other['instance_data_dir']}={said[said.index('--class') + 1]}{token}"]
     return words

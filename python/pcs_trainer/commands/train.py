@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,6 +232,8 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
             if event.kind != "step":
                 events.append(event)
             if event.kind == "start":  # nothing of an earlier run is lost to one that could not begin
+                if options.overwrite:
+                    forget_checkpoints(folder)
                 write_config(folder / "run.toml", COMMAND, options, without=ONCE, out=str(folder))
             progress(event)
             also(event)
@@ -251,6 +254,14 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     return 0
 
 
+def forget_checkpoints(folder: Path) -> None:
+    """An earlier run's, so that a later --resume does not go on from them."""
+    from ..checkpoint import checkpoints
+
+    for old in checkpoints(folder):
+        shutil.rmtree(old)
+
+
 def together(options: argparse.Namespace, images: Any) -> list[dict[str, Any]] | None:
     """The subjects that are learned together, where there are several."""
     if not options.__dict__["with"]:
@@ -259,7 +270,7 @@ def together(options: argparse.Namespace, images: Any) -> list[dict[str, Any]] |
     for text in options.__dict__["with"]:
         photos, _, words = text.rpartition("=")
         word, _, token = words.partition(":")
-        subjects.append({"images": photos, "class_word": word, "token": token})
+        subjects.append({"images": Path(photos).expanduser(), "class_word": word, "token": token})
     return subjects
 
 
@@ -300,7 +311,11 @@ def model_flag(options: argparse.Namespace) -> str:
 
 
 def again(folder: Path) -> str:
-    return f"pcs train --config {shlex.quote(str(folder / 'run.toml'))} --resume"
+    from ..processes import share
+
+    world = share()[1]
+    start = "pcs" if world == 1 else f"torchrun --nproc-per-node {world} -m pcs_trainer"
+    return f"{start} train --config {shlex.quote(str(folder / 'run.toml'))} --resume"
 
 
 COMMAND = Command(

@@ -41,7 +41,7 @@ def setup(model: Model, s: Settings) -> Learner:
         whole_text_encoder(model, learner)
     add_words(learner, subject_rows(model, s), s.train_token)
     learner.tensors = lambda: {
-        n: whole(p.detach()).clone(memory_format=torch.contiguous_format)
+        n: whole(p.detach()).cpu().clone(memory_format=torch.contiguous_format)
         for n, p in learner.parameters.items()
         if not n.startswith("word.")
     }
