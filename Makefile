@@ -48,6 +48,7 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/memory.py --docs
 	$(BIN)/python benchmarks/quality.py --minutes 8
+	$(BIN)/python benchmarks/quality.py --docs
 	$(BIN)/python benchmarks/plot.py
 
 clean:
