@@ -256,7 +256,7 @@ def test_every_augmentation_word_is_reached_and_named_for_what_was_done():
 
 
 def test_every_augmentation_row_gets_a_gradient(tiny):
-    chosen = dict(class_word="mug", token="<v>", augment=True, augment_probability=0.8)
+    chosen = dict(class_word="mug", token="<v>", augment=True, augment_probability=0.8, variant="v1")
     settings = settings_for(tiny, "textboost", **chosen)
     learner = textboost.setup(tiny, settings)
     said = [augment.textboost(picture(), 64, 0.8, seeded(i)).prefix + "a photo of a <v> mug" for i in range(120)]

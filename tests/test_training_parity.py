@@ -109,8 +109,9 @@ def test_dreambooth_lora():
     theirs = halves_loss(*peer.errors(batch, peer.states(batch.prompts)))
     theirs.backward()
     assert float(loss) == pytest.approx(float(theirs), rel=1e-4)
+    whole = float(torch.stack([p.grad.norm() for p in named.values()]).norm())
     for name, p in named.items():
-        close(ours[name_of(name)].grad, p.grad, name)
+        close(ours[name_of(name)].grad, p.grad, name, whole)
 
 
 def test_custom_diffusion():

@@ -26,7 +26,7 @@ OPTIONS = (
 )  # fmt: skip
 
 EXAMPLES = (
-    ("pcs merge out/mug out/textboost --how blend --weight 0.5 --weight 0.5 --rename \"<one>\" --rename \"<two>\"",
+    ("pcs merge out/mug out/tuned --how blend --weight 0.5 --weight 0.5 --rename \"<one>\" --rename \"<two>\"",
      "a weighted sum"),
     ("pcs merge out/cat out/dog --captions captions.txt --compress 0.6 --out out/both.safetensors",
      "two Custom Diffusion concepts in one small file"),
