@@ -7,7 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: setup demo test lint bench clean
 
-setup: $(VENV)/.ready
+# A compiler that comes later is noticed: the native kernels are then built.
+READY := $(VENV)/.ready$(if $(shell command -v c++),,-without-a-compiler)
+
+setup: $(READY)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +23,9 @@ $(VENV)/.installed: constraints.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt diffusers transformers accelerate peft safetensors pillow tokenizers
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.installed setup.py $(wildcard csrc/*)
+$(READY): $(VENV)/.installed setup.py $(wildcard csrc/*)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m pcs_kernels | sed -n 1p
 	touch $@
 
 # Four photos, four methods, one report: out/demo/report.html

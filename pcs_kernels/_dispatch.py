@@ -10,6 +10,7 @@ providers and leave the other ops to choose for themselves.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -110,11 +111,27 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` in its inputs' dtype on every backend: autocast would change torch's products inside it, and no kernel."""
+
+    @functools.wraps(run)
+    def plain(*args: Any) -> Any:
+        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not on:
+            return run(*args)
+        with contextlib.ExitStack() as stack:
+            for kind in on:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return run(*args)
+
+    return plain
+
+
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register a torch.library op: its schema, its implementation on every device, its fake."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcs_kernels::{name}", fake, lib=LIBRARY)
 
 

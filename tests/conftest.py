@@ -8,6 +8,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
+def pytest_report_header():
+    from pcs_trainer.doctor import kernels
+
+    return f"kernels: {kernels()[0]}"
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)

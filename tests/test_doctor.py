@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from pcs_trainer import doctor
+from pcs_trainer import doctor, run_report
 
+import pcs_kernels
 from pcs_kernels._dispatch import OPS
 
 
@@ -84,6 +86,23 @@ def test_without_the_native_build_the_reference_runs(monkeypatch):
 
     monkeypatch.setattr(doctor._native, "library", none)
     assert doctor._native_build() == ("the C++ kernels were not built (no compiler at install time)", False)
+    if not torch.cuda.is_available():
+        assert doctor.kernels()[1] and "not built" in doctor.slow_note() and "slower" in doctor.slow_note()
+
+
+def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
+    from pcs_trainer import cli
+
+    photos = str(Path(__file__).parents[1] / "examples" / "photos")
+    words = ["train", photos, "--class", "mug", "--steps", "1", "--no-report", "--out"]
+    assert cli.main([*words, str(tmp_path / "kernels")]) == 0
+    assert ("slower than it could" in capsys.readouterr().err) == bool(doctor.slow_note())
+    with pcs_kernels.backend("reference"):
+        assert cli.main([*words, str(tmp_path / "plain")]) == 0
+        assert cli.main(["plan", "--device", "cpu", "--method", "personalized_residuals"]) == 0
+        assert doctor.kernels()[0] in run_report.machine()["kernels"]
+    said = capsys.readouterr().err
+    assert "slower than it could: the operations run on the reference backend" in said and "plain torch" in said
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

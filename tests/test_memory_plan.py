@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from unet_families import SD15_REAL, SMALL
 
 from pcs_kernels.optim import AdamW8bit
+from tests import needs
 
 TEXT = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
         "vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98}  # fmt: skip
@@ -43,6 +44,7 @@ def allocated(step) -> int:
     return peak
 
 
+@needs.native  # the reference makes more
 @pytest.mark.parametrize("method", METHODS)
 def test_counted_bytes_are_the_bytes_of_a_real_step(method):
     settings = settings_for(None, method)

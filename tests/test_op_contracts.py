@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pcs_kernels
+from tests import needs
 from tests.closeness import assert_no_worse_than
 from tests.op_cases import all_cases, evaluate
 
@@ -49,7 +50,7 @@ def raw_calls():
     yield "adamw32bit_step", (R(30), R(30), R(30), torch.rand(30), *numbers, 1.0, None, False, "")
 
 
-@pytest.mark.parametrize("backend", ("reference", "native"))
+@pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
 def test_opcheck(backend):
     torch.utils.deterministic.fill_uninitialized_memory = False  # opcheck compares two runs bit for bit
     for name, arguments in raw_calls():
@@ -74,6 +75,7 @@ COMPILED = {
 }
 
 
+@needs.compiler
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_whole_and_gives_the_same(name):
     call, make = COMPILED[name]
@@ -177,6 +179,7 @@ def test_gradients_flow_through_maps_alone():
         torch.testing.assert_close(a, b)
 
 
+@needs.native
 def test_forward_and_backward_stay_on_one_backend(monkeypatch):
     x = R(4, 64, requires_grad=True)
     with pcs_kernels.backend("reference"):
@@ -186,6 +189,19 @@ def test_forward_and_backward_stay_on_one_backend(monkeypatch):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda c: c.name)
+def test_autocast_changes_nothing(case, backend):
+    """An op computes in its inputs' dtype, whatever autocast makes of torch's own products."""
+    expected = evaluate(case, backend, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(case, backend, torch.float32)
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, f"{case.name}: {name}"
+        torch.testing.assert_close(found[name], expected[name], msg=lambda m: f"{case.name}: {name}: {m}")
+
+
+@needs.native
 @pytest.mark.parametrize("threads", (1, 2, 3, 5))
 def test_threads_agree_bit_for_bit(threads):
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import pcs_kernels
+from tests import needs
 from tests.closeness import assert_no_worse_than
 from tests.op_cases import all_cases, evaluate
 
 CASES = all_cases()
 
 
+@needs.native
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_native_is_no_worse_than_torch(case, dtype):
@@ -44,19 +46,21 @@ def test_reference_gradients_are_those_of_autograd(case):
     assert slope == pytest.approx(predicted, rel=1e-5, abs=1e-5)
 
 
-def test_large_mean_does_not_cancel():
+@pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
+def test_large_mean_does_not_cancel(backend):
     """Moments of values that are all far from zero: the naive mean of squares would lose every digit."""
     x = 1000 + torch.randn(1, 64, 31, 17)
     for layout in (torch.contiguous_format, torch.channels_last):
         y = x.contiguous(memory_format=layout)
-        with pcs_kernels.backend("native"):
+        with pcs_kernels.backend(backend):
             found = pcs_kernels.group_norm_silu(y, 8)
         exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 8))
         low = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8))
         assert_no_worse_than(found, exact, low)
 
 
-def test_a_nan_stays_visible():
+@pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
+def test_a_nan_stays_visible(backend):
     for make in (
         lambda x: pcs_kernels.geglu(x),
         lambda x: pcs_kernels.self_attention(*[x.view(1, 1, 8, 16)] * 3),
@@ -66,5 +70,5 @@ def test_a_nan_stays_visible():
     ):
         x = torch.randn(8, 16)
         x[3, 5] = float("nan")
-        with pcs_kernels.backend("native"):
+        with pcs_kernels.backend(backend):
             assert make(x).isnan().any()

@@ -10,6 +10,7 @@ from optimizer_cases import batches, network
 import pcs_kernels
 from pcs_kernels.adamw8bit import codes, reference
 from pcs_kernels.optim import AdamW8bit
+from tests import needs
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -25,7 +26,7 @@ def train(net, opt, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("backend", ("reference", "native"))
+@pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
 def test_200_steps_track_torch(backend):
     ours, theirs = network(), network()
     settings = dict(lr=2e-3, weight_decay=1e-2)
@@ -46,7 +47,7 @@ def test_maps_are_those_of_bitsandbytes():
         assert torch.equal(codes.code_map(signed), bitsandbytes.functional.create_dynamic_map(signed))
 
 
-@pytest.mark.parametrize("backend", ("reference", "native"))
+@pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
 def test_states_equal_bitsandbytes_within_one_code(backend):
     """One step from the same states. bitsandbytes' CPU quantiser looks values up in a table of step 3e-5, so codes of
     values below that share of their block are held against exact nearest codes instead."""
@@ -76,6 +77,7 @@ def test_states_equal_bitsandbytes_within_one_code(backend):
         ours.data.copy_(theirs.data)
 
 
+@needs.native
 @pytest.mark.parametrize("signed", (True, False))
 def test_native_codes_are_the_nearest(signed):
     """Every value of a fine grid, coded by one native step and by the reference."""
@@ -183,6 +185,7 @@ def test_small_updates_of_bfloat16_are_not_lost():
     assert moved[None] == 0
 
 
+@needs.native
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("grad_dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("n", (5000, 256 * 33, 37))

@@ -15,7 +15,7 @@ from pcs_trainer.run import Run
 from pcs_trainer.trainer import Trainer, TrainingStopped
 from trainer_cases import METHODS, SMALL, cache, pictures, trainer
 
-import pcs_kernels
+from tests import needs
 
 __all__ = ["cache"]
 
@@ -83,11 +83,10 @@ def test_a_frozen_tensor_that_moves_is_named(model):
         model.unet.conv_in.bias.copy_(before)
 
 
+@needs.native
 def test_a_backend_with_wrong_gradients_is_found_before_step_1(model, monkeypatch):
     from pcs_kernels.geglu import native_impl
 
-    if pcs_kernels._native.library() is None:
-        pytest.skip("no native build on this machine")
     honest = native_impl.backward
     monkeypatch.setattr(native_impl, "backward", lambda dy, x: honest(dy, x) * 1.5)
     with pytest.raises(NotTrained, match="away from the reference's"):

@@ -126,6 +126,7 @@ def run_demo(
     quiet: bool = False,
 ) -> Demo:
     """Everything, into `out`; the result names what failed."""
+    from .doctor import slow_note
     from .model import load_model
 
     quiet_libraries()
@@ -134,6 +135,8 @@ def run_demo(
     started = time.monotonic()
     with Progress("", quiet=quiet) as progress:
         demo = Demo(out, class_word, effort, progress, should_stop)
+        if slow_note():
+            progress.say(slow_note())
         try:
             demo.photos = example_photos(photos)
             model = load_model("tiny")

@@ -16,7 +16,7 @@ from torch import Tensor
 import pcs_kernels
 from pcs_kernels import _native
 from pcs_kernels.__main__ import device_type, rows
-from pcs_kernels._dispatch import BACKENDS
+from pcs_kernels._dispatch import BACKENDS, NEEDS, forced_backend
 from pcs_kernels.optim import AdamW8bit
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "bitsandbytes", "xformers")
@@ -157,6 +157,24 @@ def _native_build() -> tuple[str, bool]:
         return f"native build for {_native.instruction_set()}", True
     except ImportError as error:
         return str(error), False
+
+
+def kernels() -> tuple[str, bool]:
+    """(what the operations run on here, in words; whether it is all the plain reference)"""
+    if forced_backend():
+        return f"the {forced_backend()} backend, as PCS_BACKEND says", forced_backend() == "reference"
+    if device_type() == "cuda":
+        triton = importlib.util.find_spec("triton") is not None
+        said = "Triton kernels" if triton else f"plain torch (the reference): {NEEDS['triton']}"
+        return said, not triton
+    said, native = _native_build()
+    return (said, False) if native else (f"plain torch (the reference): {said}", True)
+
+
+def slow_note() -> str:
+    """One line for whoever starts a run on the reference alone; empty where kernels run."""
+    said, plain = kernels()
+    return f"Everything works, but slower than it could: the operations run on {said}" if plain else ""
 
 
 def _advice(kind: str, has_native: bool, ops: list[OpState], nvidia: bool, triton: bool) -> str:

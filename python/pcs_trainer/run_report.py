@@ -57,10 +57,13 @@ def machine() -> dict[str, Any]:
 
     import pcs_kernels
 
+    from .doctor import kernels
+
     gpu, count = torch.cuda.is_available(), torch.get_num_threads()
     device = torch.cuda.get_device_name() if gpu else f"{processor()}, {count} thread{'s' * (count > 1)}"
     return {
         "device": device,
+        "kernels": kernels()[0],
         "pcs": pcs_kernels.__version__,
         "torch": torch.__version__,
         "Python": platform.python_version(),

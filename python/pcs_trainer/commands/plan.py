@@ -54,8 +54,18 @@ def run(options: argparse.Namespace) -> int:
         dtype=getattr(torch, options.dtype), device=options.device, accumulate=options.accumulate,
         measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only, **extra,
     )  # fmt: skip
+    if options.device == "cpu":
+        warn_of_the_reference()
     print(found)
     return 0 if found.fits else 3
+
+
+def warn_of_the_reference() -> None:
+    """A CPU without our kernels holds more than what is counted."""
+    from ..doctor import slow_note
+
+    if slow_note():
+        say("counted for the kernels; plain torch, which runs on this CPU, holds more (attention scores above all)")
 
 
 def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +87,8 @@ def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) 
         if budget > total:
             raise UsageError(f"--budget: this GPU has {total / 1e9:.1f} GB, and {budget / 1e9:.1f} were allowed")
         torch.cuda.set_per_process_memory_fraction((budget - found.context) / total, weight.device)
+    if weight.device.type == "cpu":
+        warn_of_the_reference()
     say(f"within {budget / 1e9:.2f} GB: {found.total / 1e9:.2f} GB counted, memory plans {found.plans}")
     return {"plan": found.assignment, "batch": found.batch, "accumulate": found.accumulate}
 

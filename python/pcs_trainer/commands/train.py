@@ -214,6 +214,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], stop: Interrupt) -> int:
+    from ..doctor import slow_note
     from ..processes import join
     from ..trainer import Trainer
 
@@ -227,6 +228,8 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     started = time.monotonic()
     with Progress(options.method, quiet=options.quiet) as progress, board(options, folder) as also:
         trainer = Trainer(model, options.method, images, out=folder, concepts=together(options, images), **chosen)
+        if slow_note():
+            progress.say(slow_note())
 
         def on_event(event: Any) -> None:
             if event.kind != "step":
