@@ -21,6 +21,7 @@ def python(code: str, **environment: str) -> str:
     return ran.stdout.strip().splitlines()[-1]
 
 
+@needs.native
 def test_a_forced_backend_never_falls_back():
     x = torch.randn(2, 8, dtype=torch.float16)
     with pcs_kernels.backend("native"), pytest.raises(pcs_kernels.BackendUnavailable, match=r"geglu.*float16"):

@@ -1,4 +1,4 @@
-"""Memory and time of loading a UNet of the real size."""
+"""Memory and processor time of loading a UNet of the real size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def load():
     model = load_model(sys.argv[1], dtype=torch.bfloat16)
     return model.unet
-before, start = peak(), time.perf_counter()
+before, start = peak(), time.process_time()
 unet = load()
-seconds, loaded = time.perf_counter() - start, peak() - before
+seconds, loaded = time.process_time() - start, peak() - before
 total = sum(float(p.flatten().view(torch.int16)[::512].sum()) for p in unet.parameters())
 print(seconds, loaded, peak() - before)
 """

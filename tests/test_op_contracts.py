@@ -201,6 +201,14 @@ def test_autocast_changes_nothing(case, backend):
         torch.testing.assert_close(found[name], expected[name], msg=lambda m: f"{case.name}: {name}: {m}")
 
 
+def test_autocast_changes_no_provider():
+    q = R(1, 2, 9, 8)
+    with pcs_kernels.backend("sdpa"):
+        expected = pcs_kernels.self_attention(q, q, q)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(pcs_kernels.self_attention(q, q, q), expected)
+
+
 @needs.native
 @pytest.mark.parametrize("threads", (1, 2, 3, 5))
 def test_threads_agree_bit_for_bit(threads):

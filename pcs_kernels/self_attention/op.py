@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._dispatch import BackendUnavailable, Op, define, forced_backend, forced_provider
+from .._dispatch import BackendUnavailable, Op, define, forced_backend, forced_provider, without_autocast
 from .._dtypes import accumulator
 from .._layout import heads_last_empty
 
@@ -134,10 +134,12 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     return torch.ops.pcs_kernels.self_attention_forward(q, k, v, scale, forced_backend())[0]
 
 
+@without_autocast
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+@without_autocast
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     reason = xformers_reason(q.device.type)
     if reason is not None:
