@@ -18,6 +18,7 @@ SETS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     SETS["avx2"] = "-mavx2 -mfma -mf16c"
     SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512"
+    SETS["amx"] = SETS["avx512"] + " -mamx-tile -mamx-bf16"
 
 
 def native(name: str, flags: str) -> Pybind11Extension:

@@ -16,13 +16,18 @@ PCS_INLINE void write_row(T* dst, const float* src, int64_t n, float factor) {
   if (i < n) store_n(dst + i, load(src + i) * factor, int(n - i));
 }
 
-// Rows [depth, columns] of E, row stride ld, as a packed B operand (rows of k in, steps of KS out); a missing last
-// row of a pair is zero.
+// Rows [depth, columns] of E, row stride ld, as a packed B operand (rows of k in, steps of KS out); what is missing of
+// the last step is zero.
 template <class E>
 void pack_tile(E* out, const E* rows, int64_t ld, int64_t columns, int64_t depth) {
   for (int64_t j = 0; j < columns; j += NR) {
     const int64_t width = round_up(std::min<int64_t>(NR, columns - j), W);
-    for (int64_t k = 0; k < depth; k += KS<E>) {
+    for (int64_t k = 0; k < round_up(depth, KS<E>); k += PAIR<E>) {
+      if (k >= depth) {
+        std::fill(out, out + width * PAIR<E>, E{});
+        out += width * PAIR<E>;
+        continue;
+      }
       const E* row = rows + k * ld + j;
       if constexpr (sizeof(E) == 2) {
         const uint16_t* low = reinterpret_cast<const uint16_t*>(row);
@@ -36,7 +41,7 @@ void pack_tile(E* out, const E* rows, int64_t ld, int64_t columns, int64_t depth
       } else {
         std::memcpy(out, row, width * sizeof(E));
       }
-      out += width * KS<E>;
+      out += width * PAIR<E>;
     }
   }
 }

@@ -113,7 +113,7 @@ PYBIND11_MODULE(PCS_MODULE, m) {
   });
 
   m.def("packed_bytes", [](int dtype, int64_t columns, int64_t depth) { return packed_bytes(DType(dtype), columns, depth); });
-  m.def("low_rank_width", &low_rank_width);
+  m.def("low_rank_width", [](int dtype, int64_t rank) { return low_rank_width(DType(dtype), rank); });
   m.def("pack_operand", [](int dtype, intptr_t out, intptr_t source, int64_t columns, int64_t depth,
                            bool rows_are_columns, int threads) {
     py::gil_scoped_release release;

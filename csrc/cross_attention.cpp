@@ -6,20 +6,20 @@
 namespace PCS_ISA {
 namespace {
 
-constexpr int64_t BQ = 4 * MR;     // queries of a forward tile
-constexpr int64_t LANES = NR;      // queries of a backward block
-constexpr int64_t SPLIT = 512;     // queries that share one partial sum of dk and dv
+constexpr int64_t LANES = NR;   // queries of a backward block
+constexpr int64_t SPLIT = 512;  // queries that share one partial sum of dk and dv
 
 template <class T>
 struct Forward {
   using E = typename Packed<T>::type;
+  static constexpr int64_t BQ = BLOCK<E>;  // queries of a tile
   const Heads &q, &k, &v, &out;
   const float* capture;  // [B, G, M]
   float* maps;           // [B, G, N]
   int64_t G;
   AttentionShape s;
   float scale;
-  int64_t depth = round_up(s.D, KS<E>), width = round_up(s.D, W), tokens = round_up(s.M, W);
+  int64_t depth = round_up(s.D, KS<E>), width = round_up(s.D, W), tokens = round_up(s.M, PADDED<E>);
   int64_t k_size = packed_size<E>(s.M, s.D), v_size = packed_size<E>(s.D, s.M);
   Buffer<E> packed_k{s.B * s.H * k_size}, packed_v{s.B * s.H * v_size};
   Buffer<float> weights{s.B * G * tokens};  // capture, padded with zeros to whole vectors
@@ -228,10 +228,10 @@ template <class T>
 void forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, const float* capture, float* maps,
              int64_t G, AttentionShape s, float scale, int threads) {
   Forward<T> job{q, k, v, out, capture, maps, G, s, scale};
-  const int64_t tiles = (s.N + BQ - 1) / BQ;
+  const int64_t tiles = (s.N + job.BQ - 1) / job.BQ;
   job.pad_capture();
   parallel_for(s.B * s.H, threads, [&](int64_t bh) { job.pack(bh); });
-  parallel_for(s.B * tiles, threads, [&](int64_t t) { job.rows(t / tiles, t % tiles * BQ); });
+  parallel_for(s.B * tiles, threads, [&](int64_t t) { job.rows(t / tiles, t % tiles * job.BQ); });
 }
 
 template <class T>

@@ -1,11 +1,12 @@
 // Small matrix products in registers: C[M, N] = A[M, K] B[K, N] with B packed into panels of NV vectors.
 //
-// E is the element of the packed operands. float: one multiply-add a step. bf16 (AVX512-BF16 only): a step takes two
-// neighbours in k, so A rows hold pairs and a panel holds [k / 2][columns][2].
+// E is the element of the packed operands. float: one multiply-add a step. bf16 (AVX512-BF16 and AMX only): a step takes
+// pairs of neighbours in k (one of them, or a tile's 16), so A rows hold pairs and a panel holds [k / 2][columns][2].
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
+#include "tiles.h"
 #include "vec.h"
 
 namespace PCS_ISA {
@@ -27,7 +28,20 @@ struct Packed {
 #endif
 
 template <class E>
-constexpr int KS = sizeof(E) == 2 ? 2 : 1;  // k per step
+constexpr int PAIR = sizeof(E) == 2 ? 2 : 1;  // neighbours in k that lie side by side
+#if defined(__AMX_BF16__)
+template <class E>
+constexpr bool IN_TILES = sizeof(E) == 2;
+#else
+template <class E>
+constexpr bool IN_TILES = false;
+#endif
+template <class E>
+constexpr int KS = IN_TILES<E> ? 32 : PAIR<E>;  // k per step; operands are padded with zeros to whole steps
+template <class E>
+constexpr int BLOCK = IN_TILES<E> ? 32 : 4 * MR;  // rows of A that suit the products: callers' blocks are multiples
+template <class E>
+constexpr int PADDED = KS<E> > W ? KS<E> : W;  // rows of A that vectors write and steps read are a multiple of this
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -91,7 +105,7 @@ PCS_INLINE void tile(int64_t row, const Product<E>& p, const Product<E>& p2, con
 
 // Narrow panels take more rows a tile, so that as many sums are in flight.
 template <int VECS, class E, class Init, class Done>
-void strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
+void vector_strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
   constexpr int ROWS = std::min(16, MR * NV / VECS);
   int64_t i = 0;
   for (; i + ROWS <= rows; i += ROWS) tile<ROWS, VECS, E>(i, p, p2, init, done);
@@ -101,6 +115,75 @@ void strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const Init& 
     for (; i + 4 <= rows; i += 4) tile<4, VECS, E>(i, p, p2, init, done);
   for (; i + 2 <= rows; i += 2) tile<2, VECS, E>(i, p, p2, init, done);
   if (i < rows) tile<1, VECS, E>(i, p, p2, init, done);
+}
+
+#if defined(__AMX_BF16__)
+// acc (tiles 0 to 3) += rows of A times two vectors' columns of a panel of VECS.
+template <int VECS, bool TWO_ROWS, bool TWO_COLUMNS>
+PCS_INLINE void multiply_tiles(const Product<bf16>& p, int64_t row, int v) {
+  const bf16* a = p.a + row * p.lda;
+  const float* b = reinterpret_cast<const float*>(p.b) + v * W;
+  for (int64_t k = 0; k < p.steps; k++, a += 32, b += 16 * VECS * W) {
+    _tile_loadd(4, a, p.lda * 2);
+    _tile_loadd(6, b, VECS * W * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (TWO_COLUMNS) {
+      _tile_loadd(7, b + W, VECS * W * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (TWO_ROWS) {
+      _tile_loadd(5, a + 16 * p.lda, p.lda * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (TWO_COLUMNS) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+template <int VECS, bool TWO_ROWS, bool TWO_COLUMNS, class Init, class Done>
+PCS_INLINE void tile_block(int64_t row, int rows, int v, const Product<bf16>& p, const Product<bf16>& p2,
+                           const Init& init, const Done& done) {
+  alignas(64) float sums[2][32][W];
+  written(p.a);
+  _tile_zero(0);
+  if constexpr (TWO_COLUMNS) _tile_zero(1);
+  if constexpr (TWO_ROWS) _tile_zero(2);
+  if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_zero(3);
+  multiply_tiles<VECS, TWO_ROWS, TWO_COLUMNS>(p, row, v);
+  if (p2.steps) multiply_tiles<VECS, TWO_ROWS, TWO_COLUMNS>(p2, row, v);
+  _tile_stored(0, sums[0][0], 64);
+  if constexpr (TWO_COLUMNS) _tile_stored(1, sums[1][0], 64);
+  if constexpr (TWO_ROWS) _tile_stored(2, sums[0][16], 64);
+  if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, sums[1][16], 64);
+  for (int r = 0; r < rows; r++) {
+    done(row + r, v * W, init(row + r, v * W) + load(sums[0][r]));
+    if constexpr (TWO_COLUMNS) done(row + r, (v + 1) * W, init(row + r, (v + 1) * W) + load(sums[1][r]));
+  }
+}
+
+template <int VECS, class Init, class Done>
+void tile_strip(int64_t rows, const Product<bf16>& p, const Product<bf16>& p2, const Init& init, const Done& done) {
+  for (int64_t i = 0; i < rows; i += 32) {
+    const int height = int(std::min<int64_t>(32, rows - i)), first = std::min(height, 16);
+    shape_tiles(first, height - first);
+    auto both = [&](auto two_rows) {
+#pragma GCC unroll 2
+      for (int v = 0; v + 2 <= VECS; v += 2) tile_block<VECS, two_rows, true>(i, height, v, p, p2, init, done);
+      if constexpr (VECS % 2) tile_block<VECS, two_rows, false>(i, height, VECS - 1, p, p2, init, done);
+    };
+    if (height > 16)
+      both(std::true_type{});
+    else
+      both(std::false_type{});
+  }
+}
+#endif
+
+template <int VECS, class E, class Init, class Done>
+void strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
+#if defined(__AMX_BF16__)
+  if constexpr (IN_TILES<E>) return tile_strip<VECS>(rows, p, p2, init, done);
+#endif
+  vector_strip<VECS, E>(rows, p, p2, init, done);
 }
 
 // All panels of A B + A2 B2; init(row, column) and done(row, column, vector) see whole-matrix coordinates. Columns
@@ -158,22 +241,24 @@ PCS_INLINE bf16 convert<bf16, bf16>(bf16 x) {
 // B[k][n] = source[n * ld + k]: the rows of the source become the columns of B.
 template <class E, class T>
 void pack_rows_as_columns(E* out, const T* source, int64_t ld, int64_t columns, int64_t depth) {
-  const int64_t steps = steps_of<E>(depth), whole = depth / KS<E>;
+  const int64_t pairs = round_up(depth, KS<E>) / PAIR<E>, whole = depth / PAIR<E>;
   for (int64_t j = 0; j < columns; j += NR) {
     const int64_t filled = std::min<int64_t>(NR, columns - j), width = round_up(filled, W);
     const T* rows = source + j * ld;
-    for (int64_t s = 0; s < steps; s++, out += width * KS<E>) {
+    for (int64_t s = 0; s < pairs; s++, out += width * PAIR<E>) {
       if (s < whole) {
         for (int64_t n = 0; n < filled; n++) {
-          if constexpr (KS<E> == 2)
+          if constexpr (PAIR<E> == 2)
             std::memcpy(out + 2 * n, rows + n * ld + 2 * s, 4);
           else
             out[n] = convert<E, T>(rows[n * ld + s]);
         }
+        for (int64_t n = filled * PAIR<E>; n < width * PAIR<E>; n++) out[n] = E{};
       } else {
-        for (int64_t n = 0; n < filled; n++) out[n * KS<E>] = convert<E, T>(rows[n * ld + s * KS<E>]), out[n * KS<E> + KS<E> - 1] = E{};
+        std::fill(out, out + width * PAIR<E>, E{});
+        if (s * PAIR<E> < depth)
+          for (int64_t n = 0; n < filled; n++) out[n * PAIR<E>] = convert<E, T>(rows[n * ld + s * PAIR<E>]);
       }
-      for (int64_t n = filled * KS<E>; n < width * KS<E>; n++) out[n] = E{};
     }
   }
 }
@@ -181,20 +266,20 @@ void pack_rows_as_columns(E* out, const T* source, int64_t ld, int64_t columns, 
 // B[k][n] = source[k * ld + n].
 template <class E, class T>
 void pack_rows(E* out, const T* source, int64_t ld, int64_t columns, int64_t depth) {
-  const int64_t steps = (depth + KS<E> - 1) / KS<E>;
+  const int64_t pairs = round_up(depth, KS<E>) / PAIR<E>;
   for (int64_t j = 0; j < columns; j += NR) {
     const int64_t width = round_up(std::min<int64_t>(NR, columns - j), W);
     const int64_t filled = std::min(width, columns - j);
-    for (int64_t s = 0; s < steps; s++) {
-      E* to = out + s * width * KS<E>;
-      for (int p = 0; p < KS<E>; p++) {
-        const int64_t k = s * KS<E> + p;
+    for (int64_t s = 0; s < pairs; s++) {
+      E* to = out + s * width * PAIR<E>;
+      for (int p = 0; p < PAIR<E>; p++) {
+        const int64_t k = s * PAIR<E> + p;
         const T* row = source + k * ld + j;
-        for (int64_t n = 0; n < filled; n++) to[n * KS<E> + p] = k < depth ? convert<E, T>(row[n]) : E{};
-        for (int64_t n = filled; n < width; n++) to[n * KS<E> + p] = E{};
+        for (int64_t n = 0; n < filled; n++) to[n * PAIR<E> + p] = k < depth ? convert<E, T>(row[n]) : E{};
+        for (int64_t n = filled; n < width; n++) to[n * PAIR<E> + p] = E{};
       }
     }
-    out += steps * width * KS<E>;
+    out += pairs * width * PAIR<E>;
   }
 }
 

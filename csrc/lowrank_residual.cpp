@@ -7,12 +7,12 @@
 namespace PCS_ISA {
 namespace {
 
-constexpr int64_t ROWS = 8 * MR;  // rows of a task
 constexpr int64_t COLUMNS = 8 * NR;
 
 template <class T>
 struct Job {
   using E = typename Packed<T>::type;
+  static constexpr int64_t ROWS = 2 * BLOCK<E>;  // rows of a task
   const T* x;
   const E *w, *down, *up;  // down, up: one packed pair a concept
   const T* bias;
@@ -22,7 +22,7 @@ struct Job {
   LowrankShape s;
   float scale;
   bool direct = std::is_same_v<E, T> && s.inputs % KS<E> == 0;  // rows of x can be read where they lie
-  int64_t depth = round_up(s.inputs, KS<E>), low_width = round_up(s.rank, W);
+  int64_t depth = round_up(s.inputs, KS<E>), low_width = round_up(s.rank, PADDED<E>);
   int64_t down_size = packed_size<E>(s.rank, s.inputs), up_size = packed_size<E>(s.outputs, s.rank);
   int64_t tasks_a_sample = (s.rows_a_sample + ROWS - 1) / ROWS;
   Buffer<E> x_padded{direct ? 1 : s.samples * s.rows_a_sample * depth};
@@ -42,6 +42,8 @@ struct Job {
     gemm<E>(n, s.rank, s.inputs, rows_of_x(row), depth, a, zero_init, [&](int64_t r, int64_t c, vf v) {
       store(low + (row + r) * low_width + c, v * (mask ? scale * mask[row + r] : scale));
     });
+    for (int64_t c = round_up(s.rank, W); c < low_width; c += W)
+      for (int64_t r = 0; r < n; r++) store(low + (row + r) * low_width + c, vf{});
     if constexpr (!std::is_same_v<E, T>)
       copy_rows<E, T>(low_converted.get() + row * low_width, low_width, low + row * low_width, low_width, n, low_width);
   }
@@ -123,6 +125,8 @@ void lowrank_residual(DType dtype, const LowrankArguments& arguments, const Lowr
   (dtype == BFLOAT16 ? apply<bf16> : apply<float>)(arguments, shape, scale, threads);
 }
 
-int low_rank_width(int64_t rank) { return int(round_up(rank, W)); }
+int low_rank_width(DType dtype, int64_t rank) {
+  return int(round_up(rank, dtype == BFLOAT16 ? PADDED<Packed<bf16>::type> : PADDED<float>));
+}
 
 }  // namespace PCS_ISA

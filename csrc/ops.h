@@ -67,7 +67,7 @@ void adamw32bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t
 int64_t packed_bytes(DType, int64_t columns, int64_t depth);
 void pack_operand(DType, intptr_t out, intptr_t source, int64_t columns, int64_t depth, bool rows_are_columns,
                   int threads);
-int low_rank_width(int64_t rank);
+int low_rank_width(DType dtype, int64_t rank);
 
 struct LowrankShape {
   int64_t samples, rows_a_sample, inputs, outputs, rank;

@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "tiles.h"
+
 namespace PCS_ISA {
 
 // Two functions of the OpenMP runtime that torch has loaded: sharing its pool avoids two sets of spinning threads.
@@ -40,6 +42,9 @@ class Job {
         }
       }
     }
+#if defined(__AMX_BF16__)
+    release_tiles();
+#endif
   }
   static void enter(void* self) { static_cast<Job*>(self)->run(thread_number()); }
   std::atomic<bool> failed{false};

@@ -6,12 +6,12 @@
 namespace PCS_ISA {
 namespace {
 
-constexpr int64_t BQ = 4 * MR;  // queries of a forward tile: S and P stay in the first-level cache
-constexpr int64_t BK = 256;     // keys of a forward tile
+constexpr int64_t BK = 256;  // keys of a forward tile
 
 template <class T>
 struct Forward {
   using E = typename Packed<T>::type;
+  static constexpr int64_t BQ = BLOCK<E>;  // queries of a tile: S and P stay in the first-level cache
   const Heads &q, &k, &v, &out;
   float* lse;
   AttentionShape s;
@@ -53,13 +53,14 @@ struct Forward {
 
   // P = 2^(S - top) of one row and tile; what was summed before is scaled down where the maximum rose.
   void softmax_row(float* scores, E* p, float* o, int64_t m, float& top, float& total) {
-    for (int64_t c = m; c < round_up(m, W); c++) scores[c] = -INFINITY;
+    const int64_t padded = round_up(m, PADDED<E>);
+    for (int64_t c = m; c < padded; c++) scores[c] = -INFINITY;
     vf best = load(scores);
-    for (int64_t c = W; c < m; c += W) best = vmax(load(scores + c), best);
+    for (int64_t c = W; c < padded; c += W) best = vmax(load(scores + c), best);
     const float before = top;
     top = std::max(before, reduce_max(best));
     vf sums = {};
-    for (int64_t c = 0; c < m; c += W) {
+    for (int64_t c = 0; c < padded; c += W) {
       const vf e = exp2<T>(load(scores + c) - top);
       sums += e;
       store(p + c, e);
@@ -77,17 +78,17 @@ template <class T>
 void forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse, AttentionShape s,
              float scale, int threads) {
   Forward<T> job{q, k, v, out, lse, s, scale};
-  const int64_t key_tiles = (s.M + BK - 1) / BK, query_tiles = (s.N + BQ - 1) / BQ;
+  const int64_t key_tiles = (s.M + BK - 1) / BK, query_tiles = (s.N + job.BQ - 1) / job.BQ;
   parallel_for(s.B * s.H * key_tiles, threads, [&](int64_t t) { job.pack(t / key_tiles, t % key_tiles * BK); });
-  parallel_for(s.B * s.H * query_tiles, threads, [&](int64_t t) { job.rows(t / query_tiles, t % query_tiles * BQ); });
+  parallel_for(s.B * s.H * query_tiles, threads, [&](int64_t t) { job.rows(t / query_tiles, t % query_tiles * job.BQ); });
 }
 
-constexpr int64_t LANES = 2 * NR;   // queries of a backward block: they lie along the vectors
-constexpr int64_t KEYS = 8 * MR;    // keys of a backward block: even, so that pairs never straddle blocks
+constexpr int64_t LANES = 2 * NR;  // queries of a backward block: they lie along the vectors
 
 template <class T>
 struct Backward {
   using E = typename Packed<T>::type;
+  static constexpr int64_t KEYS = 2 * BLOCK<E>;  // keys of a block: whole steps, so that none straddles blocks
   const Heads &dout, &q, &k, &v, &out, &dq, &dk, &dv;
   const float* lse;
   AttentionShape s;
@@ -123,6 +124,8 @@ struct Backward {
     Buffer<float> p(KEYS * LANES), dq_transposed(s.D * LANES);
     Buffer<E> p_rows(KEYS * LANES), ds_rows(KEYS * LANES), ds_packed(KEYS * LANES);
     std::fill(dq_transposed.get(), dq_transposed.get() + s.D * LANES, 0.0f);
+    for (E* rows : {p_rows.get(), ds_rows.get()})  // what no vector writes is read by the last step
+      if (padded % KS<E>) std::fill(rows, rows + KEYS * LANES, E{});
     const float to_log2 = scale * LOG2E;
     for (int64_t j = 0; j < s.M; j += KEYS) {
       const int64_t m = std::min(KEYS, s.M - j);

@@ -1,6 +1,7 @@
 """The C++ build for this CPU, and the only place where tensors become addresses.
 
-Three builds of the same sources ship on x86-64 (baseline, AVX2, AVX-512 with bf16); a probe picks one at first use.
+Four builds of the same sources ship on x86-64 (baseline, AVX2, AVX-512 with bf16, and that with AMX's matrix tiles); a
+probe picks one at first use.
 PCS_NATIVE names another for tests, one that this CPU can run.
 """
 
@@ -10,25 +11,31 @@ import ctypes
 import functools
 import glob
 import importlib
+import importlib.util
 import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-SETS = ("baseline", "avx2", "avx512")  # each CPU that runs one runs those before it
+SETS = ("baseline", "avx2", "avx512", "amx")  # each CPU that runs one runs those before it
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
+@functools.cache
 def instruction_set() -> str:
-    """The build to use: the best for this CPU, or what PCS_NATIVE names."""
+    """The build to use: the best for this CPU that was built (an old compiler leaves some out), or what PCS_NATIVE
+    names."""
     best = importlib.import_module("pcs_kernels._cpuid").best()
     wanted = os.environ.get("PCS_NATIVE") or best
     if wanted not in SETS:
         raise ImportError(f"PCS_NATIVE is {wanted!r}; choose one of {', '.join(SETS)}")
     if SETS.index(wanted) > SETS.index(best):
         raise ImportError(f"PCS_NATIVE is {wanted!r} but this CPU runs {best!r} at most")
-    return wanted
+    if os.environ.get("PCS_NATIVE"):
+        return wanted
+    built = [name for name in SETS[: SETS.index(best) + 1] if importlib.util.find_spec(f"pcs_kernels._native_{name}")]
+    return built[-1] if built else wanted
 
 
 @functools.cache

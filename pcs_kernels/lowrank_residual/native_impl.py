@@ -61,7 +61,7 @@ def _project(
     samples = 1 if index is None else x.shape[0]
     rows = x.numel() // x.shape[-1]
     y = x.new_empty((*x.shape[:-1], outputs))
-    low = x.new_empty((rows, LIBRARY.low_rank_width(rank)))
+    low = x.new_empty((rows, LIBRARY.low_rank_width(_native.dtype_code(x), rank)))
     mask = None if mask is None else mask.to(torch.float32).contiguous()
     index = None if index is None else index.contiguous()
     LIBRARY.lowrank_residual(
