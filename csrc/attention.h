@@ -16,6 +16,31 @@ PCS_INLINE void write_row(T* dst, const float* src, int64_t n, float factor) {
   if (i < n) store_n(dst + i, load(src + i) * factor, int(n - i));
 }
 
+// One row of scores in units of log2, m of them: whole vectors where they lie, then a last part that ends at a whole step
+// of the products and holds nothing there.
+template <class E>
+struct ScoreRow {
+  const float* scores;
+  float to_log2;
+  int64_t whole, rest;
+  float last[PADDED<E>];
+
+  PCS_INLINE ScoreRow(const float* row, int64_t m, float factor)
+      : scores(row), to_log2(factor), whole(m / W * W), rest(round_up(m, PADDED<E>) - whole) {
+    for (int64_t c = 0; c < rest; c++) last[c] = whole + c < m ? row[whole + c] * factor : -INFINITY;
+  }
+  template <class Take>
+  PCS_INLINE void each(const Take& take) const {
+    for (int64_t c = 0; c < whole; c += W) take(c, load(scores + c) * to_log2);
+    for (int64_t c = 0; c < rest; c += W) take(whole + c, load(last + c));
+  }
+  PCS_INLINE float top() const {
+    vf best = splat(-INFINITY);
+    each([&](int64_t, vf x) { best = vmax(x, best); });
+    return reduce_max(best);
+  }
+};
+
 // Rows [depth, columns] of E, row stride ld, as a packed B operand (rows of k in, steps of KS out); what is missing of
 // the last step is zero.
 template <class E>

@@ -12,7 +12,8 @@ constexpr int64_t SPLIT = 512;  // queries that share one partial sum of dk and 
 template <class T>
 struct Forward {
   using E = typename Packed<T>::type;
-  static constexpr int64_t BQ = BLOCK<E>;  // queries of a tile
+  static constexpr int64_t BQ = BLOCK<E>;       // queries of a tile
+  static constexpr int FEW = 4, MANY = -1;      // maps that are summed on the way; more are read off the mean of P
   const Heads &q, &k, &v, &out;
   const float* capture;  // [B, G, M]
   float* maps;           // [B, G, N]
@@ -40,12 +41,10 @@ struct Forward {
   void rows(int64_t b, int64_t i) {
     const int64_t n = std::min(BQ, s.N - i);
     Buffer<E> query(BQ * depth), p(BQ * tokens);
-    Buffer<float> scores(BQ * tokens), mean(capture ? BQ * tokens : 1);
-    if (capture) std::fill(mean.get(), mean.get() + BQ * tokens, 0.0f);
+    Buffer<float> scores(BQ * tokens), mean(G > FEW ? BQ * tokens : BQ * FEW * W);
+    std::fill(mean.get(), mean.get() + (G > FEW ? BQ * tokens : BQ * FEW * W), 0.0f);
     float share[BQ];
-    const float to_log2 = scale * LOG2E;
-    float *const score = scores.get(), *const sums = mean.get();
-    const int64_t ld = tokens;
+    const float* row_weights = weights.get() + b * G * tokens;
     for (int64_t h = 0; h < s.H; h++) {
       const int64_t bh = b * s.H + h;
       const T* source = q.at<T>(b, h, i);
@@ -55,12 +54,15 @@ struct Forward {
         if (s.D % KS<E> == 0) a = source, lda = q.row;
       }
       if (a == query.get()) copy_rows<E, T>(query.get(), depth, source, q.row, n, s.D);
-      gemm<E>(n, s.M, depth, a, lda, packed_k.get() + bh * k_size, zero_init,
-              [=](int64_t r, int64_t c, vf x) { store(score + r * ld + c, x * to_log2); });
+      gemm_into<E>(scores.get(), tokens, false, n, s.M, depth, a, lda, packed_k.get() + bh * k_size);
       for (int64_t r = 0; r < n; r++) {
         float* row = scores.get() + r * tokens;
-        share[r] = 1.0f / softmax_row(row, p.get() + r * tokens, s.M, tokens);
-        if (capture) add_row(sums + r * ld, row, share[r] / float(s.H), ld);
+        if (G > FEW) {
+          share[r] = softmax_row<MANY>(row, p.get() + r * tokens, nullptr, nullptr);
+          add_row(mean.get() + r * tokens, row, share[r] / float(s.H), tokens);
+        } else {
+          share[r] = with_few(row, p.get() + r * tokens, row_weights, mean.get() + r * FEW * W);
+        }
       }
       T* to = out.at<T>(b, h, i);
       const int64_t stride = out.row, D = s.D;
@@ -71,29 +73,45 @@ struct Forward {
           store_n(to + r * stride + c, x * share[r], int(D - c));
       });
     }
-    for (int64_t bg = b * G; bg < (b + 1) * G; bg++)
+    for (int64_t g = 0; g < G; g++)
       for (int64_t r = 0; r < n; r++)
-        maps[bg * s.N + i + r] = dot(mean.get() + r * tokens, weights.get() + bg * tokens, tokens);
+        maps[(b * G + g) * s.N + i + r] = G > FEW ? dot(mean.get() + r * tokens, row_weights + g * tokens, tokens)
+                                                  : sum(load(mean.get() + (r * FEW + g) * W)) / float(s.H);
   }
 
   static void add_row(float* sums, const float* row, float factor, int64_t n) {
     for (int64_t c = 0; c < n; c += W) store(sums + c, load(sums + c) + load(row + c) * factor);
   }
 
-  // row becomes 2^(row - max), rounded to p as well; returns its sum. Padding is zero.
-  static float softmax_row(float* row, E* p, int64_t M, int64_t tokens) {
-    for (int64_t c = M; c < tokens; c++) row[c] = -INFINITY;
-    vf best = load(row);
-    for (int64_t c = W; c < tokens; c += W) best = vmax(load(row + c), best);
-    const float top = reduce_max(best);
-    vf sums = {};
-    for (int64_t c = 0; c < tokens; c += W) {
-      const vf e = exp2<T>(load(row + c) - top);
-      sums += e;
-      store(row + c, e);
-      store(p + c, e);
+  float with_few(float* row, E* p, const float* row_weights, float* parts) const {
+    switch (G) {
+      case 0: return softmax_row<0>(row, p, nullptr, nullptr);
+      case 1: return softmax_row<1>(row, p, row_weights, parts);
+      case 2: return softmax_row<2>(row, p, row_weights, parts);
+      case 3: return softmax_row<3>(row, p, row_weights, parts);
+      default: return softmax_row<4>(row, p, row_weights, parts);
     }
-    return sum(sums);
+  }
+
+  // p becomes 2^(row - max), rounded, padding zero; returns one over its sum. What GROUPS weights see of P is added to
+  // their parts on the way; MANY leaves 2^(row - max) in the row instead.
+  template <int GROUPS>
+  float softmax_row(float* scores, E* p, const float* row_weights, float* parts) const {
+    const ScoreRow<E> row(scores, s.M, scale * LOG2E);
+    const float top = row.top();
+    vf sums = {}, seen[GROUPS > 0 ? GROUPS : 1] = {};
+    row.each([&](int64_t c, vf x) {
+      const vf e = exp2<T>(x - top);
+      sums += e;
+      store(p + c, e);
+      if constexpr (GROUPS == MANY) store(scores + c, e);
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) seen[g] += e * load(row_weights + g * tokens + c);
+    });
+    const float share = 1.0f / sum(sums);
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) store(parts + g * W, load(parts + g * W) + seen[g] * share);
+    return share;
   }
 
   static float dot(const float* a, const float* b, int64_t n) {
@@ -151,17 +169,14 @@ struct Backward {
     if (!dq && !dk) return;
     maps_gradient(b, i, n, dp.get());
     if (dout)
-      gemm<E>(s.M, n, keys.depth, keys.v.get(), keys.depth, douts.as_columns.get(),
-              [&](int64_t r, int64_t c) { return load(dp.get() + r * LANES + c); },
-              [&](int64_t r, int64_t c, vf x) { store(dp.get() + r * LANES + c, x); });
+      gemm_into<E>(dp.get(), LANES, true, s.M, n, keys.depth, keys.v.get(), keys.depth, douts.as_columns.get());
     softmax_gradient(p.get(), dp.get(), rows.get(), n);
     if (dk) accumulate(n, rows.get(), queries.as_rows.get(), part_of(dk_parts, b, h, split));
     if (dq) {
       Buffer<E> packed(round_up(s.M, KS<E>) * LANES);
       Buffer<float> transposed(s.D * LANES);
       pack_tile<E>(packed.get(), rows.get(), LANES, n, s.M);
-      gemm<E>(s.D, n, s.M, keys.k_transposed.get(), keys.ld, packed.get(), zero_init,
-              [&](int64_t r, int64_t c, vf x) { store(transposed.get() + r * LANES + c, x); });
+      gemm_into<E>(transposed.get(), LANES, false, s.D, n, s.M, keys.k_transposed.get(), keys.ld, packed.get());
       write_transposed(dq->at<T>(b, h, i), dq->row, transposed.get(), LANES, n, s.D);
     }
   }
@@ -209,8 +224,7 @@ struct Backward {
   }
 
   void accumulate(int64_t n, const E* a, const E* b, float* into) {
-    gemm<E>(s.M, s.D, n, a, LANES, b, [&](int64_t r, int64_t c) { return load(into + r * width + c); },
-            [&](int64_t r, int64_t c, vf x) { store(into + r * width + c, x); });
+    gemm_into<E>(into, width, true, s.M, s.D, n, a, LANES, b);
   }
 
   void reduce(int64_t b, int64_t h) {

@@ -118,7 +118,7 @@ void vector_strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const
 }
 
 #if defined(__AMX_BF16__)
-// acc (tiles 0 to 3) += rows of A times two vectors' columns of a panel of VECS.
+// Tiles 0 to 3 += rows of A times two vectors' columns of a panel of VECS.
 template <int VECS, bool TWO_ROWS, bool TWO_COLUMNS>
 PCS_INLINE void multiply_tiles(const Product<bf16>& p, int64_t row, int v) {
   const bf16* a = p.a + row * p.lda;
@@ -139,70 +139,96 @@ PCS_INLINE void multiply_tiles(const Product<bf16>& p, int64_t row, int v) {
   }
 }
 
-template <int VECS, bool TWO_ROWS, bool TWO_COLUMNS, class Init, class Done>
-PCS_INLINE void tile_block(int64_t row, int rows, int v, const Product<bf16>& p, const Product<bf16>& p2,
-                           const Init& init, const Done& done) {
-  alignas(64) float sums[2][32][W];
-  written(p.a);
-  _tile_zero(0);
-  if constexpr (TWO_COLUMNS) _tile_zero(1);
-  if constexpr (TWO_ROWS) _tile_zero(2);
-  if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_zero(3);
-  multiply_tiles<VECS, TWO_ROWS, TWO_COLUMNS>(p, row, v);
-  if (p2.steps) multiply_tiles<VECS, TWO_ROWS, TWO_COLUMNS>(p2, row, v);
-  _tile_stored(0, sums[0][0], 64);
-  if constexpr (TWO_COLUMNS) _tile_stored(1, sums[1][0], 64);
-  if constexpr (TWO_ROWS) _tile_stored(2, sums[0][16], 64);
-  if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, sums[1][16], 64);
-  for (int r = 0; r < rows; r++) {
-    done(row + r, v * W, init(row + r, v * W) + load(sums[0][r]));
-    if constexpr (TWO_COLUMNS) done(row + r, (v + 1) * W, init(row + r, (v + 1) * W) + load(sums[1][r]));
+// Tiles 0 to 3 = zero, or what stands in c; and back into c.
+template <bool TWO_ROWS, bool TWO_COLUMNS>
+PCS_INLINE void load_tiles(const float* c, int64_t ldc, bool add) {
+  if (add) {
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (TWO_COLUMNS) _tile_loadd(1, c + W, ldc * 4);
+    if constexpr (TWO_ROWS) _tile_loadd(2, c + 16 * ldc, ldc * 4);
+    if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_loadd(3, c + 16 * ldc + W, ldc * 4);
+  } else {
+    _tile_zero(0);
+    if constexpr (TWO_COLUMNS) _tile_zero(1);
+    if constexpr (TWO_ROWS) _tile_zero(2);
+    if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_zero(3);
   }
 }
+template <bool TWO_ROWS, bool TWO_COLUMNS>
+PCS_INLINE void store_tiles(float* c, int64_t ldc) {
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (TWO_COLUMNS) _tile_stored(1, c + W, ldc * 4);
+  if constexpr (TWO_ROWS) _tile_stored(2, c + 16 * ldc, ldc * 4);
+  if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, c + 16 * ldc + W, ldc * 4);
+}
 
-template <int VECS, class Init, class Done>
-void tile_strip(int64_t rows, const Product<bf16>& p, const Product<bf16>& p2, const Init& init, const Done& done) {
+// block(first row, rows, vector, whether above 16 rows, whether two vectors) for all of a panel, with the tiles shaped.
+template <int VECS, class Block>
+PCS_INLINE void over_tiles(int64_t rows, const Block& block) {
   for (int64_t i = 0; i < rows; i += 32) {
     const int height = int(std::min<int64_t>(32, rows - i)), first = std::min(height, 16);
     shape_tiles(first, height - first);
-    auto both = [&](auto two_rows) {
+    auto columns = [&](auto two_rows) {
 #pragma GCC unroll 2
-      for (int v = 0; v + 2 <= VECS; v += 2) tile_block<VECS, two_rows, true>(i, height, v, p, p2, init, done);
-      if constexpr (VECS % 2) tile_block<VECS, two_rows, false>(i, height, VECS - 1, p, p2, init, done);
+      for (int v = 0; v + 2 <= VECS; v += 2) block(i, height, v, two_rows, std::true_type{});
+      if constexpr (VECS % 2) block(i, height, VECS - 1, two_rows, std::false_type{});
     };
     if (height > 16)
-      both(std::true_type{});
+      columns(std::true_type{});
     else
-      both(std::false_type{});
+      columns(std::false_type{});
   }
 }
 #endif
 
+// One panel of A B + A2 B2; see gemm2.
 template <int VECS, class E, class Init, class Done>
 void strip(int64_t rows, const Product<E>& p, const Product<E>& p2, const Init& init, const Done& done) {
 #if defined(__AMX_BF16__)
-  if constexpr (IN_TILES<E>) return tile_strip<VECS>(rows, p, p2, init, done);
+  if constexpr (IN_TILES<E>) {
+    alignas(64) float sums[32][2 * W];
+    written(p.a);
+    over_tiles<VECS>(rows, [&](int64_t row, int height, int v, auto two_rows, auto two_columns) {
+      load_tiles<two_rows, two_columns>(nullptr, 0, false);
+      multiply_tiles<VECS, two_rows, two_columns>(p, row, v);
+      if (p2.steps) multiply_tiles<VECS, two_rows, two_columns>(p2, row, v);
+      store_tiles<two_rows, two_columns>(sums[0], 2 * W);
+      for (int r = 0; r < height; r++) {
+        done(row + r, v * W, init(row + r, v * W) + load(sums[r]));
+        if constexpr (two_columns) done(row + r, (v + 1) * W, init(row + r, (v + 1) * W) + load(sums[r] + W));
+      }
+    });
+    return;
+  }
 #endif
   vector_strip<VECS, E>(rows, p, p2, init, done);
+}
+
+// panel(its vectors, its first column) for all panels of `columns`.
+template <class Panel>
+PCS_INLINE void over_panels(int64_t columns, const Panel& panel) {
+  for (int64_t j = 0; j < columns; j += NR) {
+    switch (int((std::min<int64_t>(NR, columns - j) + W - 1) / W)) {
+      case 1: panel(std::integral_constant<int, 1>{}, j); break;
+      case 2: panel(std::integral_constant<int, 2>{}, j); break;
+      case 3: panel(std::integral_constant<int, (NV > 2 ? 3 : 2)>{}, j); break;
+      default: panel(std::integral_constant<int, NV>{}, j); break;
+    }
+  }
 }
 
 // All panels of A B + A2 B2; init(row, column) and done(row, column, vector) see whole-matrix coordinates. Columns
 // come in whole vectors, as they were packed: those past the end hold zeros plus `init`.
 template <class E, class Init, class Done>
-void gemm2(int64_t rows, int64_t columns, Product<E> p, Product<E> p2, const Init& init, const Done& done) {
-  for (int64_t j = 0; j < columns; j += NR) {
-    const int vectors = int((std::min<int64_t>(NR, columns - j) + W - 1) / W);
+void gemm2(int64_t rows, int64_t columns, const Product<E>& p, const Product<E>& p2, const Init& init,
+           const Done& done) {
+  over_panels(columns, [&](auto vectors, int64_t j) {
     auto init_at = [&](int64_t r, int64_t c) { return init(r, j + c); };
     auto done_at = [&](int64_t r, int64_t c, vf x) { done(r, j + c, x); };
-    switch (vectors) {
-      case 1: strip<1, E>(rows, p, p2, init_at, done_at); break;
-      case 2: strip<2, E>(rows, p, p2, init_at, done_at); break;
-      case 3: strip<(NV > 2 ? 3 : 2), E>(rows, p, p2, init_at, done_at); break;
-      default: strip<NV, E>(rows, p, p2, init_at, done_at); break;
-    }
-    p.b += p.steps * vectors * W * KS<E>;
-    p2.b += p2.steps * vectors * W * KS<E>;
-  }
+    const Product<E> at{p.a, p.lda, p.b + j * p.steps * KS<E>, p.steps};
+    const Product<E> at2{p2.a, p2.lda, p2.b + j * p2.steps * KS<E>, p2.steps};
+    strip<vectors, E>(rows, at, at2, init_at, done_at);
+  });
 }
 
 template <class E>
@@ -217,6 +243,33 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const E* a, int64_t lda,
 }
 
 PCS_INLINE vf zero_init(int64_t, int64_t) { return vf{}; }
+
+// C (in whole vectors, row stride ldc) = A B, or C += A B.
+template <class E>
+void gemm_into(float* c, int64_t ldc, bool add, int64_t rows, int64_t columns, int64_t depth, const E* a, int64_t lda,
+               const E* b) {
+#if defined(__AMX_BF16__)
+  if constexpr (IN_TILES<E>) {
+    written(a);
+    over_panels(columns, [&](auto vectors, int64_t j) {
+      const int64_t steps = steps_of<E>(depth);
+      const Product<E> p{a, lda, b + j * steps * KS<E>, steps};
+      over_tiles<vectors>(rows, [&](int64_t row, int, int v, auto two_rows, auto two_columns) {
+        float* to = c + row * ldc + j + v * W;
+        load_tiles<two_rows, two_columns>(to, ldc, add);
+        multiply_tiles<vectors, two_rows, two_columns>(p, row, v);
+        store_tiles<two_rows, two_columns>(to, ldc);
+      });
+    });
+    return;
+  }
+#endif
+  auto done = [=](int64_t r, int64_t x, vf sum) { store(c + r * ldc + x, sum); };
+  if (add)
+    gemm<E>(rows, columns, depth, a, lda, b, [=](int64_t r, int64_t x) { return load(c + r * ldc + x); }, done);
+  else
+    gemm<E>(rows, columns, depth, a, lda, b, zero_init, done);
+}
 
 template <class E>
 int64_t packed_size(int64_t columns, int64_t depth) {

@@ -37,13 +37,10 @@ struct Forward {
     const float to_log2 = scale * LOG2E;
     for (int64_t j = 0; j < s.M; j += BK) {
       const int64_t m = std::min(BK, s.M - j);
-      gemm<E>(n, m, depth, query.get(), depth, packed_k.get() + (bh * keys + j) * depth, zero_init,
-              [&](int64_t r, int64_t c, vf x) { store(scores.get() + r * BK + c, x * to_log2); });
+      gemm_into<E>(scores.get(), BK, false, n, m, depth, query.get(), depth, packed_k.get() + (bh * keys + j) * depth);
       for (int64_t r = 0; r < n; r++)
-        softmax_row(scores.get() + r * BK, p.get() + r * BK, o.get() + r * width, m, top[r], total[r]);
-      gemm<E>(n, s.D, m, p.get(), BK, packed_v.get() + (bh * keys + j) * width,
-              [&](int64_t r, int64_t c) { return load(o.get() + r * width + c); },
-              [&](int64_t r, int64_t c, vf x) { store(o.get() + r * width + c, x); });
+        softmax_row(scores.get() + r * BK, p.get() + r * BK, o.get() + r * width, m, to_log2, top[r], total[r]);
+      gemm_into<E>(o.get(), width, true, n, s.D, m, p.get(), BK, packed_v.get() + (bh * keys + j) * width);
     }
     for (int64_t r = 0; r < n; r++) {
       write_row(out.at<T>(b, h, i + r), o.get() + r * width, s.D, 1.0f / total[r]);
@@ -51,20 +48,17 @@ struct Forward {
     }
   }
 
-  // P = 2^(S - top) of one row and tile; what was summed before is scaled down where the maximum rose.
-  void softmax_row(float* scores, E* p, float* o, int64_t m, float& top, float& total) {
-    const int64_t padded = round_up(m, PADDED<E>);
-    for (int64_t c = m; c < padded; c++) scores[c] = -INFINITY;
-    vf best = load(scores);
-    for (int64_t c = W; c < padded; c += W) best = vmax(load(scores + c), best);
+  // P = 2^(to_log2 S - top) of one row and tile; what was summed before is scaled down where the maximum rose.
+  void softmax_row(const float* scores, E* p, float* o, int64_t m, float to_log2, float& top, float& total) {
+    const ScoreRow<E> row(scores, m, to_log2);
     const float before = top;
-    top = std::max(before, reduce_max(best));
+    top = std::max(before, row.top());
     vf sums = {};
-    for (int64_t c = 0; c < padded; c += W) {
-      const vf e = exp2<T>(load(scores + c) - top);
+    row.each([&](int64_t c, vf x) {
+      const vf e = exp2<T>(x - top);
       sums += e;
       store(p + c, e);
-    }
+    });
     if (top != before) {
       const float shrink = std::exp2(before - top);
       total *= shrink;
@@ -142,16 +136,13 @@ struct Backward {
       pack_tile<E>(ds_packed.get(), ds_rows.get(), LANES, n, m);
       accumulate(m, n, p_rows.get(), douts.as_rows.get(), dv_part + j * width);
       accumulate(m, n, ds_rows.get(), queries.as_rows.get(), dk_part + j * width);
-      gemm<E>(s.D, n, m, keys.k_transposed.get() + j, keys.ld, ds_packed.get(),
-              [&](int64_t r, int64_t c) { return load(dq_transposed.get() + r * LANES + c); },
-              [&](int64_t r, int64_t c, vf x) { store(dq_transposed.get() + r * LANES + c, x); });
+      gemm_into<E>(dq_transposed.get(), LANES, true, s.D, n, m, keys.k_transposed.get() + j, keys.ld, ds_packed.get());
     }
     write_transposed(dq.at<T>(b, h, i), dq.row, dq_transposed.get(), LANES, n, s.D);
   }
 
   void accumulate(int64_t m, int64_t n, const E* a, const E* b, float* into) {
-    gemm<E>(m, s.D, n, a, LANES, b, [&](int64_t r, int64_t c) { return load(into + r * width + c); },
-            [&](int64_t r, int64_t c, vf x) { store(into + r * width + c, x); });
+    gemm_into<E>(into, width, true, m, s.D, n, a, LANES, b);
   }
 
   float dot(const T* a, const T* b) const {

@@ -159,9 +159,27 @@ PCS_INLINE void over(int64_t n, const Body& body) {
 template <class T>
 constexpr bool IS_SHORT = sizeof(T) == 2;
 
-// 2^x for x <= 127, within 1e-7 (8e-5 for short T) of its value; below -126 it stays there; NaN stays NaN.
+// 2^x for x <= 127, within 1e-7 (8e-5 for short T) of its value; far below -126 it is next to nothing; NaN stays NaN.
 template <class T>
 PCS_INLINE vf exp2(vf x) {
+#if defined(__AVX512F__)
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 1);  // x less the whole number below it; 0 for -inf
+  vf p;
+  if constexpr (IS_SHORT<T>) {
+    p = splat(7.802451946e-02f);
+    p = p * f + 2.260671785e-01f;
+    p = p * f + 6.958335221e-01f;
+    p = p * f + 9.999252214e-01f;
+  } else {
+    p = splat(1.877576639e-03f);
+    p = p * f + 8.989340472e-03f;
+    p = p * f + 5.582631742e-02f;
+    p = p * f + 2.401536174e-01f;
+    p = p * f + 6.931530731e-01f;
+    p = p * f + 9.999999251e-01f;
+  }
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
+#else
   x = x < -126.0f ? splat(-126.0f) : x;
   const vf shifted = x + 12582912.0f;  // the rounded integer lands in the low mantissa bits
   const vf f = x - (shifted - 12582912.0f);
@@ -180,6 +198,7 @@ PCS_INLINE vf exp2(vf x) {
     p = p * f + 1.000000072f;
   }
   return (vf)((vi)p + ((vi)shifted << 23));
+#endif
 }
 constexpr float LOG2E = 1.4426950408889634f;
 

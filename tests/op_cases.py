@@ -72,20 +72,22 @@ def self_attention() -> list[Case]:
     sizes = ((2, 2, 63, 63, 40), (1, 3, 130, 517, 160), (1, 2, 300, 77, 80), (2, 1, 5, 1, 33), (1, 1, 257, 300, 64))
     cases = [Case(f"self_attention {s}", pcs_kernels.self_attention, attention_inputs(*s)) for s in sizes]
     viewed = lambda *x: pcs_kernels.self_attention(*map(split_heads, x), scale=0.3)  # noqa: E731
+    level = lambda *x: pcs_kernels.self_attention(*x, scale=0.0)  # noqa: E731
+    cases.append(Case("self_attention of scale 0", level, attention_inputs(1, 2, 40, 70, 40)))
     return [*cases, Case("self_attention of views", viewed, attention_inputs(1, 4, 100, 100, 40))]
 
 
 def cross_attention() -> list[Case]:
     cases = []
-    for size in (
-        (2, 2, 63, 77, 40),
-        (1, 8, 341, 77, 64),
-        (1, 2, 200, 154, 80),
-        (2, 1, 65, 320, 160),
-        (1, 3, 70, 2, 33),
+    for size, maps in (
+        ((2, 2, 63, 77, 40), 3),
+        ((1, 8, 341, 77, 64), 1),
+        ((1, 2, 200, 154, 80), 2),
+        ((2, 1, 65, 320, 160), 6),
+        ((1, 3, 70, 2, 33), 4),
     ):
         batch, _, _, tokens, _ = size
-        capture = torch.rand(batch, 3, tokens)
+        capture = torch.rand(batch, maps, tokens)
 
         def with_maps(q, k, v, capture=capture):
             return pcs_kernels.cross_attention(split_heads(q), k, v, like(capture, q))
