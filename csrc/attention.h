@@ -55,14 +55,7 @@ void pack_tile(E* out, const E* rows, int64_t ld, int64_t columns, int64_t depth
       }
       const E* row = rows + k * ld + j;
       if constexpr (sizeof(E) == 2) {
-        const uint16_t* low = reinterpret_cast<const uint16_t*>(row);
-        for (int64_t c = 0; c < width; c += W) {
-          vh a, b = {};
-          std::memcpy(&a, low + c, sizeof a);
-          if (k + 1 < depth) std::memcpy(&b, low + ld + c, sizeof b);
-          vu pairs = __builtin_convertvector(a, vu) | (__builtin_convertvector(b, vu) << 16);
-          std::memcpy(out + c * 2, &pairs, sizeof pairs);
-        }
+        interleave(out, row, k + 1 < depth ? row + ld : nullptr, width);
       } else {
         std::memcpy(out, row, width * sizeof(E));
       }

@@ -316,6 +316,17 @@ void pack_rows_as_columns(E* out, const T* source, int64_t ld, int64_t columns, 
   }
 }
 
+// `width` pairs (a multiple of W) of two rows' neighbours; without a second row its places are zero.
+PCS_INLINE void interleave(bf16* out, const bf16* first, const bf16* second, int64_t width) {
+  for (int64_t c = 0; c < width; c += W) {
+    vh a, b = {};
+    std::memcpy(&a, first + c, sizeof a);
+    if (second) std::memcpy(&b, second + c, sizeof b);
+    const vu pairs = __builtin_convertvector(a, vu) | (__builtin_convertvector(b, vu) << 16);
+    std::memcpy(out + c * 2, &pairs, sizeof pairs);
+  }
+}
+
 // B[k][n] = source[k * ld + n].
 template <class E, class T>
 void pack_rows(E* out, const T* source, int64_t ld, int64_t columns, int64_t depth) {
@@ -325,6 +336,13 @@ void pack_rows(E* out, const T* source, int64_t ld, int64_t columns, int64_t dep
     const int64_t filled = std::min(width, columns - j);
     for (int64_t s = 0; s < pairs; s++) {
       E* to = out + s * width * PAIR<E>;
+      if constexpr (std::is_same_v<E, T> && PAIR<E> == 2) {
+        const T* row = source + s * 2 * ld + j;
+        if (filled == width && s * 2 < depth) {
+          interleave(to, row, s * 2 + 1 < depth ? row + ld : nullptr, width);
+          continue;
+        }
+      }
       for (int p = 0; p < PAIR<E>; p++) {
         const int64_t k = s * PAIR<E> + p;
         const T* row = source + k * ld + j;
