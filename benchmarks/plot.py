@@ -74,9 +74,7 @@ def replaced(readme: str, name: str, text: str) -> str:
 
 def with_numbers(readme: str) -> str:
     """The README with the parts between the markers made anew."""
-    readme = replaced(
-        readme, "numbers", speed_docs.step_table() + speed_docs.methods_table() + speed_docs.ops_summary()
-    )
+    readme = replaced(readme, "numbers", "".join(speed_docs.tables(0)))
     readme = replaced(readme, "memory", memory_table())
     return replaced(readme, "quality", quality_table())
 

@@ -32,14 +32,20 @@ BEHIND = {
 }  # fmt: skip
 
 
-def newest(path: Path) -> list[Row]:
-    """The rows of the last run in a results file: those with the last row's date and commit."""
+def runs(path: Path) -> list[list[Row]]:
+    """The last run of each machine in a results file (the rows of one date and commit), the newest first."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    last = (rows[-1]["date"], rows[-1]["commit"])
-    return [row for row in rows if (row["date"], row["commit"]) == last]
+    last = {row.get("device", ""): (row["date"], row["commit"]) for row in rows}
+    order = list(dict.fromkeys(row.get("device", "") for row in reversed(rows)))
+    return [[r for r in rows if r.get("device", "") == m and (r["date"], r["commit"]) == last[m]] for m in order]
+
+
+def newest(path: Path) -> list[Row]:
+    """The rows of the last run in a results file."""
+    return next(iter(runs(path)), [])
 
 
 def spread(row: Row) -> str:
@@ -53,16 +59,8 @@ def steps() -> list[Row]:
     return [row for row in newest(timing.RESULTS / "step.csv") if row["size"] == "512"]
 
 
-def method_steps() -> dict[str, dict[str, Row]]:
-    """method -> variant -> row of the newest whole steps."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in newest(timing.RESULTS / "step_methods.csv"):
-        found.setdefault(row["method"], {})[row["variant"]] = row
-    return found
-
-
-def step_table() -> str:
-    rows = steps()
+def step_table(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["size"] == "512"]
     if not rows:
         return ""
     facts = rows[0]
@@ -80,9 +78,11 @@ def step_table() -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def methods_table() -> str:
+def methods_table(found: list[Row]) -> str:
     """Each method's whole step: ours, and the peers over it."""
-    methods = method_steps()
+    methods: dict[str, dict[str, Row]] = {}  # method -> variant -> row
+    for row in found:
+        methods.setdefault(row["method"], {})[row["variant"]] = row
     if not methods:
         return ""
     facts = next(iter(next(iter(methods.values())).values()))
@@ -109,9 +109,9 @@ def methods_table() -> str:
     return "\n".join([*lines, "", note]) + "\n\n"
 
 
-def ops_summary() -> str:
+def ops_summary(rows: list[Row]) -> str:
     """One line an op: its first shape in bfloat16 (the optimizer in float32) against its first peer."""
-    rows = [row for row in newest(timing.RESULTS / "ops_cpu.csv") if row["ratio"]]
+    rows = [row for row in rows if row["ratio"]]
     firsts = {s[0].name for s in (registry.SELF_ATTENTION, registry.CONV, registry.ADAMW)}
     table: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
@@ -208,10 +208,25 @@ def targets_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def tables(run: int) -> list[str]:
+    """Steps, whole steps and ops of the newest run (0), or of another machine's before it."""
+    makers = (("step.csv", step_table), ("step_methods.csv", methods_table), ("ops_cpu.csv", ops_summary))
+    return [maker((runs(timing.RESULTS / name)[run : run + 1] or [[]])[0]) for name, maker in makers]
+
+
+def others() -> str:
+    """The same of every other machine that there are results of."""
+    found = []
+    for run in range(1, 1 + max(len(runs(timing.RESULTS / name)) for name in ("step.csv", "ops_cpu.csv"))):
+        found += [table.rstrip() for table in tables(run) if table and not table.startswith("No results")]
+    return "\n## Other machines\n\n" + "\n\n".join(found) + "\n" if found else ""
+
+
 def page() -> str:
+    steps_here, methods_here, _ = tables(0)
     return (
         "# Speed\n\nMade by `python benchmarks/plot.py` from the newest runs in `benchmarks/results/`; `make bench`"
         " adds a run of your machine. Every ratio is the peer's time over ours, taken in turn in one process.\n\n"
-        f"## Targets\n\n{targets_table()}\n## Steps\n\n{step_table()}{methods_table()}"
-        f"![Seconds of a step](step.png)\n\n## Every op\n\n{ops_table()}"
+        f"## Targets\n\n{targets_table()}\n## Steps\n\n{steps_here}{methods_here}"
+        f"![Seconds of a step](step.png)\n\n## Every op\n\n{ops_table()}{others()}"
     )

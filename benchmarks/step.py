@@ -11,13 +11,9 @@ bfloat16 matrix-product rate. Median and spread go to benchmarks/results/step.cs
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timing
 import torch
@@ -173,16 +169,8 @@ def measure(steps: dict[str, Step], rounds: int) -> tuple[dict[str, list[float]]
     return seconds, rates
 
 
-def device_name() -> str:
-    info = Path("/proc/cpuinfo")
-    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
-    values = {key.strip(): value.strip() for key, value in fields.items()}
-    name = values.get("model name", platform.processor() or platform.machine())
-    return f"{name} (family {values.get('cpu family', '?')}, model {values.get('model', '?')})"
-
-
 def rows(size: int, seconds: dict[str, list[float]], rates: list[float]) -> list[dict[str, object]]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    facts = timing.circumstances()
     machine = statistics.median(rates)
     made = []
     for name, times in seconds.items():
@@ -190,8 +178,7 @@ def rows(size: int, seconds: dict[str, list[float]], rates: list[float]) -> list
         speed = TERAFLOP[size] / median
         over, low, high = timing.ratio(times, seconds["pcs plan A"])
         values = (
-            datetime.date.today().isoformat(), commit.stdout.strip(), device_name(), torch.get_num_threads(),
-            torch.__version__, size, name, len(times), f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}",
+            facts["date"], facts["commit"], facts["device"], facts["threads"], facts["torch"], size, name, len(times), f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}",
             f"{over:.2f}", f"{low:.2f}", f"{high:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}",
         )  # fmt: skip
         made.append(dict(zip(COLUMNS, values, strict=True)))
@@ -217,7 +204,7 @@ def main() -> None:
     seconds, rates = measure(steps, options.rounds)
     table = rows(options.size, seconds, rates)
     size, threads, middle = options.size, torch.get_num_threads(), statistics.median(rates)
-    print(f"{device_name()}, {threads} threads, torch {torch.__version__}, {size} x {size}")
+    print(f"{timing.circumstances()['device']}, {threads} threads, torch {torch.__version__}, {size} x {size}")
     print(f"bf16 matrix products here: {min(rates):.3f} - {max(rates):.3f} TFLOP/s, median {middle:.3f}")
     for row in table:
         print(f"  {row['variant']:40} {row['seconds']} s ({row['fastest']} - {row['slowest']})  "

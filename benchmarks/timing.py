@@ -54,13 +54,16 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
+    """The processor, and what it multiplies bfloat16 with: the name alone often says little."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name", platform.processor() or platform.machine())
+    units = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bf16", "avx2": "AVX2"}
+    has = next((unit for flag, unit in units.items() if flag in facts.get("flags", "").split()), "")
+    return f"{name} ({has})" if has else name
 
 
 def circumstances() -> dict[str, str]:
