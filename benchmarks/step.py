@@ -178,7 +178,8 @@ def rows(size: int, seconds: dict[str, list[float]], rates: list[float]) -> list
         speed = TERAFLOP[size] / median
         over, low, high = timing.ratio(times, seconds["pcs plan A"])
         values = (
-            facts["date"], facts["commit"], facts["device"], facts["threads"], facts["torch"], size, name, len(times), f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}",
+            facts["date"], facts["commit"], facts["device"], facts["threads"], facts["torch"], size, name, len(times),
+            f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}",
             f"{over:.2f}", f"{low:.2f}", f"{high:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}",
         )  # fmt: skip
         made.append(dict(zip(COLUMNS, values, strict=True)))
