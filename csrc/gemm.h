@@ -276,6 +276,40 @@ int64_t packed_size(int64_t columns, int64_t depth) {
   return round_up(depth, KS<E>) * round_up(columns, W);
 }
 
+// done(row, column, vector of A B, vector of A2 B2): two products of one shape, element by element. `scratch` (row stride
+// ld) holds the first one where there are no tiles.
+template <class E, class Done>
+void gemm_pair(float* scratch, int64_t ld, int64_t rows, int64_t columns, const Product<E>& p, const Product<E>& p2,
+               const Done& done) {
+#if defined(__AMX_BF16__)
+  if constexpr (IN_TILES<E>) {
+    written(p.a);
+    alignas(64) float sums[2][32][2 * W];
+    over_panels(columns, [&](auto vectors, int64_t j) {
+      const int64_t skip = j * p.steps * KS<E>;
+      const Product<E> at{p.a, p.lda, p.b + skip, p.steps}, at2{p2.a, p2.lda, p2.b + skip, p2.steps};
+      over_tiles<vectors>(rows, [&](int64_t row, int height, int v, auto two_rows, auto two_columns) {
+        load_tiles<two_rows, two_columns>(nullptr, 0, false);
+        multiply_tiles<vectors, two_rows, two_columns>(at, row, v);
+        store_tiles<two_rows, two_columns>(sums[0][0], 2 * W);
+        load_tiles<two_rows, two_columns>(nullptr, 0, false);
+        multiply_tiles<vectors, two_rows, two_columns>(at2, row, v);
+        store_tiles<two_rows, two_columns>(sums[1][0], 2 * W);
+        for (int r = 0; r < height; r++) {
+          done(row + r, j + v * W, load(sums[0][r]), load(sums[1][r]));
+          if constexpr (two_columns) done(row + r, j + (v + 1) * W, load(sums[0][r] + W), load(sums[1][r] + W));
+        }
+      });
+    });
+    return;
+  }
+#endif
+  const Product<E> none{nullptr, 0, nullptr, 0};
+  gemm2<E>(rows, columns, p, none, zero_init, [=](int64_t r, int64_t c, vf x) { store(scratch + r * ld + c, x); });
+  gemm2<E>(rows, columns, p2, none, zero_init,
+           [=, &done](int64_t r, int64_t c, vf x) { done(r, c, load(scratch + r * ld + c), x); });
+}
+
 template <class E, class T>
 PCS_INLINE E convert(T x);
 template <>

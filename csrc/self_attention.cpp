@@ -77,7 +77,7 @@ void forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, f
   parallel_for(s.B * s.H * query_tiles, threads, [&](int64_t t) { job.rows(t / query_tiles, t % query_tiles * job.BQ); });
 }
 
-constexpr int64_t LANES = 2 * NR;  // queries of a backward block: they lie along the vectors
+constexpr int64_t LANES = 4 * NR;  // queries of a backward block: they lie along the vectors
 
 template <class T>
 struct Backward {
@@ -115,7 +115,7 @@ struct Backward {
       lse2[r] = r < n ? lse[(b * s.H + h) * s.N + i + r] * LOG2E : 0.0f;
       delta[r] = r < n ? dot(dout.at<T>(b, h, i + r), out.at<T>(b, h, i + r)) : 0.0f;
     }
-    Buffer<float> p(KEYS * LANES), dq_transposed(s.D * LANES);
+    Buffer<float> scores(IN_TILES<E> ? 1 : KEYS * LANES), dq_transposed(s.D * LANES);
     Buffer<E> p_rows(KEYS * LANES), ds_rows(KEYS * LANES), ds_packed(KEYS * LANES);
     std::fill(dq_transposed.get(), dq_transposed.get() + s.D * LANES, 0.0f);
     for (E* rows : {p_rows.get(), ds_rows.get()})  // what no vector writes is read by the last step
@@ -123,16 +123,14 @@ struct Backward {
     const float to_log2 = scale * LOG2E;
     for (int64_t j = 0; j < s.M; j += KEYS) {
       const int64_t m = std::min(KEYS, s.M - j);
-      gemm<E>(m, n, keys.depth, keys.k.get() + j * keys.depth, keys.depth, queries.as_columns.get(), zero_init,
-              [&](int64_t r, int64_t c, vf x) {
-                const vf e = exp2<T>(x * to_log2 - load(lse2 + c));
-                store(p.get() + r * LANES + c, e);
-                store(p_rows.get() + r * LANES + c, e);
-              });
-      gemm<E>(m, n, keys.depth, keys.v.get() + j * keys.depth, keys.depth, douts.as_columns.get(), zero_init,
-              [&](int64_t r, int64_t c, vf x) {
-                store(ds_rows.get() + r * LANES + c, load(p.get() + r * LANES + c) * (x - load(delta + c)) * scale);
-              });
+      const int64_t steps = steps_of<E>(s.D);
+      const Product<E> score{keys.k.get() + j * keys.depth, keys.depth, queries.as_columns.get(), steps};
+      const Product<E> slope{keys.v.get() + j * keys.depth, keys.depth, douts.as_columns.get(), steps};
+      gemm_pair<E>(scores.get(), LANES, m, n, score, slope, [&](int64_t r, int64_t c, vf x, vf dp) {
+        const vf e = exp2<T>(x * to_log2 - load(lse2 + c));
+        store(p_rows.get() + r * LANES + c, e);
+        store(ds_rows.get() + r * LANES + c, e * (dp - load(delta + c)) * scale);
+      });
       pack_tile<E>(ds_packed.get(), ds_rows.get(), LANES, n, m);
       accumulate(m, n, p_rows.get(), douts.as_rows.get(), dv_part + j * width);
       accumulate(m, n, ds_rows.get(), queries.as_rows.get(), dk_part + j * width);
