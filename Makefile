@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: setup demo test lint bench clean
 
 # A compiler that comes later is noticed: the native kernels are then built.
-READY := $(VENV)/.ready$(if $(shell command -v c++),,-without-a-compiler)
+READY := $(VENV)/.ready$(if $(shell command -v $(CXX)),,-without-a-compiler)
 
 setup: $(READY)
 

@@ -81,7 +81,7 @@ def sections(count: int) -> dict[str, list[Job]]:
     without = {
         "one photo": {}, "augmentation": dict(augment=True),
         "augmentation without words": dict(augment=True, variant="untold"),
-        "no knowledge preservation": dict(preservation_weight=0.0), "uniform timesteps": dict(timesteps="uniform"),
+        "knowledge preservation": dict(preservation_weight=0.1), "uniform timesteps": dict(timesteps="uniform"),
     }  # fmt: skip
     return {
         "main": [Job("main", m, m, s, lag=m == pr) for s in subjects for m in METHODS],

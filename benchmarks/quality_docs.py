@@ -88,7 +88,7 @@ def claims() -> dict[str, list[Claim]]:
                 ("augmentation that names itself against none", ("textboost", "augmentation"), full),
                 ("augmentation with words for it against without", ("textboost", "augmentation"),
                  ("textboost", "augmentation without words")),
-                ("knowledge preservation against none", full, ("textboost", "no knowledge preservation")),
+                ("knowledge preservation against none", ("textboost", "knowledge preservation"), full),
                 ("SNR timesteps against uniform ones", full, ("textboost", "uniform timesteps")),
             )
             for what, measure in (("closer to the subject", "gap_closed"), ("prompts kept better", "prompt_kept"))

@@ -22,6 +22,7 @@ import torch
 BACKENDS = ("reference", "triton", "native")
 PROVIDERS = ("sdpa", "xformers")
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # where autocast may be on
 NEEDS = {"triton": "the triton package is not installed; mend: pip install triton"}
 
 LIBRARY = torch.library.Library("pcs_kernels", "DEF")
@@ -116,13 +117,11 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def plain(*args: Any) -> Any:
-        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not on:
-            return run(*args)
-        with contextlib.ExitStack() as stack:
-            for kind in on:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            return run(*args)
+        for kind in DEVICES:
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return plain(*args)
+        return run(*args)
 
     return plain
 

@@ -44,6 +44,8 @@ def library() -> ModuleType:
     try:
         module = importlib.import_module(f"pcs_kernels._native_{instruction_set()}")
     except ModuleNotFoundError:
+        if os.environ.get("PCS_NATIVE") and importlib.util.find_spec("pcs_kernels._cpuid"):
+            raise ImportError(f"PCS_NATIVE is {os.environ['PCS_NATIVE']!r}, which was not built") from None
         raise ImportError(
             "the C++ kernels were not built (no compiler at install time); mend: install g++ and run pip install again"
         ) from None

@@ -1,6 +1,8 @@
 """Which backend runs, why not the others, and how light the import is."""
 
+import importlib.util
 import os
+import platform
 import subprocess
 import sys
 
@@ -154,6 +156,20 @@ def test_every_build_is_no_worse_than_torch(build):
         pytest.skip("this build runs the whole suite already")
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PCS_NATIVE": build}, timeout=900)
     assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+@needs.compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or sys.platform == "win32", reason="one build here")
+@pytest.mark.parametrize("build, flags", [
+    ("baseline", []), ("avx2", ["-mavx2"]), ("avx512", ["-mavx512bf16"]), ("amx", ["-mamx-tile", "-mamx-bf16"]),
+])  # fmt: skip
+def test_every_build_that_the_compiler_can_make_is_there(build, flags, tmp_path):
+    """A build is optional at set-up, so that an old compiler does not stop it: a mistake in one would pass unseen."""
+    (tmp_path / "empty.cpp").write_text("")
+    command = [needs.COMPILER, *flags, "-c", "empty.cpp", "-o", "empty.o"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip(f"the compiler does not know {flags}")
+    assert importlib.util.find_spec(f"pcs_kernels._native_{build}"), f"the {build} build failed; see pip install -v"
 
 
 @needs.native

@@ -201,12 +201,14 @@ def test_autocast_changes_nothing(case, backend):
         torch.testing.assert_close(found[name], expected[name], msg=lambda m: f"{case.name}: {name}: {m}")
 
 
-def test_autocast_changes_no_provider():
+@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=needs.compiler)))
+def test_autocast_changes_no_provider(compiled):
     q = R(1, 2, 9, 8)
+    attention = torch.compile(pcs_kernels.self_attention, fullgraph=True) if compiled else pcs_kernels.self_attention
     with pcs_kernels.backend("sdpa"):
         expected = pcs_kernels.self_attention(q, q, q)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(pcs_kernels.self_attention(q, q, q), expected)
+            torch.testing.assert_close(attention(q, q, q), expected)
 
 
 @needs.native
