@@ -231,9 +231,17 @@ is the subject similarity in those pictures. *Drift to the subject* is the gap t
 which should be nothing; *drift distance* is the kernel distance (in thousands) of the class's pictures before and
 after; *class kept* is the share of them, after, that still show the class. LAG changes nothing there: its words are
 not in that prompt. ± is a 95 % confidence interval over subjects. Seconds are of one core, medians, with the class's
-pictures for the prior loss drawn once a class. Weights {model}, measured {date} on
-{device}.
+pictures for the prior loss drawn once a class. Weights {model}, measured until
+{date} on {devices}.
 """
+
+
+def machines(rows: list[Row]) -> str:
+    """Where the table's rows were measured, and the ablations' where that was elsewhere."""
+    table = list(dict.fromkeys(row["device"] for row in rows if row["section"] == "main"))
+    others = [device for device in dict.fromkeys(row["device"] for row in rows) if device not in table]
+    said = " and ".join(table or others)
+    return f"{said};\nsome ablations on {', '.join(others)}" if table and others else said
 
 
 def write(rows: list[Row], pictures: Path) -> None:
@@ -242,7 +250,13 @@ def write(rows: list[Row], pictures: Path) -> None:
         raise SystemExit("there are no rows for these weights: run python benchmarks/quality.py first")
     subjects = len(column(rows, ("main", PR), "gap_closed"))
     lines = ["# Quality of the methods on the embedded model", ""]
-    lines += [HOW.format(subjects=subjects, **rows[-1]), "## Side by side", "", *main_table(rows), ""]
+    lines += [
+        HOW.format(subjects=subjects, devices=machines(rows), **rows[-1]),
+        "## Side by side",
+        "",
+        *main_table(rows),
+        "",
+    ]
     lines += ["![subject and prompt](quality.png)", "", "## Aims of the presets", "", *targets(rows), ""]
     lines += ["## By what the prompt asks for", "", *prompt_table(rows), ""]
     lines += ["![pictures of every method](quality_sheet.png)", "", "## The papers' claims, one by one", ""]

@@ -59,7 +59,12 @@ def sheet(
     block = (label + 4 * CELL + gap, head + (1 + len(settings)) * CELL + gap)
     columns = 2
     lines = -(-len(subjects) // columns)
-    if not subjects:
+    strips = {
+        (s, m): pictures / "pictures" / f"{section}-{m.replace(' ', '')}-{s}.png" for s in subjects for m in settings
+    }
+    missing = sum(not strip.exists() for strip in strips.values())
+    if missing or not subjects:
+        print(f"{path} stays as it is: {missing} of its strips were drawn on another machine and are not here")
         return
     page = Image.new("RGB", (columns * block[0], lines * block[1]), "white")
     pen = ImageDraw.Draw(page)
@@ -70,13 +75,11 @@ def sheet(
         pen.text((x + 4, y + head + CELL // 2 - 8), "photos to learn from", fill="black", font_size=12)
         page.paste(Image.fromarray(learned_from(section, int(subject), pictures)), (x + label, y + head))
         for r, setting in enumerate(settings, 1):
-            strip = pictures / "pictures" / f"{section}-{setting.replace(' ', '')}-{subject}.png"
             at = y + head + r * CELL
             pen.text(
                 (x + 4, at + CELL // 2 - 8), names[setting].replace("Personalized ", ""), fill="black", font_size=12
             )
-            if strip.exists():
-                page.paste(Image.open(strip), (x + label, at))
+            page.paste(Image.open(strips[subject, setting]), (x + label, at))
     page.quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
