@@ -231,8 +231,8 @@ is the subject similarity in those pictures. *Drift to the subject* is the gap t
 which should be nothing; *drift distance* is the kernel distance (in thousands) of the class's pictures before and
 after; *class kept* is the share of them, after, that still show the class. LAG changes nothing there: its words are
 not in that prompt. ± is a 95 % confidence interval over subjects. Seconds are of one core, medians, with the class's
-pictures for the prior loss drawn once a class. Weights {model}, measured until
-{date} on {devices}.
+pictures for the prior loss drawn once a class. Weights {model}, measured until {date} on
+{devices}.
 """
 
 

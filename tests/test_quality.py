@@ -124,3 +124,12 @@ def test_untold_augmentation_changes_pictures_and_names_nothing():
         silent = [textboost.augmented(pixels, 64, 16, s, seeded(i)) for i in range(8)]
     assert any(a.prefix for a in told) and not any(a.prefix for a in silent)
     assert all(torch.equal(torch.from_numpy(a.pixels), torch.from_numpy(b.pixels)) for a, b in zip(told, silent))
+
+
+def test_a_sheet_whose_pictures_are_elsewhere_stays(tmp_path, capsys):
+    import quality_sheet
+
+    kept = tmp_path / "sheet.png"
+    kept.write_bytes(b"drawn before")
+    quality_sheet.sheet("main", ["101"], ["dreambooth"], kept, tmp_path, {"dreambooth": "DreamBooth"})
+    assert kept.read_bytes() == b"drawn before" and "1 of its strips" in capsys.readouterr().out
