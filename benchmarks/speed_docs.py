@@ -18,17 +18,24 @@ KEPT = {"A": 457, "B": 272, "C": 134}  # MB of SD1.5 at 512, computed from the l
 CARDS = {"dreambooth": 4.6, "custom_diffusion": 3.0, "personalized_residuals": 2.4, "textboost": 2.4}  # GB, CUDA's too
 # What is behind a target that was missed: where the time goes, what was tried, what is left.
 BEHIND = {
-    "cross_attention + maps": "the peer needs 3-4 ms here; a fifth of that is little more than the half millisecond "
-    "that the two products alone take at this machine's rate. Of the rest 0.24 ms are exponentials, then row sums.",
+    "share": "with AMX the products themselves are the smaller part of a step: half of self-attention's forward is "
+    "exponentials, and norms, gates and copies run at the rate of memory. No faster product mends that.",
+    "self_attention": "of 35 ms 18 are exponentials and their sums, 11 the scores (two short products for every tile "
+    "that is stored) and 5 the values. Tried: key blocks of 64 to 1024, a shorter exponential (taken), sums left in "
+    "memory by the tiles (taken). Left: tiles of queries held over several key tiles.",
+    "cross_attention + maps": "the peer needs 3-5 ms here; a fifth of that is little more than the two products and "
+    "the exponentials alone. Taken: up to four maps are summed where the exponentials are made (1.8 to 0.4 ms).",
+    "lowrank_residual": "the bound asks for the speed of a plain product. With AMX loading the operands takes as long "
+    "as multiplying them, and a third of the time is writing out; oneDNN overlaps these better. Tried without gain: "
+    "block orders, taller blocks, prefetching. Computing the residual apart takes 1.6 times as long as this.",
     "group_norm_silu": "bound by memory: two reads, one write and the write's own read; torch's own pass reaches "
-    "97 GB/s here. Stores around the cache would win this ratio and lose the next layer's read, so they were left.",
-    "adamw8bit": "106 instructions for 16 elements (56 of them the update, 50 the coding) at 2.4 a cycle. Taken: "
-    "lengths known when compiled (22 to 8 ms), tables in registers (to 7.6 ms). A further quarter needs fewer "
-    "instructions, not fewer bytes.",
+    "97 GB/s on an EPYC. Stores around the cache would win this ratio and lose the next layer's read, so they were "
+    "left.",
+    "adamw8bit": "106 instructions for 16 elements (56 of them the update, 50 the coding), at 2.4 a cycle on an EPYC; "
+    "not profiled on a Xeon. Taken: lengths known when compiled (22 to 8 ms), tables in registers (to 7.6 ms). More "
+    "needs fewer instructions, not fewer bytes.",
     "textboost": "the smallest step counted needs 2.66 GB: 1.72 of it are the UNet's weights, 0.25 the text encoder's. "
     "Frozen weights in 8 bits would bring it under; they are not built.",
-    "share": "self-attention takes 0.6 of 2.2 s, at 0.5 TFLOP/s forward and 0.75 backward, under the rate of large "
-    "products; residual sums inside the products would save about 30 ms more.",
 }  # fmt: skip
 
 
