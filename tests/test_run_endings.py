@@ -150,6 +150,8 @@ def in_two_processes(out: Path, method: str, runs: list[tuple[int, bool]], alone
 def assert_same_movement(model, one, two, limit: float = 1e-2) -> None:
     base = dict(model.unet.named_parameters())
     for name, tensor in one.tensors.items():
+        if name.endswith("k_proj.bias"):  # the softmax takes it away: its gradient is rounding, and AdamW follows that
+            continue
         if not name.startswith("unet."):
             assert torch.allclose(two.tensors[name], tensor, atol=1e-5), name
             continue
