@@ -63,7 +63,9 @@ def sheet(
         (s, m): pictures / "pictures" / f"{section}-{m.replace(' ', '')}-{s}.png" for s in subjects for m in settings
     }
     missing = sum(not strip.exists() for strip in strips.values())
-    if missing or not subjects:
+    if not subjects:
+        return
+    if missing:
         print(f"{path} stays as it is: {missing} of its strips were drawn on another machine and are not here")
         return
     page = Image.new("RGB", (columns * block[0], lines * block[1]), "white")

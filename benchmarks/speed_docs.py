@@ -62,12 +62,16 @@ def spread(row: Row) -> str:
     return f"{row['ratio']} ({row['quartile_low']}-{row['quartile_high']})"
 
 
+def at_512(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["size"] == "512"]
+
+
 def steps() -> list[Row]:
-    return [row for row in newest(timing.RESULTS / "step.csv") if row["size"] == "512"]
+    return at_512(newest(timing.RESULTS / "step.csv"))
 
 
 def step_table(rows: list[Row]) -> str:
-    rows = [row for row in rows if row["size"] == "512"]
+    rows = at_512(rows)
     if not rows:
         return ""
     facts = rows[0]

@@ -41,29 +41,6 @@ struct ScoreRow {
   }
 };
 
-// Rows [depth, columns] of E, row stride ld, as a packed B operand (rows of k in, steps of KS out); what is missing of
-// the last step is zero.
-template <class E>
-void pack_tile(E* out, const E* rows, int64_t ld, int64_t columns, int64_t depth) {
-  for (int64_t j = 0; j < columns; j += NR) {
-    const int64_t width = round_up(std::min<int64_t>(NR, columns - j), W);
-    for (int64_t k = 0; k < round_up(depth, KS<E>); k += PAIR<E>) {
-      if (k >= depth) {
-        std::fill(out, out + width * PAIR<E>, E{});
-        out += width * PAIR<E>;
-        continue;
-      }
-      const E* row = rows + k * ld + j;
-      if constexpr (sizeof(E) == 2) {
-        interleave(out, row, k + 1 < depth ? row + ld : nullptr, width);
-      } else {
-        std::memcpy(out, row, width * sizeof(E));
-      }
-      out += width * PAIR<E>;
-    }
-  }
-}
-
 // dst rows (n of them, D wide) = the transpose of src [D, ld].
 template <class T>
 void write_transposed(T* dst, int64_t stride, const float* src, int64_t ld, int64_t n, int64_t D) {

@@ -175,7 +175,7 @@ struct Backward {
     if (dq) {
       Buffer<E> packed(round_up(s.M, KS<E>) * LANES);
       Buffer<float> transposed(s.D * LANES);
-      pack_tile<E>(packed.get(), rows.get(), LANES, n, s.M);
+      pack_rows<E, E>(packed.get(), rows.get(), LANES, round_up(n, W), s.M);
       gemm_into<E>(transposed.get(), LANES, false, s.D, n, s.M, keys.k_transposed.get(), keys.ld, packed.get());
       write_transposed(dq->at<T>(b, h, i), dq->row, transposed.get(), LANES, n, s.D);
     }

@@ -77,12 +77,11 @@ void forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, f
   parallel_for(s.B * s.H * query_tiles, threads, [&](int64_t t) { job.rows(t / query_tiles, t % query_tiles * job.BQ); });
 }
 
-constexpr int64_t LANES = 4 * NR;  // queries of a backward block: they lie along the vectors
-
 template <class T>
 struct Backward {
   using E = typename Packed<T>::type;
-  static constexpr int64_t KEYS = 2 * BLOCK<E>;  // keys of a block: whole steps, so that none straddles blocks
+  static constexpr int64_t LANES = (IN_TILES<E> ? 4 : 2) * NR;  // queries of a block: they lie along the vectors
+  static constexpr int64_t KEYS = 2 * BLOCK<E>;                 // keys of a block: whole steps, so that none straddles blocks
   const Heads &dout, &q, &k, &v, &out, &dq, &dk, &dv;
   const float* lse;
   AttentionShape s;
@@ -131,7 +130,7 @@ struct Backward {
         store(p_rows.get() + r * LANES + c, e);
         store(ds_rows.get() + r * LANES + c, e * (dp - load(delta + c)) * scale);
       });
-      pack_tile<E>(ds_packed.get(), ds_rows.get(), LANES, n, m);
+      pack_rows<E, E>(ds_packed.get(), ds_rows.get(), LANES, padded, m);
       accumulate(m, n, p_rows.get(), douts.as_rows.get(), dv_part + j * width);
       accumulate(m, n, ds_rows.get(), queries.as_rows.get(), dk_part + j * width);
       gemm_into<E>(dq_transposed.get(), LANES, true, s.D, n, m, keys.k_transposed.get() + j, keys.ld, ds_packed.get());
@@ -166,6 +165,7 @@ template <class T>
 void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const Heads& dq,
               const Heads& dk, const Heads& dv, const float* lse, AttentionShape s, float scale, int threads) {
   // Few heads are split further, by the shape alone, so that the sums never depend on the number of threads.
+  constexpr int64_t LANES = Backward<T>::LANES;
   const int64_t blocks = (s.N + LANES - 1) / LANES, heads = s.B * s.H;
   const int64_t splits = std::min<int64_t>(blocks, std::max<int64_t>(1, 16 / heads));
   Backward<T> job{dout, q, k, v, out, dq, dk, dv, lse, s, scale, splits};

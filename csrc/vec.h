@@ -159,6 +159,14 @@ PCS_INLINE void over(int64_t n, const Body& body) {
 template <class T>
 constexpr bool IS_SHORT = sizeof(T) == 2;
 
+// The polynomial in x with these coefficients, the highest power's first.
+template <class... Lower>
+PCS_INLINE vf horner(vf x, float highest, Lower... lower) {
+  vf p = splat(highest);
+  ((p = p * x + lower), ...);
+  return p;
+}
+
 // 2^x for x <= 127, within 1e-7 (8e-5 for short T) of its value; far below -126 it is next to nothing; NaN stays NaN.
 template <class T>
 PCS_INLINE vf exp2(vf x) {
@@ -166,17 +174,10 @@ PCS_INLINE vf exp2(vf x) {
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 1);  // x less the whole number below it; 0 for -inf
   vf p;
   if constexpr (IS_SHORT<T>) {
-    p = splat(7.802451946e-02f);
-    p = p * f + 2.260671785e-01f;
-    p = p * f + 6.958335221e-01f;
-    p = p * f + 9.999252214e-01f;
+    p = horner(f, 7.802451946e-02f, 2.260671785e-01f, 6.958335221e-01f, 9.999252214e-01f);
   } else {
-    p = splat(1.877576639e-03f);
-    p = p * f + 8.989340472e-03f;
-    p = p * f + 5.582631742e-02f;
-    p = p * f + 2.401536174e-01f;
-    p = p * f + 6.931530731e-01f;
-    p = p * f + 9.999999251e-01f;
+    p = horner(f, 1.877576639e-03f, 8.989340472e-03f, 5.582631742e-02f,
+               2.401536174e-01f, 6.931530731e-01f, 9.999999251e-01f);
   }
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
 #else
@@ -185,17 +186,10 @@ PCS_INLINE vf exp2(vf x) {
   const vf f = x - (shifted - 12582912.0f);
   vf p;
   if constexpr (IS_SHORT<T>) {
-    p = splat(5.517166493e-02f);
-    p = p * f + 2.426111219e-01f;
-    p = p * f + 6.932609862e-01f;
-    p = p * f + 9.999280736e-01f;
+    p = horner(f, 5.517166493e-02f, 2.426111219e-01f, 6.932609862e-01f, 9.999280736e-01f);
   } else {
-    p = splat(1.327647152e-03f);
-    p = p * f + 9.675541331e-03f;
-    p = p * f + 5.550713275e-02f;
-    p = p * f + 2.402211972e-01f;
-    p = p * f + 6.931469671e-01f;
-    p = p * f + 1.000000072f;
+    p = horner(f, 1.327647152e-03f, 9.675541331e-03f, 5.550713275e-02f,
+               2.402211972e-01f, 6.931469671e-01f, 1.000000072f);
   }
   return (vf)((vi)p + ((vi)shifted << 23));
 #endif
@@ -226,18 +220,10 @@ PCS_INLINE vf erf(vf x) {
   x = x > 4.0f ? splat(4.0f) : x;
   x = x < -4.0f ? splat(-4.0f) : x;
   const vf s = x * x;
-  vf p = splat(-2.72614225801306e-10f);
-  p = p * s + 2.77068142495902e-08f;
-  p = p * s + -2.10102402082508e-06f;
-  p = p * s + -5.69250639462346e-05f;
-  p = p * s + -7.34990630326855e-04f;
-  p = p * s + -2.95459980854025e-03f;
-  p = p * s + -1.60960333262415e-02f;
-  vf q = splat(-1.45660718464996e-05f);
-  q = q * s + -2.13374055278905e-04f;
-  q = q * s + -1.68282697438203e-03f;
-  q = q * s + -7.37332916720468e-03f;
-  q = q * s + -1.42647390514189e-02f;
+  const vf p = horner(s, -2.72614225801306e-10f, 2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f,
+                      -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f);
+  const vf q = horner(s, -1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f,
+                      -7.37332916720468e-03f, -1.42647390514189e-02f);
   return x * p * reciprocal<T>(q);
 }
 

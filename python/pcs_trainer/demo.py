@@ -135,8 +135,8 @@ def run_demo(
     started = time.monotonic()
     with Progress("", quiet=quiet) as progress:
         demo = Demo(out, class_word, effort, progress, should_stop)
-        if slow_note():
-            progress.say(slow_note())
+        if note := slow_note():
+            progress.say(note)
         try:
             demo.photos = example_photos(photos)
             model = load_model("tiny")
