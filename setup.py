@@ -51,7 +51,7 @@ extensions.append(Pybind11Extension("pcs_kernels._cpuid", ["csrc/cpuid.cpp"], cx
 if sys.platform == "win32":
     extensions = []  # the vector types are those of GCC and Clang
 
-TINY = ["weights/**/*", "judge_weights/**/*", "*.json", "*.md", "contact_sheet.png"]  # the embedded model's files
+TINY = ["weights/**/*", "judge_weights/**/*", "*.json", "make/*.md", "contact_sheet.png"]  # the embedded model's files
 
 kernels = find_namespace_packages(include=["pcs_kernels", "pcs_kernels.*"])
 trainer = find_namespace_packages("python", include=["pcs_trainer", "pcs_trainer.*"])
@@ -60,7 +60,7 @@ with ParallelCompile("PCS_BUILD_JOBS", default=os.cpu_count() or 1):
     setup(
         packages=kernels + trainer,
         package_dir={"pcs_kernels": "pcs_kernels", "pcs_trainer": "python/pcs_trainer"},
-        package_data={"pcs_trainer": ["*.html", *[f"tiny/{files}" for files in TINY]]},
+        package_data={"pcs_trainer": ["report/*.html", *[f"tiny/{files}" for files in TINY]]},
         ext_modules=extensions,
         cmdclass={"build_ext": BuildApart},
     )

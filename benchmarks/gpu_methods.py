@@ -15,10 +15,10 @@ from typing import Any
 
 import timing
 import torch
-from pcs_trainer.layers import LowRank
+from pcs_trainer.unet.layers import LowRank
 from pcs_trainer.methods.custom_diffusion import without_first_gradient
 from pcs_trainer.methods.dreambooth import PROJECTIONS
-from pcs_trainer.unet import UNet
+from pcs_trainer.unet.unet import UNet
 from registry import SD15, SDXL
 from torch import Tensor, nn
 
@@ -130,7 +130,7 @@ def start(scene: Scene, method: str) -> Trained:
 def text_encoder(scene: Scene) -> Trained:
     """CLIP's text encoder of the model's width with rank-4 LoRA on its six projections."""
     from pcs_trainer.methods.textboost import LAYERS
-    from pcs_trainer.text import TextLowRank, attach_text
+    from pcs_trainer.model.text import TextLowRank, attach_text
     from transformers import CLIPTextConfig, CLIPTextModel
 
     width, like = scene.text.shape[-1], scene.text

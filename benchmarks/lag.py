@@ -24,12 +24,12 @@ from registry import SD15
 from step import random_weights, residuals
 from torch import Tensor, nn
 
-from pcs_trainer import blocks
-from pcs_trainer.lag import Attention, Lag, masked_blocks
-from pcs_trainer.layers import Conv2d, LowRank
-from pcs_trainer.sampling import Predictor
-from pcs_trainer.text import Text
-from pcs_trainer.unet import UNet
+from pcs_trainer.unet import blocks
+from pcs_trainer.sampling.lag import Attention, Lag, masked_blocks
+from pcs_trainer.unet.layers import Conv2d, LowRank
+from pcs_trainer.sampling.drawing import Predictor
+from pcs_trainer.model.text import Text
+from pcs_trainer.unet.unet import UNet
 
 RESULTS = timing.RESULTS / "lag.csv"
 CHECKED_AT = 128  # pixels: every variant is held against the others there before any is timed

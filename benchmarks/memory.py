@@ -16,8 +16,8 @@ from pathlib import Path
 
 import timing
 from registry import SD15, SD21, SDXL
-from pcs_trainer.memory import plan
-from pcs_trainer.plans import PLANS
+from pcs_trainer.memory.planner import plan
+from pcs_trainer.unet.recompute import PLANS
 
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
 RESULTS = timing.RESULTS / "memory.csv"
@@ -61,8 +61,8 @@ def rows(task: tuple[str, str]) -> list[dict[str, object]]:
 
 def kept_rows(model: str, method: str) -> list[dict[str, object]]:
     """Bytes kept for the backward at batch 1 under each plan: of a frozen UNet, and of one that trains whole."""
-    from pcs_trainer.memory import _Counted
-    from pcs_trainer.rehearsal import networks_of
+    from pcs_trainer.memory.planner import _Counted
+    from pcs_trainer.memory.rehearsal import networks_of
     from pcs_trainer.settings import settings_for
     import torch
 

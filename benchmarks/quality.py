@@ -1,7 +1,7 @@
 """The methods side by side on the embedded model: python benchmarks/quality.py [--section main ...] [--minutes 40]
 
 Every method learns unseen subjects of the small world from four photos; the judge that ships with the model measures
-what is drawn (pcs_trainer/evaluate.py says what each number is). One row a subject and setting goes into
+what is drawn (pcs_trainer/evaluation/scores.py says what each number is). One row a subject and setting goes into
 results/quality.csv as soon as it is measured; rows that are there for this very model are not measured again.
 --docs makes docs/quality.md and its figures from the rows.
 """
@@ -142,7 +142,7 @@ class Bench:
 
     def __init__(self, work: Path) -> None:
         from pcs_trainer import load_model
-        from pcs_trainer.perception import JudgeEyes
+        from pcs_trainer.evaluation.image_encoders import JudgeEyes
 
         self.model, self.eyes, self.work = load_model("tiny"), JudgeEyes(), work
         self.bases: dict[str, Any] = {}
@@ -184,7 +184,7 @@ class Bench:
 
     def measure(self, job: Job, concept: Any, setting: str, lag: bool = False, seed: int = 0) -> dict[str, Any]:
         """evaluate_concept on this subject; pictures of some prompts are kept for the contact sheet."""
-        from pcs_trainer.evaluate import base_of, evaluate_concept
+        from pcs_trainer.evaluation.scores import base_of, evaluate_concept
         from pcs_trainer.tiny.subjects import photos
 
         seen: dict[str, np.ndarray] = {}
@@ -202,7 +202,7 @@ class Bench:
 
     def same_place(self, seen: dict[str, np.ndarray], place: str) -> float:
         """How often a picture shows the photos' place though its prompt asks for another."""
-        from pcs_trainer.evaluate import ASKS
+        from pcs_trainer.evaluation.scores import ASKS
 
         wanted = {a.prompt.split("{}")[1]: dict(a.shows).get("background") for a in ASKS}
         others = [
@@ -235,7 +235,7 @@ class Bench:
     def together(self, job: Job) -> Iterator[dict[str, Any]]:
         """Two subjects by Custom Diffusion: learned together, and learned alone and merged."""
         from pcs_trainer import Trainer, load_concept
-        from pcs_trainer.merge import merge
+        from pcs_trainer.concept.merging import merge
         from pcs_trainer.settings import EMBEDDED
         from pcs_trainer.tiny.subjects import photos, subject
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import quality_sheet
-from pcs_trainer.whole import written_text
+from pcs_trainer.files import written_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, str]

@@ -36,7 +36,7 @@ def keys_and_values() -> Iterator[None]:
 
 def setup_keys_and_values(model: Any, s: Any) -> Any:
     """Low-rank pairs on attn2.to_k and attn2.to_v; the two ranks sum to what proj_out's parameters pay for."""
-    from pcs_trainer.layers import LowRank
+    from pcs_trainer.unet.layers import LowRank
     from pcs_trainer.methods import Learner, add_words, subject_rows
     from pcs_trainer.methods.dreambooth import fresh_pair
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import timing
 import torch
-from pcs_trainer.layers import LowRank
-from pcs_trainer.unet import UNet
+from pcs_trainer.unet.layers import LowRank
+from pcs_trainer.unet.unet import UNet
 from registry import SD15
 from torch import nn
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from pcs_trainer.concept import Concept, attached, fingerprint
-from pcs_trainer.sources import TINY
-from pcs_trainer.text import encode, file_name
+from pcs_trainer.concept.concept import Concept, attached, fingerprint
+from pcs_trainer.model.sources import TINY
+from pcs_trainer.model.text import encode, file_name
 from unet_families import relative
 
 RANKS = {64: 3, 96: 5, 128: 7}  # as Personalized Residuals has 16, 32 and 64: one for each width

@@ -6,7 +6,7 @@ import contextlib
 from math import prod
 
 import torch
-from pcs_trainer.unet import UNet
+from pcs_trainer.unet.unet import UNet
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 from concept_cases import residuals
-from pcs_trainer.export import export
-from pcs_trainer.importing import import_concept, read_file
+from pcs_trainer.concept.formats.reading import import_concept, read_file
+from pcs_trainer.concept.formats.writing import export
 from safetensors.torch import load_file, save_file
 
 

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from pcs_trainer import cli
-from pcs_trainer.cli_config import effective, toml, write_config
-from pcs_trainer.cli_options import UsageError, help_text, known_names, parse
-from pcs_trainer.commands import COMMANDS, command
+from pcs_trainer.cli import entry as cli
+from pcs_trainer.cli.commands import COMMANDS, command
+from pcs_trainer.cli.config import effective, toml, write_config
+from pcs_trainer.cli.options import UsageError, help_text, known_names, parse
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -41,7 +41,7 @@ def test_answers_without_torch_and_at_once(words):
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0 and done.stdout and not done.stderr
     assert min(spent) < 0.3
-    check = f"import sys; from pcs_trainer.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
+    check = f"import sys; from pcs_trainer.cli.entry import main; main({words!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], env=ENVIRONMENT, capture_output=True).returncode == 0
 
 
@@ -286,7 +286,7 @@ SHORT = {
 @pytest.mark.slow
 def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pcs_trainer.demo.memory_of", lambda _: [])  # slow, and the demo's own tests have it
+    monkeypatch.setattr("pcs_trainer.cli.demo.memory_of", lambda _: [])  # slow, and the demo's own tests have it
     for name in ("examples", "my-photos", "my-dog", "my-cat"):
         os.symlink(ROOT / "examples" if name == "examples" else PHOTOS, name)
     Path("captions.txt").write_text("a blue boat by the sea\na red house in the snow\n" * 40)

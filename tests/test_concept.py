@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 from pcs_trainer import load_model
-from pcs_trainer.concept import Concept, attached, fingerprint, load_concept, predict, same_base
-from pcs_trainer.text import encode
+from pcs_trainer.concept.concept import Concept, attached, fingerprint, load_concept, predict, same_base
+from pcs_trainer.model.text import encode
 
 
 def residuals(model, rank=4, seed=0):

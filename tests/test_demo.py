@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pcs_trainer import demo as demo_module
-from pcs_trainer.demo import METHODS, PROMPTS, WITH_LAG, example_photos, run_demo
-from pcs_trainer.images import load_pictures
+from pcs_trainer.cli import demo as demo_module
+from pcs_trainer.cli.demo import METHODS, PROMPTS, WITH_LAG, example_photos, run_demo
+from pcs_trainer.data.pictures import load_pictures
 from pcs_trainer.tiny.subjects import photos, subject
 from PIL import Image
 
@@ -58,7 +58,7 @@ def test_a_failed_part_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert "ZeroDivisionError" in (tmp_path / "failures.txt").read_text()
     monkeypatch.setattr(demo_module, "contact_sheet", lambda *_: Image.new("RGB", (8, 8)))
     monkeypatch.setattr(demo_module, "memory_of", lambda _: [])
-    monkeypatch.setattr("pcs_trainer.trainer.Trainer.train", lambda *_: [][0])
+    monkeypatch.setattr("pcs_trainer.training.trainer.Trainer.train", lambda *_: [][0])
     done = run_demo(tmp_path, effort=0.002, quiet=True)
     assert done.failures == ["TextBoost: training failed: list index out of range"]
     assert [column.name for column in done.columns] == ["Base model"]

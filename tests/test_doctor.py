@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcs_trainer import doctor, run_report
+from pcs_trainer.cli import doctor
+from pcs_trainer.report import of_a_run as run_report
 
 import pcs_kernels
 from pcs_kernels._dispatch import OPS
@@ -91,7 +92,7 @@ def test_without_the_native_build_the_reference_runs(monkeypatch):
 
 
 def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
-    from pcs_trainer import cli
+    from pcs_trainer.cli import entry as cli
 
     photos = str(Path(__file__).parents[1] / "examples" / "photos")
     words = ["train", photos, "--class", "mug", "--steps", "1", "--no-report", "--out"]

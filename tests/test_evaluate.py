@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer import load_model
-from pcs_trainer.concept import Concept, fingerprint
-from pcs_trainer.evaluate import ASKS, Ask, accuracy, base_of, evaluate_concept, evaluate_folder, filled, similarities
-from pcs_trainer.perception import JudgeEyes, NetworkEyes, kid
+from pcs_trainer.concept.concept import Concept, fingerprint
+from pcs_trainer.evaluation.image_encoders import JudgeEyes, NetworkEyes, kid
+from pcs_trainer.evaluation.scores import (
+    ASKS,
+    Ask,
+    accuracy,
+    base_of,
+    evaluate_concept,
+    evaluate_folder,
+    filled,
+    similarities,
+)
 from pcs_trainer.tiny import world
 from pcs_trainer.tiny.captions import PLACES, WHERE
 from pcs_trainer.tiny.judge import FIELDS
@@ -95,7 +104,7 @@ def tiny():
 
 def nothing_learned(model, word="mug"):
     """A concept whose word starts from the class word and that changes nothing else."""
-    from pcs_trainer.prompts import first_rows
+    from pcs_trainer.data.prompts import first_rows
 
     meta = {"token": "<mug>", "class_word": word, "instance_prompt": f"a photo of a <mug> {word}"}
     return Concept("textual_inversion", {}, {"<mug>": first_rows(model, word)}, meta, fingerprint(model))

@@ -23,9 +23,9 @@ from concept_cases import (
     word_rows,
 )
 from pcs_trainer import load_model
-from pcs_trainer.combine import compress
-from pcs_trainer.concept import Concept, attached
-from pcs_trainer.export import export
+from pcs_trainer.concept.blending import compress
+from pcs_trainer.concept.concept import Concept, attached
+from pcs_trainer.concept.formats.writing import export
 from safetensors import safe_open
 from unet_families import FAMILIES, ours_like, peer, peer_prediction, relative
 from unet_families import inputs as inputs_of

@@ -17,10 +17,10 @@ from concept_cases import (
     theirs,
     word_rows,
 )
-from pcs_trainer.export import export
-from pcs_trainer.file_names import Layers, stability_name
-from pcs_trainer.importing import import_concept, module_name
-from pcs_trainer.unet import UNet
+from pcs_trainer.concept.formats.layer_names import Layers, stability_name
+from pcs_trainer.concept.formats.reading import import_concept, module_name
+from pcs_trainer.concept.formats.writing import export
+from pcs_trainer.unet.unet import UNet
 from safetensors.torch import load_file, save_file
 from unet_families import SDXL_REAL, relative
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_no_worse_than
 from pcs_trainer import load_model
-from pcs_trainer.concept import Concept
-from pcs_trainer.lag import Lag, Maps, MapTaker, Masker, binary, level_size, masked_blocks, normalised
-from pcs_trainer.layers import LowRank
-from pcs_trainer.sampling import sample
+from pcs_trainer.concept.concept import Concept
+from pcs_trainer.sampling.drawing import sample
+from pcs_trainer.sampling.lag import Lag, Maps, MapTaker, Masker, binary, level_size, masked_blocks, normalised
+from pcs_trainer.unet.layers import LowRank
 from test_sampling import Counted, latents_of, made_up_concept
 from torch import nn
 from unet_families import FAMILIES, inputs, ours_like, peer, peer_prediction, relative

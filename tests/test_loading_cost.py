@@ -14,7 +14,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 MEASURE = """
 import resource, sys, threading, time, torch
 from pcs_trainer import load_model
-import pcs_trainer.model, safetensors.torch
+import pcs_trainer.model.model, safetensors.torch
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def load():
     model = load_model(sys.argv[1], dtype=torch.bfloat16)
@@ -30,7 +30,7 @@ print(seconds, loaded, peak() - before)
 @pytest.fixture(scope="module")
 def real_size(tmp_path_factory):
     """SD1.5's UNet with zero weights in bf16 (1.7 GB, a sparse file): its folder and the file's size."""
-    from pcs_trainer.unet import UNet
+    from pcs_trainer.unet.unet import UNet
 
     root = tmp_path_factory.mktemp("real")
     (root / "unet").mkdir()

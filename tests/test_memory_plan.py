@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from kept_bytes import Storages
-from pcs_trainer.assigning import Table, fastest, fastest_within, smallest
-from pcs_trainer.counting import LayerCount, StepCount
-from pcs_trainer.memory import Plan, _Counted, parse_bytes, plan
-from pcs_trainer.plans import PLANS
-from pcs_trainer.rehearsal import KNOWN_TEXT, Networks, Rehearsal, networks_of, state_bytes
+from pcs_trainer.memory.assign import Table, fastest, fastest_within, smallest
+from pcs_trainer.memory.ledger import LayerCount, StepCount
+from pcs_trainer.memory.planner import Plan, _Counted, parse_bytes, plan
+from pcs_trainer.memory.rehearsal import KNOWN_TEXT, Networks, Rehearsal, networks_of, state_bytes
 from pcs_trainer.settings import settings_for
+from pcs_trainer.unet.recompute import PLANS
 from torch.profiler import ProfilerActivity, profile
 from unet_families import SD15_REAL, SMALL
 
@@ -115,8 +115,8 @@ def test_what_trains_is_what_the_trainer_trains(method):
     real = Rehearsal(networks_of(SD15_REAL), settings, (1, 8), torch.bfloat16)
     assert sum(p.numel() for p in real.trained) == TRAINED[method]
 
-    from pcs_trainer.model import load_model
-    from pcs_trainer.trainer import trainable
+    from pcs_trainer.model.model import load_model
+    from pcs_trainer.training.trainer import trainable
 
     model = load_model("tiny")
     chosen = {"variant": "v1"} if method == "textboost" else {}  # its second version is smaller: it is counted as this
@@ -153,7 +153,7 @@ def test_the_choice_is_checked_by_a_count_of_its_own():
     assert tight.fits and tight.total <= tight.budget
     assert len(set(tight.assignment.values())) > 1
     assert 0 < tight.slowdown < 0.2
-    from pcs_trainer.unet import UNet
+    from pcs_trainer.unet.unet import UNet
 
     UNet.from_config(SD15_REAL, device="meta").set_plan(tight.assignment)
     text = str(tight)
@@ -244,7 +244,7 @@ def test_the_cheapest_layers_change_first():
 
 def test_real_steps_choose_among_those_that_ran(monkeypatch):
     """On a GPU every candidate runs under the cap; here their outcomes are given."""
-    from pcs_trainer import memory
+    from pcs_trainer.memory import planner as memory
 
     outcomes = {"eager": None, "A": {"seconds": 3.0, "bytes": 5e9}, "B": {"seconds": 2.0, "bytes": 4e9}}
     ran: list[int | None] = []

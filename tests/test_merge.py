@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcs_trainer.combine import blend, compress, kept_values
-from pcs_trainer.concept import Concept, attached, fingerprint, predict
-from pcs_trainer.general_captions import general_captions
-from pcs_trainer.merge import Constraint, gram, independent_rows, merge
-from pcs_trainer.text import encode
-from pcs_trainer.unet import UNet
+from pcs_trainer.concept.blending import blend, compress, kept_values
+from pcs_trainer.concept.captions import general_captions
+from pcs_trainer.concept.concept import Concept, attached, fingerprint, predict
+from pcs_trainer.concept.merging import Constraint, gram, independent_rows, merge
+from pcs_trainer.model.text import encode
+from pcs_trainer.unet.unet import UNet
 from unet_families import SD15_REAL, relative
 
 WIDTH, OUT = 24, 40

@@ -7,15 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pcs_trainer import augment, load_model, losses, prompts
-from pcs_trainer.batches import Bank, draw_batch, seeded
-from pcs_trainer.latents import Moments
+from pcs_trainer import load_model
+from pcs_trainer.data import augment, prompts
+from pcs_trainer.data.batches import Bank, draw_batch, seeded
+from pcs_trainer.data.latents import Moments
 from pcs_trainer.methods import custom_diffusion, textboost
-from pcs_trainer.schedule import Schedule
+from pcs_trainer.model.schedule import Schedule
+from pcs_trainer.model.text import encode
 from pcs_trainer.settings import settings_for
-from pcs_trainer.text import encode
-from pcs_trainer.trainer import Trainer, trainable
-from pcs_trainer.unet import UNet
+from pcs_trainer.training import losses
+from pcs_trainer.training.trainer import Trainer, trainable
+from pcs_trainer.unet.unet import UNet
 from unet_families import SD15_REAL, SD21_REAL
 
 SD = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -134,7 +136,7 @@ def test_prior_weight_and_snr_weight_reach_both_halves(tiny):
         tiny, "dreambooth_lora", pictures, class_word="mug", prior_weight=0.7, snr_gamma=2.0, prior_images=2,
         prior_steps=2, batch=2, init="both_random",
     )  # fmt: skip
-    from pcs_trainer.run import Run
+    from pcs_trainer.training.run import Run
 
     run = Run(trainer, lambda e: None, lambda: False)
     run.prepare()

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pcs_trainer import cli
-from pcs_trainer.cli_options import UsageError, parse
-from pcs_trainer.commands import command
-from pcs_trainer.commands.common import filled
-from pcs_trainer.concept import load_concept
+from pcs_trainer.cli import entry as cli
+from pcs_trainer.cli.commands import command
+from pcs_trainer.cli.commands.common import filled
+from pcs_trainer.cli.options import UsageError, parse
+from pcs_trainer.concept.concept import load_concept
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 

@@ -14,7 +14,7 @@ import quality_variants
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.settings import EMBEDDED
-from pcs_trainer.trainer import trainable
+from pcs_trainer.training.trainer import trainable
 
 
 def row(job, setting, subject, **values):
@@ -113,7 +113,7 @@ def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
 
 
 def test_untold_augmentation_changes_pictures_and_names_nothing():
-    from pcs_trainer.batches import seeded
+    from pcs_trainer.data.batches import seeded
     from pcs_trainer.methods import textboost
     from pcs_trainer.settings import settings_for
     from pcs_trainer.tiny.subjects import photos

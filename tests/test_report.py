@@ -13,9 +13,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from pcs_trainer.progress import Progress, line_of
-from pcs_trainer.report import clock, page, size, write_report
-from pcs_trainer.report_figures import curve_svg, data_uri, heat, ticks
+from pcs_trainer.cli.progress import Progress, line_of
+from pcs_trainer.report.figures import curve_svg, data_uri, heat, ticks
+from pcs_trainer.report.page import clock, page, size, write_report
 from PIL import Image
 
 VOID = {"meta", "link", "img", "input", "br", "line", "polyline"}

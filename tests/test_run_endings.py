@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcs_trainer.concept import load_concept
-from pcs_trainer.trainer import Trainer
+from pcs_trainer.concept.concept import load_concept
+from pcs_trainer.training.trainer import Trainer
 from trainer_cases import SMALL, cache, pictures
 
 __all__ = ["cache"]

@@ -9,11 +9,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from pcs_trainer import load_model, samplers
-from pcs_trainer.concept import Concept
-from pcs_trainer.sampling import sample
-from pcs_trainer.schedule import Schedule
-from pcs_trainer.sources import TINY
+from pcs_trainer import load_model
+from pcs_trainer.concept.concept import Concept
+from pcs_trainer.model.schedule import Schedule
+from pcs_trainer.model.sources import TINY
+from pcs_trainer.sampling import samplers
+from pcs_trainer.sampling.drawing import sample
 from test_model_loading import text_config, write_model
 from unet_families import SMALL, ours_like, peer, relative
 

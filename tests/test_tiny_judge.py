@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer.tiny import captions, judge, world
-from pcs_trainer.tiny.data import TEST_SEEDS
-from pcs_trainer.tiny.evaluate import retrieval
+from pcs_trainer.tiny.make.data import TEST_SEEDS
+from pcs_trainer.tiny.make.evaluate import retrieval
 
 
 @pytest.fixture(scope="module")
@@ -83,5 +83,5 @@ def test_agreement_counts_only_what_was_named():
 
 
 def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"judge's weights are missing .*pcs_trainer.tiny.train"):
+    with pytest.raises(FileNotFoundError, match=r"judge's weights are missing .*pcs_trainer.tiny.make.train"):
         judge.load_judge(tmp_path)

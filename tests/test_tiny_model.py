@@ -7,9 +7,9 @@ import pytest
 import torch
 from pcs_trainer.tiny import captions, judge, world
 from pcs_trainer.tiny.common import WEIGHTS, to_pictures, to_tensor
-from pcs_trainer.tiny.evaluate import diffusers_difference, psnr
-from pcs_trainer.tiny.evaluate import test_set as held_out_captions
-from pcs_trainer.tiny.folder import Parts
+from pcs_trainer.tiny.make.evaluate import diffusers_difference, psnr
+from pcs_trainer.tiny.make.evaluate import test_set as held_out_captions
+from pcs_trainer.tiny.make.folder import Parts
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from pcs_trainer.tiny import common, train, train_unet, train_vae
+from pcs_trainer.tiny import common
+from pcs_trainer.tiny.make import train, train_unet, train_vae
 from pcs_trainer.tiny.tokenizer import learn_merges, write_tokenizer
 
 

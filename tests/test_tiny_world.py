@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from pcs_trainer.tiny import captions, data, world
+from pcs_trainer.tiny import captions, world
+from pcs_trainer.tiny.make import data
 from pcs_trainer.tiny.shapes import EMBLEMS, HANDLES, emblem, parts
 from pcs_trainer.tiny.subjects import photos, subject
 from pcs_trainer.tiny.surface import PATTERNS, SUBJECT_PATTERNS, pattern

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pcs_trainer import load_model
-from pcs_trainer.run import Run
-from pcs_trainer.sources import TINY
+from pcs_trainer.model.sources import TINY
 from pcs_trainer.tiny.subjects import photos
-from pcs_trainer.trainer import Trainer
+from pcs_trainer.training.run import Run
+from pcs_trainer.training.trainer import Trainer
 
 
 def started(method, **settings):

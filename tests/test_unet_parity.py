@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcs_trainer.unet import UNet
+from pcs_trainer.unet.unet import UNet
 from unet_families import FAMILIES, SD15_REAL, inputs, ours_like, peer, peer_prediction, relative
 
 

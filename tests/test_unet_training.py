@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from pcs_trainer.blocks import Resample
-from pcs_trainer.layers import LowRank
-from pcs_trainer.plans import PLANS
+from pcs_trainer.unet.blocks import Resample
+from pcs_trainer.unet.layers import LowRank
+from pcs_trainer.unet.recompute import PLANS
 from torch.utils._python_dispatch import TorchDispatchMode
 from unet_families import FAMILIES, inputs, ours_like, peer, relative
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from pcs_trainer.tiny.subjects import photos
-from pcs_trainer.trainer import Trainer
+from pcs_trainer.training.trainer import Trainer
 
 METHODS = (
     "dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost", "textual_inversion",

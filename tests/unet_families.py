@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pcs_trainer.unet import UNet
+from pcs_trainer.unet.unet import UNet
 
 from benchmarks import registry
 

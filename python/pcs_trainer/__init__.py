@@ -5,55 +5,55 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .concept import Concept as Concept
-    from .concept import load_concept as load_concept
-    from .events import Event as Event
-    from .export import export as export
-    from .importing import import_concept as import_concept
-    from .lag import Lag as Lag
-    from .lag import Maps as Maps
-    from .layers import LowRank as LowRank
-    from .memory import Plan as Plan
-    from .memory import plan as plan
-    from .merge import blend as blend
-    from .merge import compress as compress
-    from .merge import merge as merge
-    from .model import Model as Model
-    from .model import load_model as load_model
-    from .sampling import decode as decode
-    from .sampling import sample as sample
-    from .schedule import Schedule as Schedule
+    from .concept.concept import Concept as Concept
+    from .concept.concept import load_concept as load_concept
+    from .concept.formats.reading import import_concept as import_concept
+    from .concept.formats.writing import export as export
+    from .concept.merging import blend as blend
+    from .concept.merging import compress as compress
+    from .concept.merging import merge as merge
+    from .memory.planner import Plan as Plan
+    from .memory.planner import plan as plan
+    from .model.model import Model as Model
+    from .model.model import load_model as load_model
+    from .model.schedule import Schedule as Schedule
+    from .sampling.drawing import decode as decode
+    from .sampling.drawing import sample as sample
+    from .sampling.lag import Lag as Lag
+    from .sampling.lag import Maps as Maps
     from .settings import Settings as Settings
-    from .trainer import Trainer as Trainer
-    from .trainer import TrainingStopped as TrainingStopped
-    from .trainer import trainable as trainable
-    from .unet import UNet as UNet
+    from .training.events import Event as Event
+    from .training.trainer import Trainer as Trainer
+    from .training.trainer import TrainingStopped as TrainingStopped
+    from .training.trainer import trainable as trainable
+    from .unet.layers import LowRank as LowRank
+    from .unet.unet import UNet as UNet
 
 # Public names and the modules that hold them; a module is imported when one of its names is used.
 _PUBLIC = {
-    "Concept": "concept",
-    "Event": "events",
-    "Lag": "lag",
-    "LowRank": "layers",
-    "Model": "model",
-    "Schedule": "schedule",
+    "Concept": "concept.concept",
+    "Event": "training.events",
+    "Lag": "sampling.lag",
+    "LowRank": "unet.layers",
+    "Model": "model.model",
+    "Schedule": "model.schedule",
     "Settings": "settings",
-    "Trainer": "trainer",
-    "TrainingStopped": "trainer",
-    "UNet": "unet",
-    "Maps": "lag",
-    "Plan": "memory",
-    "blend": "merge",
-    "compress": "merge",
-    "decode": "sampling",
-    "export": "export",
-    "import_concept": "importing",
-    "load_concept": "concept",
-    "load_model": "model",
-    "merge": "merge",
-    "plan": "memory",
-    "sample": "sampling",
-    "trainable": "trainer",
+    "Trainer": "training.trainer",
+    "TrainingStopped": "training.trainer",
+    "UNet": "unet.unet",
+    "Maps": "sampling.lag",
+    "Plan": "memory.planner",
+    "blend": "concept.merging",
+    "compress": "concept.merging",
+    "decode": "sampling.drawing",
+    "export": "concept.formats.writing",
+    "import_concept": "concept.formats.reading",
+    "load_concept": "concept.concept",
+    "load_model": "model.model",
+    "merge": "concept.merging",
+    "plan": "memory.planner",
+    "sample": "sampling.drawing",
+    "trainable": "training.trainer",
 }
 
 

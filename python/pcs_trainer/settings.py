@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model import Model
+    from .model.model import Model
 
 IDENTIFIERS = ("rare", "learned", "plain")
 SCHEDULES = ("constant", "cosine", "linear")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .layers import Conv2d
-from .processes import share
+from .distributed import share
+from .unet.layers import Conv2d
 
 if TYPE_CHECKING:
     from .methods import Learner
-    from .unet import UNet
+    from .unet.unet import UNet
 
 ALONE = 1_000_000  # a convolution of so many weights is gathered by itself; all the rest together
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..layers import replace_data
+from ..unet.layers import replace_data
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
     from ..settings import Settings
 
 MODULES = {
@@ -68,7 +68,7 @@ def add_words(learner: Learner, rows: dict[str, list[Tensor]], train: bool) -> N
 
 def subject_rows(model: Model, s: Settings) -> dict[str, list[Tensor]]:
     """The subject's word, if it is a learned one, and what it starts from: a rare word, or the words of init_word."""
-    from ..prompts import first_rows, rare_token
+    from ..data.prompts import first_rows, rare_token
 
     if s.identifier != "learned":
         return {}

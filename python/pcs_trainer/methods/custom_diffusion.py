@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import augment
+from ..data import augment
 from . import Learner, add_words, subject_rows, train_weights
 
 if TYPE_CHECKING:
-    from ..blocks import TextKV
-    from ..model import Model
+    from ..model.model import Model
     from ..settings import Settings
+    from ..unet.blocks import TextKV
 
 VARIANTS = {"kv": ("attn2.to_k.", "attn2.to_v."), "crossattn": ("attn2.",)}
 

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear, LowRank, replace_data
-from ..processes import share
+from ..distributed import share
+from ..model.text import file_name
 from ..sharding import whole
-from ..text import file_name
+from ..unet.layers import Linear, LowRank, replace_data
 from . import Learner, add_words, subject_rows, train_weights
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
     from ..settings import Settings
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

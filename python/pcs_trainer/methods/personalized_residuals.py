@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..layers import LowRank
+from ..unet.layers import LowRank
 from . import Learner, add_words, subject_rows
 from .dreambooth import fresh_pair
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
     from ..settings import Settings
 
 SHARE = 0.05  # of a projection's width: the rank

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import augment
-from ..general_captions import general_captions
-from ..losses import preservation_loss
-from ..prompts import class_prompt, first_rows
-from ..text import TextLowRank, attach_context, attach_text, detach_text, encode, text_module, without_adapters
+from ..concept.captions import general_captions
+from ..data import augment
+from ..data.prompts import class_prompt, first_rows
+from ..model.text import TextLowRank, attach_context, attach_text, detach_text, encode, text_module, without_adapters
+from ..training.losses import preservation_loss
 from . import Learner, add_words, subject_rows
 from .dreambooth import fresh_pair
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
     from ..settings import Settings
 
 LAYERS = {

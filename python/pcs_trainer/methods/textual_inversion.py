@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from . import Learner, add_words, subject_rows
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
     from ..settings import Settings
 
 

@@ -223,7 +223,7 @@ def load_judge(folder=JUDGE_WEIGHTS):
     file = folder / "judge.safetensors"
     if not file.exists():
         raise FileNotFoundError(
-            f"the judge's weights are missing at {file}: run python -m pcs_trainer.tiny.train judge"
+            f"the judge's weights are missing at {file}: run python -m pcs_trainer.tiny.make.train judge"
         )
     net = JudgeNet()
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()})

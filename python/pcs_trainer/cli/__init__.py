@@ -1,0 +1,1 @@
+"""The pcs command. Importing this package imports no torch."""

@@ -1,0 +1,121 @@
+"""pcs bench: time training and drawing on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...files import written_text
+from ..options import Command, Option, UsageError, one_of, whole
+from ..progress import Progress
+from .common import METHODS, MODEL_FLAGS, TRANSLATE, open_model
+
+if TYPE_CHECKING:
+    from ...model.model import Model
+
+OPTIONS = (
+    Option("--method", "time this method alone; none times all", one_of("method", METHODS), metavar="NAME", many=True,
+           group="what to time"),
+    Option("--steps", "timed training steps of each", whole(2, "10"), 10, "N", group="what to time"),
+    Option("--batch", "pictures a step; none is the method's own", whole(1, "4"), metavar="N", group="what to time"),
+    Option("--resolution", "pixels a side; none is the model's own", whole(8, "512"), metavar="N",
+           group="what to time"),
+    Option("--ops", "time every operation against torch instead (in a checkout of the repository)", None, False,
+           group="what to time"),
+    *MODEL_FLAGS,
+    Option("--out", "write the numbers into this JSON file too", metavar="FILE", group="output"),
+)  # fmt: skip
+
+EXAMPLES = (
+    ("pcs bench", "seconds a training step of every method, and seconds a picture"),
+    ("pcs bench --method personalized_residuals --steps 5 --out out/bench.json", "one method, the numbers in a file"),
+)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.ops:
+        return run_ops()
+    model = open_model(options)
+    rows: list[dict[str, Any]] = []
+    with Progress("timing") as progress:
+        for method in options.method or METHODS:
+            progress.label = method
+            rows.append(time_method(model, method, options, progress))
+        rows.append(time_pictures(model, options.resolution))
+    print(f"{'':<26}{'seconds':>10}{'spread':>10}  of what")
+    for row in rows:
+        print(f"{row['name']:<26}{row['seconds']:>10.4f}{row['spread']:>10.0%}  {row['what']}")
+    if options.out:
+        written_text(Path(options.out), json.dumps(rows, indent=1))
+    return 0
+
+
+def run_ops() -> int:
+    script = Path(__file__).parents[4] / "benchmarks" / "run.py"
+    if not script.is_file():
+        raise UsageError(
+            "--ops needs a checkout of the repository, for its benchmarks/run.py; this is an installed package"
+        )
+    return subprocess.run([sys.executable, str(script)], check=False).returncode
+
+
+def time_method(model: Model, method: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Median seconds of a step after two that warm up; drawn pictures of noise stand for photos."""
+    import numpy as np
+
+    from ...data.latents import own_size
+    from ...training.trainer import Trainer
+
+    side = options.resolution or min(own_size(model))
+    noise = np.random.default_rng(0).integers(0, 255, (4, side, side, 3), dtype=np.uint8)
+    chosen = {"steps": options.steps + 2, "prior_images": 1, "bank": 8, "check_backend": False}
+    chosen |= {key: value for key in ("batch", "resolution") if (value := getattr(options, key))}
+    times: list[float] = []
+
+    def on_event(event: Any) -> None:
+        if event.kind == "step":
+            times.append(time.perf_counter())
+            progress(event)
+
+    trainer = Trainer(model, method, list(noise), "mug", **chosen)
+    trainer.train(on_event)
+    steps = [b - a for a, b in pairwise(times[1:])]
+    batch = trainer.settings.batch
+    prior = " and as many of the class" * bool(trainer.settings.prior_weight)
+    what = f"a training step of {batch} picture{'s' * (batch > 1)}{prior}"
+    return {"name": method, "what": what} | summary(steps)
+
+
+def time_pictures(model: Model, size: int | None) -> dict[str, Any]:
+    from ...sampling.drawing import sample
+
+    times = []
+    for seed in range(3):
+        started = time.perf_counter()
+        sample(model, ["a photo of a mug"] * 4, steps=25, seed=seed, size=size)
+        times.append((time.perf_counter() - started) / 4)
+    return {"name": "drawing", "what": "a picture of 25 steps, four at a time"} | summary(times)
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """The median, and how far the slowest and the fastest lie apart, as a share of it."""
+    middle = statistics.median(times)
+    return {"seconds": middle, "spread": (max(times) - min(times)) / middle}
+
+
+COMMAND = Command(
+    name="bench",
+    about="time training and drawing on this machine",
+    options=OPTIONS,
+    examples=EXAMPLES,
+    run=run,
+    details="Nothing else should run beside it. Spread is the slowest less the fastest, over the median.",
+    translate=TRANSLATE,
+)

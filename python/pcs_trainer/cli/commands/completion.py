@@ -1,0 +1,120 @@
+"""pcs completion: scripts that complete commands and flags, made from the commands' own tables."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..options import COMMON, Command, Option, UsageError, one_of
+
+SHELLS = ("bash", "zsh", "fish")
+
+BASH = """_pcs() {{
+  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" flags=""
+  if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "{commands} --help --version" -- "$word")); return; fi
+  case "${{COMP_WORDS[1]}} $before" in
+{values}
+  esac
+  case "${{COMP_WORDS[1]}}" in
+{flags}
+  esac
+  if [[ "$word" == -* ]]; then COMPREPLY=($(compgen -W "$flags" -- "$word"))
+  else COMPREPLY=($(compgen -f -- "$word")); fi
+}}
+complete -o filenames -F _pcs pcs
+"""
+
+ZSH = """#compdef pcs
+_pcs() {{
+  if (( CURRENT == 2 )); then local -a commands; commands=(
+{commands}
+  ); _describe command commands; return; fi
+  case $words[2] in
+{flags}
+  esac
+}}
+if [ "$funcstack[1]" = "_pcs" ]; then _pcs "$@"; else compdef _pcs pcs; fi
+"""
+
+
+def tables() -> dict[str, tuple[str, Command]]:
+    from . import COMMANDS, command
+
+    return {name: (about, command(name)) for name, about in COMMANDS.items()}
+
+
+def flags(command: Command) -> list[Option]:
+    helping = Option("--help", "show the flags with examples", None)
+    return [o for o in (*command.options, *COMMON, helping) if not o.positional]
+
+
+def names_of(option: Option) -> tuple[str, ...]:
+    return getattr(option.kind, "names", ())
+
+
+def bash() -> str:
+    all_flags, values = [], []
+    for name, (_, command) in tables().items():
+        all_flags.append(f'    {name}) flags="{" ".join(o.name for o in flags(command))}" ;;')
+        for option in command.options:
+            if names_of(option):
+                reply = f'COMPREPLY=($(compgen -W "{" ".join(names_of(option))}" -- "$word"))'
+                values.append(f'    "{name} {name if option.positional else option.name}") {reply}; return ;;')
+    return BASH.format(commands=" ".join(tables()), flags="\n".join(all_flags), values="\n".join(values))
+
+
+def _zsh_quoted(text: str) -> str:
+    return text.replace("'", "'\\''").replace("[", "(").replace("]", ")").replace(":", ",")
+
+
+def zsh() -> str:
+    commands = [f"    '{name}:{_zsh_quoted(about)}'" for name, (about, _) in tables().items()]
+    cases = []
+    for name, (_, command) in tables().items():
+        parts = []
+        for option in flags(command):
+            what = f"({' '.join(names_of(option))})" if names_of(option) else "_files"
+            value = "" if option.kind is None else f":{option.key}:{what}"
+            parts.append(f"'{option.name}[{_zsh_quoted(option.help)}]{value}'")
+        words = next((o for o in command.options if o.positional), None)
+        what = f"({' '.join(names_of(words))})" if words and names_of(words) else "_files"
+        cases.append(f"    {name}) shift words; (( CURRENT-- )); _arguments -S {' '.join(parts)} '*:word:{what}' ;;")
+    return ZSH.format(commands="\n".join(commands), flags="\n".join(cases))
+
+
+def fish() -> str:
+    lines = ["complete -c pcs -n __fish_use_subcommand -f"]
+    for name, (about, command) in tables().items():
+        lines.append(f"complete -c pcs -n __fish_use_subcommand -f -a {name} -d {_fish_quoted(about)}")
+        for option in command.options + COMMON:
+            names = f" -x -a '{' '.join(names_of(option))}'" if names_of(option) else ""
+            if option.positional:
+                lines += [f"complete -c pcs -n '__fish_seen_subcommand_from {name}'{names}"] if names else []
+                continue
+            value = "" if option.kind is None else (names or " -r")
+            flag = f"-l {option.name.lstrip('-')}{value} -d {_fish_quoted(option.help)}"
+            lines.append(f"complete -c pcs -n '__fish_seen_subcommand_from {name}' {flag}")
+    return "\n".join(lines) + "\n"
+
+
+def _fish_quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def run(options: argparse.Namespace) -> int:
+    if len(options.shell or []) != 1:
+        raise UsageError(f"pcs completion needs one shell: {', '.join(SHELLS)}")
+    print({"bash": bash, "zsh": zsh, "fish": fish}[options.shell[0]](), end="")
+    return 0
+
+
+COMMAND = Command(
+    name="completion",
+    about="print a completion script for bash, zsh or fish",
+    options=(Option("shell", "bash, zsh or fish", one_of("shell", SHELLS), metavar="SHELL", group="words"),),
+    examples=(
+        ("pcs completion bash", 'bash: put  eval "$(pcs completion bash)"  into ~/.bashrc'),
+        ("pcs completion zsh", "zsh: save it as _pcs in a folder of $fpath"),
+        ("pcs completion fish", "fish: save it as ~/.config/fish/completions/pcs.fish"),
+    ),
+    run=run,
+)

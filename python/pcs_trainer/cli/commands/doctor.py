@@ -1,0 +1,26 @@
+"""pcs doctor: what this machine has, what is used, and what to do about the rest."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..options import Command
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..doctor import examine, report
+
+    found = examine()
+    print(report(found))
+    return 1 if any(op.wrong for op in found.ops) else 0
+
+
+COMMAND = Command(
+    name="doctor",
+    about="what this machine has, what is used, and what to do about the rest",
+    options=(),
+    examples=(
+        ("pcs doctor", "device, precision, each operation's backend and its error here, versions, one line to do"),
+    ),
+    run=run,
+)

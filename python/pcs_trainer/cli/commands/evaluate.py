@@ -1,0 +1,120 @@
+"""pcs evaluate: how like the photos and how true to the prompts the pictures of a concept are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...files import written_text
+from ..interrupt import INTERRUPTED, Interrupt
+from ..options import Command, Option, UsageError, number, whole
+from ..progress import Progress
+from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model
+
+OPTIONS = (
+    Option("concept", "a run's folder or a concept's file", metavar="CONCEPT", group="words"),
+    Option("--photos", "real pictures of the subject, best others than it was learned from", metavar="FOLDER",
+           also=("--instance_data_dir",), group="evaluation"),
+    Option("--prompt", "with {} for the subject; none is twenty of the model's own", metavar="TEXT", many=True,
+           also=("--validation_prompt",), group="evaluation"),
+    Option("--clip", "folder of a CLIP model, for every model but the embedded one", metavar="FOLDER",
+           group="evaluation"),
+    Option("--dino", "folder of a DINO model, likewise", metavar="FOLDER", group="evaluation"),
+    Option("--count", "pictures of the subject's own prompt, and of its class", whole(2, "8"), 8, "N",
+           group="evaluation"),
+    Option("--steps", "denoising steps", whole(1, "25"), 25, "N", also=("--num_inference_steps",), group="evaluation"),
+    Option("--guidance", "strength of the prompt; none is the model's own", number(0, example="5"), metavar="X",
+           group="evaluation"),
+    Option("--lag", "draw with LAG sampling", None, False, group="evaluation"),
+    Option("--seed", "of the noise", whole(0, "0"), 0, "N", group="evaluation"),
+    *MODEL_FLAGS,
+    Option("--out", "write the numbers into this JSON file too", metavar="FILE", group="output"),
+    Option("--quiet", "print the numbers alone", None, False, group="output"),
+)  # fmt: skip
+
+EXAMPLES = (
+    ("pcs evaluate out/mug --photos examples/photos", "likeness, prompts and drift, beside the base model's"),
+    ("pcs evaluate out/mug --photos examples/photos --lag --count 16 --out out/mug/evaluation.json",
+     "with LAG, from more pictures, the numbers in a file"),
+)  # fmt: skip
+
+
+class Stopped(Exception):
+    """Ctrl-C was pressed."""
+
+
+def check(options: argparse.Namespace) -> None:
+    if len(options.concept or []) != 1:
+        raise UsageError("pcs evaluate needs one concept: pcs evaluate out/mug --photos examples/photos")
+    if not options.photos:
+        raise UsageError("--photos is missing: a folder of real pictures of the subject")
+    for flag in ("photos", "clip", "dino"):
+        value = getattr(options, flag)
+        if value and not Path(value).exists():
+            raise UsageError(f"--{flag}: {value} does not exist")
+    concept_file(options.concept[0])
+
+
+def run(options: argparse.Namespace) -> int:
+    check(options)
+    with Interrupt("stopping after this step; press again to leave at once") as stop:
+        try:
+            return measure(options, stop)
+        except Stopped:
+            return INTERRUPTED
+
+
+def measure(options: argparse.Namespace, stop: Interrupt) -> int:
+    from ...evaluation.scores import evaluate_concept
+
+    model = open_model(options)
+    if not model.embedded and not options.clip and not options.dino:
+        raise UsageError("pictures of a real checkpoint are measured by networks: --clip FOLDER, --dino FOLDER")
+    concept = open_concept(options.concept[0], model)
+    with Progress("drawing", quiet=options.quiet) as progress:
+        found = evaluate_concept(
+            model, concept, options.photos, prompts=options.prompt or None, count=options.count, lag=options.lag,
+            clip=options.clip, dino=options.dino, draw=drawer(model, options, progress, stop),
+        )  # fmt: skip
+    print(found)
+    if options.out:
+        written_text(Path(options.out), json.dumps(found.asdict(), indent=1))
+    return 0
+
+
+def drawer(model: Any, options: argparse.Namespace, progress: Progress, stop: Interrupt) -> Callable[..., list[Any]]:
+    """Draws for the evaluation, with progress; Ctrl-C ends it."""
+    import numpy as np
+
+    from ...sampling.drawing import sample
+
+    def on_step(step: int, steps: int, latents: Any) -> None:
+        if stop():
+            raise Stopped
+        progress.count(step + 1, steps)
+
+    def draw(prompts: list[str], concepts: list[Any], **masked: Any) -> list[Any]:
+        progress.label = f"drawing {len(prompts)} pictures with the {'concept' if concepts else 'base model'}"
+        drawn = sample(
+            model, prompts, concepts, steps=options.steps, guidance=options.guidance, seed=options.seed,
+            on_step=on_step, **masked,
+        )  # fmt: skip
+        return [np.asarray(picture) for picture in drawn]
+
+    return draw
+
+
+COMMAND = Command(
+    name="evaluate",
+    about="how like the photos and how true to the prompts the pictures are",
+    options=OPTIONS,
+    examples=EXAMPLES,
+    run=run,
+    details="On the embedded model its judge looks: a small network that was trained apart and knows that world alone. "
+    "On real checkpoints CLIP and DINO look, from folders on this machine; CLIP-T is the text similarity, CLIP-I the "
+    "image similarity, DINO the subject similarity.",
+    translate=TRANSLATE,
+)

@@ -1,0 +1,72 @@
+"""pcs export: files that other programs load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..config import write_config
+from ..options import Command, Option, UsageError, number, one_of
+from .common import CONCEPT_FILE, MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say
+
+FORMATS = ("diffusers", "kohya", "pipeline", "concept")
+
+OPTIONS = (
+    Option("concept", "a run's folder, a concept's file, or another program's LoRA or embedding", metavar="CONCEPT",
+           group="words"),
+    Option("--format", "diffusers, kohya (ComfyUI, A1111), pipeline (a whole model) or concept (this package's)",
+           one_of("format", FORMATS), "diffusers", "NAME", also=("--save_model_as",), group="export"),
+    Option("--no-metadata", "write no header about how it was made", None, False, also=("--no_metadata",),
+           group="export"),
+    Option("--compress", "keep this share of the singular values first", number(0, 1, "0.6"), metavar="X",
+           group="export"),
+    *MODEL_FLAGS,
+    Option("--out", "folder for the files (default: out/export/FORMAT)", metavar="FOLDER", also=("--output_dir",),
+           group="output"),
+)  # fmt: skip
+
+EXAMPLES = (
+    ("pcs export out/mug", "for diffusers' load_lora_weights"),
+    ("pcs export out/mug --format kohya --out out/for-comfyui", "for ComfyUI and A1111"),
+    ("pcs export out/mug --format pipeline --out out/mug-pipeline", "a whole diffusers pipeline"),
+    ("pcs export out/for-comfyui/mug.safetensors --format concept --out out/imported",
+     "another program's LoRA as a concept"),
+)  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    if len(options.concept or []) != 1:
+        raise UsageError("pcs export needs one concept: pcs export out/mug --format kohya")
+    where = options.concept[0]
+    concept_file(where)
+    folder = Path(options.out or Path("out/export") / options.format)
+    if folder.is_file():
+        raise UsageError(f"--out: {folder} is a file; name a folder")
+    from ...concept.formats.writing import export
+    from ...concept.merging import compress
+
+    model = open_model(options)
+    concept = open_concept(where, model)
+    if options.compress:
+        concept = compress(concept, model, options.compress)
+    if options.format == "concept":
+        files = [concept.save(folder / CONCEPT_FILE)]
+    else:
+        report = export(concept, folder, options.format, model=model, metadata=not options.no_metadata)
+        say(str(report))
+        files = report.files
+    write_config(folder / "run.toml", COMMAND, options)
+    for file in files:
+        print(file)
+    return 0
+
+
+COMMAND = Command(
+    name="export",
+    about="write a concept for diffusers, ComfyUI or A1111, or as a whole pipeline",
+    options=OPTIONS,
+    examples=EXAMPLES,
+    run=run,
+    details="Every export says how many tensors it wrote and names each that the format cannot hold.",
+    translate=TRANSLATE,
+)

@@ -1,0 +1,88 @@
+"""pcs merge: join several concepts into one, without training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..config import write_config
+from ..options import Command, Option, UsageError, number, one_of
+from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say, subjects_of
+
+OPTIONS = (
+    Option("concepts", "runs' folders or concepts' files", metavar="CONCEPT", many=True, group="words"),
+    Option("--how", "optimize: Custom Diffusion's least squares; blend: a weighted sum of any like concepts",
+           one_of("way to merge", ("optimize", "blend")), metavar="WAY", group="merging"),
+    Option("--weight", "of each concept in a blend, in their order (default: 1 each)", number(example="0.5"),
+           metavar="X", many=True, also=("--ratios",), group="merging"),
+    Option("--captions", "general captions for optimize, one a line; none is a built-in list", metavar="FILE",
+           group="merging"),
+    Option("--compress", "keep this share of the result's singular values", number(0, 1, "0.6"), metavar="X",
+           group="merging"),
+    Option("--rename", "a new word for each concept, in their order", metavar="WORD", many=True, group="merging"),
+    *MODEL_FLAGS,
+    Option("--out", "file of the merged concept", metavar="FILE", default="out/merged.safetensors",
+           also=("--save_to", "--output_dir"), group="output"),
+)  # fmt: skip
+
+EXAMPLES = (
+    ("pcs merge out/mug out/tuned --how blend --weight 0.5 --weight 0.5 --rename \"<one>\" --rename \"<two>\"",
+     "a weighted sum"),
+    ("pcs merge out/cat out/dog --captions captions.txt --compress 0.6 --out out/both.safetensors",
+     "two Custom Diffusion concepts in one small file"),
+)  # fmt: skip
+
+
+def check(options: argparse.Namespace) -> None:
+    concepts = options.concepts or []
+    if len(concepts) < 2:
+        raise UsageError("pcs merge needs at least two concepts: pcs merge out/cat out/dog")
+    for where in concepts:
+        concept_file(where)
+    for flag, values in (("--weight", options.weight), ("--rename", options.rename)):
+        if values and len(values) != len(concepts):
+            raise UsageError(f"{len(values)} times {flag} and {len(concepts)} concepts: give one for each concept")
+    if options.weight and options.how == "optimize":
+        raise UsageError("--weight belongs to --how blend; optimize keeps every concept whole")
+    if options.captions and not Path(options.captions).is_file():
+        raise UsageError(f"--captions: {options.captions} does not exist; give a text file with a caption a line")
+    if Path(options.out).is_dir():
+        raise UsageError(f"--out: {options.out} is a folder; name a file, such as {options.out}/merged.safetensors")
+
+
+def run(options: argparse.Namespace) -> int:
+    check(options)
+    from ...concept.merging import blend, compress, merge
+
+    model = open_model(options)
+    concepts = [open_concept(where, model) for where in options.concepts]
+    concepts = [
+        c.renamed(word) for c, word in zip(concepts, options.rename or [c.token for c in concepts], strict=True)
+    ]
+    how = options.how or ("optimize" if all(c.method == "custom_diffusion" for c in concepts) else "blend")
+    if how == "optimize":
+        lines = Path(options.captions).read_text(encoding="utf-8").splitlines() if options.captions else []
+        merged = merge(concepts, model, [line.strip() for line in lines if line.strip()] or None)
+        say(f"the concepts' own words keep their keys and values within {merged.constraint_residual:.1e}")
+    else:
+        merged = blend(concepts, options.weight or [1.0] * len(concepts), model)
+    if options.compress:
+        before = merged.parameters
+        merged = compress(merged, model, options.compress)
+        say(f"compressed to {merged.parameters / before:.0%} of its numbers")
+    path = merged.save(options.out)
+    write_config(path.with_suffix(".toml"), COMMAND, options, how=how)
+    say(f"it knows {' and '.join(subjects_of(concepts))}")
+    print(path)
+    return 0
+
+
+COMMAND = Command(
+    name="merge",
+    about="join several concepts into one, without training",
+    options=OPTIONS,
+    examples=EXAMPLES,
+    run=run,
+    details="Custom Diffusion's concepts are joined by its constrained least squares, all others by a weighted sum.",
+    translate=TRANSLATE,
+)

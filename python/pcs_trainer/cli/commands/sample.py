@@ -1,0 +1,141 @@
+"""pcs sample: draw pictures with what was learned."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ...files import written
+from ..config import write_config
+from ..interrupt import INTERRUPTED, Interrupt
+from ..options import Command, Option, UsageError, number, whole
+from ..progress import Progress
+from .common import (
+    MODEL_FLAGS,
+    SAMPLING_FLAGS,
+    TRANSLATE,
+    concept_file,
+    filled,
+    free_name,
+    open_concept,
+    open_model,
+    slug,
+)
+
+OPTIONS = (
+    Option("prompts", "what to draw; {} stands for the subject's words", metavar="PROMPT", many=True, group="words"),
+    Option("--prompt", "a prompt, where a flag is handier than a word", metavar="TEXT", many=True, group="words"),
+    Option("--concept", "a run's folder, a concept's file, or another program's LoRA or embedding; may be repeated",
+           metavar="PATH", many=True, also=("--lora", "--network_weights", "--embedding"), group="what was learned"),
+    Option("--strength", "of each concept, in their order", number(example="0.8"), metavar="X", many=True,
+           also=("--network_mul", "--lora_scale"), group="what was learned"),
+    Option("--lag", "keep each concept to where its words attend (LAG sampling)", None, False,
+           group="what was learned"),
+    Option("--force", "use a concept that was made on another model", None, False, group="what was learned"),
+    *MODEL_FLAGS,
+    Option("--count", "pictures of each prompt", whole(1, "4"), 1, "N", also=("--num_images_per_prompt",
+           "--images_per_prompt", "--num_validation_images"), group="pictures"),
+    Option("--negative", "what the pictures should not show", metavar="TEXT", default="", also=("--negative_prompt",),
+           group="pictures"),
+    *SAMPLING_FLAGS,
+    Option("--eta", "noise that ddim adds again: 0 none, 1 all", number(0, 1, "0"), 0.0, "X", also=("--ddim_eta",),
+           group="pictures"),
+    Option("--size", "pixels a side; none is the model's own", whole(8, "512"), metavar="N",
+           also=("--height", "--width", "--resolution"), group="pictures"),
+    Option("--batch", "pictures drawn together", whole(1, "8"), 8, "N", also=("--batch_size",), group="pictures"),
+    Option("--out", "folder for the pictures", metavar="FOLDER", default="out/pictures",
+           also=("--output_dir", "--outdir"), group="output"),
+    Option("--quiet", "print the pictures' paths alone", None, False, group="output"),
+)  # fmt: skip
+
+EXAMPLES = (
+    ('pcs sample "a photo of {} on the beach" --concept out/mug --count 4', "four pictures of what out/mug learned"),
+    ('pcs sample "a {} in the snow" "a {} at night" --concept out/mug --lag --seed 7',
+     "two prompts; the background is left to the base model"),
+    ('pcs sample "a red mug in a meadow"', "the base model alone"),
+    ('pcs sample "a {} on the beach" --concept out/mug --strength 0.7 --sampler dpmpp_2m --steps 20 --guidance 4',
+     "weaker, with another sampler"),
+)  # fmt: skip
+
+
+def check(options: argparse.Namespace) -> None:
+    options.prompts = [*(options.prompts or []), *(options.prompt or [])]
+    if not options.prompts:
+        raise UsageError('pcs sample needs a prompt: pcs sample "a photo of {} on the beach" --concept out/mug')
+    if any(not p.strip() for p in options.prompts) and not options.concept:
+        raise UsageError("an empty prompt draws anything at all; say what to draw")
+    concepts, strengths = options.concept or [], options.strength or []
+    for where in concepts:
+        concept_file(where)
+    if not concepts and (strengths or options.lag):
+        raise UsageError("--strength and --lag are about concepts; name one with --concept")
+    if not concepts and any("{}" in p or "{subject}" in p for p in options.prompts):
+        raise UsageError("{} in a prompt stands for a concept's words; name one with --concept")
+    if strengths and len(strengths) != len(concepts):
+        raise UsageError(
+            f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept"
+        )
+    if options.eta and options.sampler != "ddim":
+        raise UsageError(f"--eta is ddim's; {options.sampler} has none")
+    if Path(options.out).is_file():
+        raise UsageError(f"--out: {options.out} is a file; name a folder")
+
+
+def run(options: argparse.Namespace) -> int:
+    check(options)
+    with Interrupt("stopping after this batch; press again to leave at once") as stop:
+        return draw(options, stop)
+
+
+def draw(options: argparse.Namespace, stop: Interrupt) -> int:
+    model = open_model(options)
+    concepts = [open_concept(where, model, options.force) for where in options.concept or ()]
+    prompts = [filled(p, concepts) for p in options.prompts for _ in range(options.count)]
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress("drawing", quiet=options.quiet) as progress:
+        for prompt in dict.fromkeys(prompts):
+            progress.say(f"prompt: {prompt}")
+        for first in range(0, len(prompts), options.batch):
+            if stop():
+                return INTERRUPTED
+            part = prompts[first : first + options.batch]
+            before, batches = first // options.batch, -(-len(prompts) // options.batch)
+
+            def on_step(step: int, steps: int, latents: Any, before: int = before, batches: int = batches) -> None:
+                progress.count(before * steps + step + 1, batches * steps)
+
+            pictures = draw_batch(options, model, concepts, part, options.seed + first, on_step)
+            for prompt, picture in zip(part, pictures, strict=True):
+                print(save_picture(picture, free_name(folder, slug(prompt))))
+    write_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt"))
+    return 0
+
+
+def draw_batch(
+    options: argparse.Namespace, model: Any, concepts: list[Any], prompts: list[str], seed: int, on_step: Any
+) -> list[Any]:
+    from ...sampling.drawing import sample
+
+    return sample(
+        model, prompts, concepts, strengths=options.strength or None, negative=options.negative, steps=options.steps,
+        guidance=options.guidance, sampler=options.sampler, eta=options.eta, seed=seed, size=options.size,
+        lag=options.lag, batch=options.batch, on_step=on_step,
+    )  # fmt: skip
+
+
+def save_picture(picture: Any, path: Path) -> Path:
+    return written(path, lambda part: picture.save(part, "PNG"))
+
+
+COMMAND = Command(
+    name="sample",
+    about="draw pictures with what was learned",
+    options=OPTIONS,
+    examples=EXAMPLES,
+    run=run,
+    details="Picture n of a call has seed + n, so the same call draws the same pictures. Without --model the embedded "
+    "model draws. Existing pictures are never overwritten.",
+    translate=TRANSLATE,
+)

@@ -1,0 +1,84 @@
+"""Configurations: flags from a TOML file, and the effective ones written beside every result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import written_text
+from .options import COMMON, Command, Option, UsageError, known_names, meant
+
+
+def read_config(path: Path, command: Command) -> dict[str, Any]:
+    """The checked values of a file: keys are the flags' names, at the top or in a table named like the command."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        raise UsageError("--config needs Python 3.11 or later; give the flags on the command line instead") from None
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: {path} is no TOML: {error}") from None
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    loose = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    by_key = {option.key: option for option in command.options + COMMON}
+    names = {name.lstrip("-").replace("-", "_"): own for name, own in known_names(command).items()}
+    values: dict[str, Any] = {}
+    for key, value in (loose | tables.get(command.name, {})).items():
+        plain = key.replace("-", "_")
+        option = by_key.get(plain) or by_key.get(names.get(plain, "").lstrip("-").replace("-", "_"))
+        if option is None or option.key == "config":
+            hint = meant(plain, by_key) or f"; pcs {command.name} --help shows all"
+            raise UsageError(f"--config: {path} sets {key!r}, which pcs {command.name} does not know{hint}")
+        values[option.key] = _checked(option, value, path)
+    return values
+
+
+def _checked(option: Option, value: Any, path: Path) -> Any:
+    if option.kind is None:
+        if not isinstance(value, bool):
+            raise UsageError(f"--config: {path} sets {option.key} to {value!r}; it must be true or false")
+        return value
+    many = option.many or option.positional
+    values = value if many and isinstance(value, list) else [value]
+    try:
+        checked = [option.kind(v if isinstance(v, str) else str(v)) for v in values]
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--config: {path}, {option.key}: {error}") from None
+    return checked if many else checked[0]
+
+
+def effective(command: Command, given: argparse.Namespace) -> argparse.Namespace:
+    """The command line over the configuration over the defaults."""
+    config = getattr(given, "config", None)
+    values = {option.key: option.default for option in command.options + COMMON}
+    values |= read_config(Path(config), command) if config else {}
+    values |= vars(given)
+    return argparse.Namespace(**values)
+
+
+def write_config(
+    path: Path, command: Command, options: argparse.Namespace, without: tuple[str, ...] = (), **extra: Any
+) -> Path:
+    """The effective configuration as TOML: `pcs COMMAND --config FILE` does the same again."""
+    lines = [f"# pcs {command.name} --config {path.name}", "", f"[{command.name}]"]
+    for option in command.options:
+        value = extra.get(option.key, getattr(options, option.key, None))
+        if option.key not in without and value is not None and value is not False and value not in ([], ""):
+            lines.append(f"{option.key} = {toml(value)}")
+    return written_text(path, "\n".join(lines) + "\n")
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml(v) for v in value) + "]"
+    return json.dumps(str(value), ensure_ascii=False)  # JSON's strings are TOML's basic strings

@@ -1,0 +1,138 @@
+"""A concept merged into a whole diffusers pipeline folder: weights, words in the tokenizer, nothing left to attach."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...model.text import file_name
+from ..concept import Concept
+from ..header import described
+from .layer_names import Layers
+from .writing import Report, plain_pairs
+
+if TYPE_CHECKING:
+    from ...model.model import Model
+
+NOTE = "modelspec.json"
+WRITTEN_BY = "pcs_trainer"
+
+
+def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool, report: Report) -> None:
+    """The folder is written beside its place and moved there whole; it replaces an earlier export, nothing else."""
+    if folder.exists() and any(folder.iterdir()) and not _written_here(folder):
+        raise ValueError(f"{folder} holds other files; a whole pipeline needs an empty or new folder")
+    pipeline = merged_pipeline(concept, model)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(part, safe_serialization=True)
+        _tidy(part)
+        fields = {"written_by": WRITTEN_BY} | (described(concept) if metadata else {})
+        (part / NOTE).write_text(json.dumps(fields, indent=2) + "\n")
+        _swap(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    report.files += sorted(file for file in folder.rglob("*") if file.is_file())
+    for name in concept.tensors:
+        if name not in report.skipped:
+            where = name.partition(".")[0]
+            report.written[name] = f"{where}/: merged into the weights"
+    for word, rows in concept.words.items():
+        for e, row in enumerate(rows):
+            part_name = "text_encoder" if e == 0 else f"text_encoder_{e + 1}"
+            report.written[f"word.{e}.{word}"] = f"{part_name}/: {len(row)} rows of the token table"
+
+
+def merged_pipeline(concept: Concept, model: Model) -> Any:
+    """diffusers' pipeline of a model with the concept in its weights; the model itself is left as it is."""
+    import diffusers
+
+    unet = diffusers.UNet2DConditionModel.from_config(_without_place(dict(model.unet.config)))
+    unet.load_state_dict(_merged(concept, model, "unet", model.unet), strict=True, assign=True)
+    encoders = [_encoder(concept, model, f"text_encoder{'_2' * e}", e) for e in range(len(model.text_encoders))]
+    tokenizers = [copy.deepcopy(tokenizer) for tokenizer in model.tokenizers]
+    for e, (encoder, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True)):
+        _add_words({word: rows[e] for word, rows in concept.words.items()}, tokenizer, encoder)
+    config = dict(model.schedule.config)
+    scheduler = getattr(diffusers, config.get("_class_name", "DDIMScheduler")).from_config(config)
+    parts = {"unet": unet, "vae": model.vae, "scheduler": scheduler}
+    parts |= {"text_encoder": encoders[0], "tokenizer": tokenizers[0]}
+    if len(encoders) == 2:
+        return diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=encoders[1], tokenizer_2=tokenizers[1])
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def _merged(concept: Concept, model: Model, part: str, network: nn.Module) -> dict[str, Tensor]:
+    """A part's state dict with everything the concept changes in it, in the weights' own precision."""
+    layers = Layers(model)
+    known = {name.removesuffix(".diff") for name in concept.wholes()}
+    known |= {f"{stem}.weight" for stem in plain_pairs(concept)}
+    state = {}
+    for name, value in network.state_dict().items():
+        full = f"{part}.{name if part == 'unet' else file_name(name)}"
+        state[name] = value.clone()
+        if full in known:
+            state[name] = layers.tuned(concept, full).to(value)
+    return state
+
+
+def _encoder(concept: Concept, model: Model, part: str, number: int) -> nn.Module:
+    ours = model.text_encoders[number]
+    config = copy.deepcopy(ours.config)
+    encoder = type(ours)(config).to(next(ours.parameters()))
+    encoder.load_state_dict(_merged(concept, model, part, ours), strict=True)
+    return encoder.eval()
+
+
+def _add_words(words: dict[str, Tensor], tokenizer: Any, encoder: nn.Module) -> None:
+    """New tokens for the words' rows; the further rows of a word are called word_1, word_2, as diffusers calls them."""
+    new = {f"{word}_{i}" if i else word: row for word, rows in words.items() for i, row in enumerate(rows)}
+    for token in new:
+        if token in tokenizer.get_vocab():
+            raise ValueError(f"{token!r} is a token of the base model already; give the concept another: .renamed(...)")
+    if not new:
+        return
+    tokenizer.add_tokens(list(new))
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        for token, row in new.items():
+            table[tokenizer.convert_tokens_to_ids(token)] = row.to(table)
+
+
+def _without_place(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _tidy(folder: Path) -> None:
+    """Where the base model was read from is nobody's business."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and {"_name_or_path", "name_or_path"} & content.keys():
+            kept = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
+            file.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _written_here(folder: Path) -> bool:
+    try:
+        return json.loads((folder / NOTE).read_text())["written_by"] == WRITTEN_BY
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _swap(part: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)

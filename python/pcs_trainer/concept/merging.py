@@ -1,0 +1,184 @@
+"""Custom Diffusion's merge of several concepts without training (arXiv 2212.04488, equation 4).
+
+For each key and value matrix W0 [D, C] of the attention over the text, the merged W
+
+    minimises  |W Creg' - W0 Creg'|     subject to     W C' = V
+
+C [n, C] are the text states of all concepts' own words, V [n, D] what each concept's fine-tuned matrix makes of its
+rows, Creg [N, C] the text states of general captions. With G = Creg' Creg and d = C G^-1, in closed form:
+
+    W = W0 + (V - W0 C')(d C')^-1 d
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..model.text import encode
+from .blending import SHARED, joined_words
+from .blending import blend as blend
+from .blending import compress as compress
+from .captions import general_captions
+from .concept import Concept, check_base, check_fits, fingerprint
+from .formats.layer_names import Layers
+
+if TYPE_CHECKING:
+    from ..model.model import Model
+
+RIDGE = 0.1  # of the mean of G's diagonal: with 1e-6 one subject of four lost a quarter of its likeness (measured)
+DEPENDENT = 1e-10  # a row whose part outside the others' span is below this share (squared) repeats them
+
+
+@dataclass
+class Merged(Concept):
+    """A merged concept, and how well its matrices keep what the concepts asked of them.
+
+    constraint_residual: the largest |W C' - V| / |V| of a matrix, over the rows that were kept.
+    dropped_residual: the same over the rows left out because others repeat them; 0 without any.
+    """
+
+    constraint_residual: float = 0.0
+    dropped_residual: float = 0.0
+    dropped_rows: int = 0
+
+
+def gram(creg: Tensor, ridge: float) -> Tensor:
+    """G = Creg' Creg in float64, with a ridge relative to its size so that it can be inverted."""
+    g = creg.double().T @ creg.double()
+    return g + ridge * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype)
+
+
+def independent_rows(m: Tensor, limit: float = DEPENDENT) -> list[int]:
+    """The rows of C that no others repeat, by a pivoted Cholesky factorisation of m = C G^-1 C'."""
+    scale = m.diagonal().clamp_min(torch.finfo(m.dtype).tiny).rsqrt()
+    m = scale[:, None] * m * scale
+    left, factor, kept = m.diagonal().clone(), torch.zeros_like(m), []
+    for k in range(len(m)):
+        pivot = int(left.argmax())
+        if left[pivot] <= limit:
+            break
+        column = (m[:, pivot] - factor[:, :k] @ factor[pivot, :k]) / left[pivot].sqrt()
+        factor[:, k] = column
+        left = (left - column.square()).clamp_min(0)
+        left[[*kept, pivot]] = -1
+        kept.append(pivot)
+    return sorted(kept)
+
+
+class Constraint:
+    """What depends on the text alone, made once for all matrices: d = C G^-1 and the factor of d C'."""
+
+    def __init__(self, c: Tensor, creg: Tensor, ridge: float = RIDGE) -> None:
+        g = gram(creg, ridge)
+        factor, failed = torch.linalg.cholesky_ex(g)
+        if failed or not bool(torch.isfinite(factor).all()):
+            raise ValueError("the general captions' text states span too little; give more captions or a larger ridge")
+        d = torch.cholesky_solve(c.double().T, factor).T
+        self.kept = independent_rows(d @ c.double().T)
+        self.c, self.d = c.double()[self.kept], d[self.kept]
+        m = self.d @ self.c.T
+        self.factor = torch.linalg.cholesky((m + m.T) / 2)
+
+    def solve(self, w0: Tensor, v: Tensor) -> Tensor:
+        """The merged matrix for W0 [D, C] and the kept rows' targets V [n, D], in float64."""
+        w = w0.double()
+        for _ in range(3):  # the second and third round take out what rounding left of the constraint
+            missing = v.double() - self.c @ w.T
+            w = w + torch.cholesky_solve(missing, self.factor).T @ self.d
+        return w
+
+
+def merge(
+    concepts: Sequence[Concept], model: Model, regularization: Sequence[str] | None = None, ridge: float = RIDGE
+) -> Merged:
+    """One concept that draws what each of them draws; `regularization`: general captions, None for built-in ones."""
+    if len(concepts) < 2:
+        raise ValueError("merge needs at least two concepts")
+    names = _matrices(model)
+    words = joined_words(concepts)
+    for concept in concepts:
+        check_base(concept, model, concept.key)
+        check_fits(concept, model, concept.key)
+        _check_kind(concept, names)
+    with torch.no_grad():
+        c = [_target_states(model, concept) for concept in concepts]
+        creg = _general_states(model, list(regularization or general_captions(model)))
+        constraint = Constraint(torch.cat(c), creg, ridge)
+        return _solved(concepts, model, names, words, c, constraint)
+
+
+def _solved(
+    concepts: Sequence[Concept],
+    model: Model,
+    names: list[str],
+    words: dict[str, list[Tensor]],
+    c: list[Tensor],
+    constraint: Constraint,
+) -> Merged:
+    layers, rows = Layers(model), torch.cat(c).double()
+    dropped = [i for i in range(len(rows)) if i not in constraint.kept]
+    tensors, residual, dropped_residual = {}, 0.0, 0.0
+    for name in names:
+        w0 = layers.parameters[name]
+        tuned = [layers.tuned(concept, name) for concept in concepts]
+        if all(w is None for w in tuned):
+            continue
+        v = torch.cat([x.double() @ (w0 if w is None else w).double().T for x, w in zip(c, tuned, strict=True)])
+        w = constraint.solve(w0, v[constraint.kept])
+        error = (rows @ w.T - v).abs() / v.abs().max()
+        residual = max(residual, float(error[constraint.kept].max()))
+        dropped_residual = max(dropped_residual, float(error[dropped].max()) if dropped else 0.0)
+        tensors[name] = w.to(w0.dtype)
+    meta = {
+        "title": " + ".join(concept.key for concept in concepts),
+        "instance_prompt": "a photo of " + " and ".join(_called(concept) for concept in concepts),
+        "merged": ", ".join(concept.key for concept in concepts),
+        "constraint_residual": f"{residual:.3e}",
+        "dropped_rows": str(len(dropped)),
+    }
+    meta |= {name: concepts[0].meta[name] for name in SHARED if name in concepts[0].meta}
+    return Merged(
+        "custom_diffusion", tensors, words, meta, fingerprint(model), residual, dropped_residual, len(dropped)
+    )
+
+
+def _matrices(model: Model) -> list[str]:
+    return [f"unet.{b}.attn2.{layer}.weight" for b in model.unet.attention_names() for layer in ("to_k", "to_v")]
+
+
+def _check_kind(concept: Concept, names: list[str]) -> None:
+    modules = {name.removesuffix(".weight") for name in names}
+    for name in concept.tensors:
+        module = name.removesuffix(".diff").removesuffix(".weight").removesuffix(".down").removesuffix(".up")
+        if module not in modules:
+            raise ValueError(
+                f"{concept.key}: {name!r} is no key or value matrix of the attention over the text, and merge joins "
+                "those alone; low-rank concepts of other kinds go together with blend"
+            )
+
+
+def _called(concept: Concept) -> str:
+    return " ".join(["a", *filter(None, (concept.token, concept.class_word))])
+
+
+def _target_states(model: Model, concept: Concept) -> Tensor:
+    """The text states of "photo of a V* cat" from V* to the end token."""
+    if not concept.token:
+        raise ValueError(f"{concept.key}: merge needs the word that names its subject, and this concept has none")
+    text = encode(model, [f"photo of {_called(concept)}"], concept.words)
+    first = text.places(0, concept.token)[0]
+    return text.states[0, first : text.ids[0].length(0)].cpu()
+
+
+def _general_states(model: Model, captions: list[str]) -> Tensor:
+    """The text states of captions without their first token and their padding."""
+    found = []
+    for start in range(0, len(captions), 16):
+        text = encode(model, captions[start : start + 16])
+        found += [text.states[i, 1 : text.ids[0].length(i)].cpu() for i in range(len(text.states))]
+    return torch.cat(found)

@@ -1,0 +1,1 @@
+"""Photos to batches: reading and cropping, augmentation, prompts, class pictures, latents."""

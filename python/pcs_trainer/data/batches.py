@@ -1,0 +1,156 @@
+"""What a step trains on: the pictures prepared once, and each step's examples drawn from (seed, step) alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..methods import module_of
+from .augment import Augmented, mask_tensor
+from .latents import Moments, cached_moments, latent_factor
+from .pictures import Loaded, Picture, fitted
+from .prior import prior_pictures
+from .prompts import class_prompt, subject_prompt
+
+if TYPE_CHECKING:
+    from ..model.model import Model
+    from ..settings import Settings
+
+
+@dataclass
+class Subject:
+    """One thing to learn: its pictures, and the settings with its own class word and token."""
+
+    loaded: Loaded
+    settings: Settings
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return self.loaded.pictures
+
+
+@dataclass
+class Bank:
+    """Prepared pictures: moments [n], prompts, masks [n, 1, h, w] or None; `owners` says whose each picture is."""
+
+    moments: Moments
+    prompts: list[str]
+    masks: Tensor | None = None
+    owners: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass
+class Batch:
+    """A step's examples before noise: latents [B], prompts, masks; the first `subjects` of them are of the subject."""
+
+    latents: Tensor
+    prompts: list[str]
+    masks: Tensor | None
+    noise: Tensor
+    t: Tensor
+    subjects: int
+    names: list[str] = field(default_factory=list)
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """A generator that depends on nothing but these numbers."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def subject_bank(model: Model, subjects: list[Subject], s: Settings, size: int) -> tuple[Bank, list[str]]:
+    """The subjects' pictures at size x size (a bank of augmented ones, where the method asks for it)."""
+    latent = size // latent_factor(model)
+    pixels, prompts, masks, owners, names = [], [], [], [], []
+    augments = getattr(module_of(s.method), "augmented", None) if s.augment else None
+    count = s.bank if augments else 0  # not fewer for a short run: a resumed one must draw from the same
+    for owner, subject in enumerate(subjects):
+        pictures = subject.pictures
+        for i in range(max(count // len(subjects), len(pictures)) if augments else len(pictures)):
+            picture = pictures[i % len(pictures)]
+            shown = Augmented(fitted(picture.pixels, size))
+            if augments:
+                shown = augments(picture.pixels, size, latent, s, seeded(s.seed, 1, owner, i))
+            own = mask_tensor(picture.mask, latent) if picture.mask is not None and not shown.prefix else None
+            placed = mask_tensor(shown.mask, latent)
+            pixels.append(shown.pixels)
+            prompts.append(shown.prefix + subject_prompt(subject.settings, picture.caption))
+            masks.append(placed if own is None else placed * own)
+            owners.append(owner)
+            names.append(picture.name)
+    stacked = torch.stack(masks)
+    moments = cached_moments(model, pixels)
+    return Bank(moments, prompts, None if bool((stacked == 1).all()) else stacked, torch.tensor(owners)), names
+
+
+def prior_bank(
+    model: Model, subjects: list[Subject], s: Settings, size: int, report: Callable[[str], Any]
+) -> Bank | None:
+    """Pictures of the classes with their captions, or None where the method has no such loss."""
+    if not s.prior_weight:
+        return None
+    pixels, prompts = [], []
+    classes = {class_prompt(subject.settings): subject.settings for subject in subjects}
+    share = -(-s.prior_images // len(classes))
+    for prompt, own in list(classes.items())[: 1 if s.prior_folder else None]:
+        pictures = prior_pictures(model, prompt, replace(own, prior_images=share, resolution=size), report)
+        bare = [p.name for p in pictures if not p.caption] if s.prior_folder and len(classes) > 1 else []
+        if bare:
+            raise ValueError(
+                f"{bare[0]} in {s.prior_folder} has no caption, and the subjects are of several classes; put a .txt "
+                "with what it shows beside each picture, or leave the folder out: the model draws each class"
+            )
+        pixels += [fitted(p.pixels, size) for p in pictures]
+        prompts += [p.caption or prompt for p in pictures]
+    return Bank(cached_moments(model, pixels), prompts)
+
+
+def draw_batch(
+    subject: Bank, prior: Bank | None, names: list[str], s: Settings, step: int, micro: int, share: tuple[int, int],
+    timesteps: Callable[[int, torch.Generator], Tensor],
+) -> Batch:  # fmt: skip
+    """The examples of one micro-batch; of `share` = (rank, world) processes each takes its part of world x batch."""
+    rank, world = share
+    generator = seeded(s.seed, 2, step, micro)
+    count = s.batch * world
+    pick = torch.randint(len(subject), (count,), generator=generator)
+    x = subject.moments.draw(pick, generator)
+    prompts = [subject.prompts[i] for i in pick.tolist()]
+    masks = None if subject.masks is None else subject.masks[pick]
+    said = [names[i] for i in pick.tolist()]
+    keep = torch.arange(rank * s.batch, (rank + 1) * s.batch)
+    if prior is not None:
+        more = torch.randint(len(prior), (count,), generator=generator)
+        x = torch.cat([x, prior.moments.draw(more, generator)])
+        prompts += [prior.prompts[i] for i in more.tolist()]
+        said += ["a picture of the class"] * count
+        masks = None if masks is None else torch.cat([masks, torch.ones(count, *masks.shape[1:])])
+        keep = torch.cat([keep, count + keep])
+    noise = torch.randn(x.shape, generator=generator)
+    t = timesteps(len(x), generator)
+    mine = keep.tolist()
+    return Batch(
+        x[keep], [prompts[i] for i in mine], None if masks is None else masks[keep], noise[keep], t[keep], s.batch,
+        [said[i] for i in mine],
+    )  # fmt: skip
+
+
+def data_digest(subjects: list[Subject], prior: Bank | None) -> str:
+    """What tells one data set from another."""
+    content = hashlib.sha256()
+    for subject in subjects:
+        for picture in subject.pictures:
+            content.update(picture.digest.encode())
+    if prior is not None:
+        content.update(np.ascontiguousarray(prior.moments.mean.numpy()).tobytes())
+        content.update("\n".join(prior.prompts).encode())
+    return content.hexdigest()[:32]

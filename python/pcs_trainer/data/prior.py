@@ -1,0 +1,77 @@
+"""Pictures of the class, for the loss that holds on to what the model knew: the user's own, or drawn by the model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..concept.concept import fingerprint
+from .latents import cache_folder
+from .pictures import Picture, is_blank, load_pictures
+
+if TYPE_CHECKING:
+    from ..model.model import Model
+    from ..settings import Settings
+
+ATTEMPTS = 5
+
+
+def prior_pictures(model: Model, prompt: str, s: Settings, report: Any) -> list[Picture]:
+    """From the folder that was given (captions beside its pictures), else drawn and kept by what decides them."""
+    if s.prior_folder:
+        found = load_pictures(s.prior_folder)
+        blank = [p.name for p in found.pictures if is_blank(p.pixels)]
+        if len(blank) == len(found.pictures):
+            raise ValueError(f"every picture in {s.prior_folder} is blank, such as {blank[0]}; give real ones, or none")
+        for reason in [*found.skipped, *(f"{name} is blank" for name in blank)]:
+            report(f"skipped: {reason}")
+        return [p for p in found.pictures if not is_blank(p.pixels)]
+    key = "|".join(
+        [fingerprint(model), prompt, str(s.prior_steps), str(s.seed), str(s.resolution), str(s.prior_images)]
+    )
+    folder = cache_folder() / "prior" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if folder.is_dir():
+        kept = load_pictures(folder).pictures
+        if len(kept) == s.prior_images:
+            return kept
+    report(f"drawing {s.prior_images} pictures of {prompt!r}")
+    drawn = draw_prior(model, prompt, s)
+    _keep(folder, drawn)
+    return drawn
+
+
+def draw_prior(model: Model, prompt: str, s: Settings) -> list[Picture]:
+    """The frozen model's pictures of the class; blank ones are drawn again."""
+    from ..sampling.drawing import sample
+
+    result: list[Picture] = []
+    for attempt in range(ATTEMPTS):
+        wanted = s.prior_images - len(result)
+        drawn = sample(
+            model, [prompt] * wanted, steps=s.prior_steps, seed=1_000_003 * (s.seed + 1) + 10_007 * attempt,
+            size=s.resolution or None,
+        )  # fmt: skip
+        pixels = [np.asarray(image.convert("RGB")) for image in drawn]
+        result += [Picture(p, f"prior-{len(result) + i:04d}.png") for i, p in enumerate(pixels) if not is_blank(p)]
+        if len(result) >= s.prior_images:
+            return result
+    raise ValueError(f"the model draws blank pictures of {prompt!r}; give a folder of real ones with prior_folder=...")
+
+
+def _keep(folder: Path, pictures: list[Picture]) -> None:
+    from PIL import Image
+
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture.pixels).save(part / f"{i:04d}.png")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)  # kept for the next run alone: this one has them in memory

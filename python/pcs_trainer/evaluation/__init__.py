@@ -1,0 +1,1 @@
+"""How good a concept is: subject fidelity, prompt fidelity, diversity, and the image encoders that judge."""

@@ -1,0 +1,1 @@
+"""What a training step needs in memory, and the fastest recomputation plans that fit a budget."""

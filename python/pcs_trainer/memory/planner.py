@@ -1,0 +1,302 @@
+"""plan(): what a training step needs in memory, part by part, and the fastest memory plans that fit a budget.
+
+The step is rehearsed on tensors without contents and every storage it makes is counted, so the figures need no GPU and
+no weights. On a GPU, measure=True runs the candidates for real under a hard cap.  GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..model.model import Model, load_model
+from ..settings import Settings, settings_for
+from ..unet.recompute import PLANS
+from .assign import Table, fastest, fastest_within, smallest
+from .ledger import StepCount
+from .recipes import FIELDS
+from .rehearsal import Networks, Rehearsal, networks_of
+
+CUDA_CONTEXT = 500_000_000  # what the driver takes before the first tensor
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass
+class Plan:
+    """A training step's memory and the memory plan of each layer; `str(plan)` is a table."""
+
+    method: str
+    resolution: int
+    batch: int  # pictures of the subject in one forward
+    prior: int  # prior or regularization pictures in the same forward
+    accumulate: int  # forwards in one optimizer step
+    device: str
+    budget: int | None
+    components: dict[str, int]  # bytes at the peak; their sum is `peak`
+    context: int  # what the driver takes beside it
+    kept: int  # bytes kept for the backward when it begins
+    gradients: int  # the most bytes of gradients alive at once
+    assignment: dict[str, str]  # for UNet.set_plan
+    slowdown: float  # the step's work over that of the fastest plans, minus one
+    missing: str = ""  # empty where the plan fits, else what is missing
+    measured: dict[str, float] = field(default_factory=dict)  # on a GPU: seconds and bytes of one real step
+
+    @property
+    def peak(self) -> int:
+        return sum(self.components.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes to be had: the peak and the driver's share."""
+        return self.peak + self.context
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The trainer's settings that this plan stands for."""
+        return {"batch": self.batch, "accumulate": self.accumulate, "plan": self.assignment}
+
+    @property
+    def plans(self) -> str:
+        """How many layers follow each memory plan, as one phrase."""
+        counts = Counter(self.assignment.values())
+        return ", ".join(f"{counts[p]} {p}" for p in PLANS if counts[p])
+
+    def __str__(self) -> str:
+        pictures = f"{self.batch} + {self.prior} prior" if self.prior else str(self.batch)
+        per = f", {self.accumulate} forwards a step" if self.accumulate > 1 else ""
+        lines = [f"{self.method} at {self.resolution} x {self.resolution}, batch {pictures}{per}, on {self.device}", ""]
+        rows = [(name, size) for name, size in self.components.items() if size >= 5 * 10**5]
+        rows += [("CUDA context (allowed for)", self.context)] if self.context else []
+        lines += [f"  {name:<30}{size / 1e9:8.3f} GB" for name, size in rows]
+        lines += [f"  {'together':<30}{self.total / 1e9:8.3f} GB"]
+        if self.budget is not None:
+            lines += [f"  {'budget':<30}{self.budget / 1e9:8.3f} GB"]
+        lines += ["", f"memory plans of the {len(self.assignment)} layers: {self.plans}"]
+        lines += [f"work beyond the fastest plans: {self.slowdown:.0%}"]
+        if self.measured:
+            took, held = self.measured["seconds"], self.measured["bytes"] / 1e9
+            lines += [f"one real step: {took:.3f} s, {held:.3f} GB held"]
+        return "\n".join([*lines, self.missing or ("It fits." if self.budget is not None else "")]).rstrip()
+
+
+def parse_bytes(budget: str | float) -> int:
+    """Bytes of "6GB", "6 GB", "6000MB", "5.5GiB" or a number of bytes."""
+    text = str(budget).strip()
+    found = re.fullmatch(r"([-+]?[0-9.]+(?:e[+-]?\d+)?)\s*([kmg]?i?b?)", text, re.IGNORECASE)
+    unit = found[2].upper() if found else "?"
+    unit = unit + "B" if unit in ("K", "M", "G", "KI", "MI", "GI") else unit
+    try:
+        size = float(found[1]) * UNITS[unit]  # type: ignore[index]
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(
+            f'the budget {text!r} is no amount of memory; write "6GB", "6000MB" or a number of bytes'
+        ) from None
+    if not (math.isfinite(size) and size >= 10**6):
+        raise ValueError(f'the budget {text!r} is {size:.0f} bytes; write at least a megabyte, such as "6GB"')
+    return int(size)
+
+
+class _Counted:
+    """One method's step at one size: its rehearsal, and its counts under each memory plan, made when asked for."""
+
+    def __init__(self, networks: Networks, settings: Settings, size: tuple[int, int], dtype: torch.dtype,
+                 device: str, accumulate: bool) -> None:  # fmt: skip
+        self.fake = FakeTensorMode() if device == "cpu" else None
+        self.arguments = networks, settings, size, dtype
+        with self.fake or nullcontext():
+            self.rehearsal = Rehearsal(*self.arguments, "cpu" if self.fake else "meta", accumulate)
+        self._counts: dict[str, StepCount] = {}
+
+    def count(self, assignment: str | dict[str, str]) -> StepCount:
+        key = assignment if isinstance(assignment, str) else json.dumps(assignment)
+        if key not in self._counts:
+            with self.fake or nullcontext():
+                self.rehearsal.unet.set_plan(assignment)
+                self._counts[key] = self.rehearsal.count()
+        return self._counts[key]
+
+    def lasting(self) -> dict[str, int]:
+        """What is there all the time, by component."""
+        found = self.rehearsal.weights()
+        if self.rehearsal.accumulate:
+            found["gradients"] = sum(p.nbytes for p in self.rehearsal.trained)
+        if self.fake:
+            found["packed copies of weights"] = self.count("eager").packed
+        return found
+
+    def components(self, assignment: str | dict[str, str]) -> dict[str, int]:
+        found = self.lasting()
+        for name, size in self.count(assignment).parts.items():
+            found[name] = found.get(name, 0) + size
+        return found
+
+    def bytes(self, assignment: str | dict[str, str]) -> int:
+        return sum(self.components(assignment).values())
+
+    def table(self) -> Table:
+        return Table({plan: self.count(plan) for plan in PLANS}, sum(self.lasting().values()))
+
+
+@functools.lru_cache(maxsize=8)
+def _counted(networks: str, chosen: str, size: tuple[int, int], dtype: torch.dtype, device: str,
+             accumulate: bool) -> _Counted:  # fmt: skip
+    settings = Settings(**json.loads(chosen))
+    return _Counted(Networks(**json.loads(networks)), settings, size, dtype, device, accumulate)
+
+
+def plan(
+    model: Any,
+    method: str,
+    resolution: int | None = None,
+    batch: int | None = None,
+    budget: str | float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    measure: bool = False,
+    **settings: Any,
+) -> Plan:
+    """The memory of one training step of `method`, and the fastest memory plans that keep it within `budget`.
+
+    model: a Model, a UNet, a folder, a hub name, or a UNet's configuration (or {"unet": ..., "text_encoder": ...}).
+    resolution: None is the model's own. batch: pictures of the subject in one forward; None starts at the method's own
+        batch and halves it, accumulating gradients instead, until plan C fits.
+    budget: "6GB", "6000MB" or bytes; None asks for the fastest plans. It holds the CUDA context where device is "cuda".
+    device: what is planned for: "cuda", or "cpu", where the kernels keep packed copies of frozen weights.
+    measure: on a GPU, run the candidates under a hard cap and take the fastest.
+    settings: the trainer's other settings; those that change the memory are rank, variant, train_token and the like.
+    """
+    model = load_model(model) if isinstance(model, str) and model == "tiny" else model
+    given = {name: value for name, value in settings.items() if value is not None}
+    s = settings_for(model if isinstance(model, Model) else None, method, **given)
+    allowed = None if budget is None else parse_bytes(budget)
+    networks = networks_of(model)
+    resolution = resolution or s.resolution or networks.resolution
+    _check(resolution, batch, dtype, device, networks.pixels)
+    if measure and (device != "cuda" or not torch.cuda.is_available()):
+        raise ValueError("measure=True runs real steps and needs a CUDA device; leave it out to count instead")
+    context = CUDA_CONTEXT if device == "cuda" else 0
+    limit = None if allowed is None else allowed - context
+    prior = 1 if s.prior_weight else 0
+    wanted = (s.batch if batch is None else batch) * s.accumulate
+
+    def counted(pictures: int) -> _Counted:
+        config = json.dumps({"unet": dict(networks.unet), "text": networks.text, "pixels": networks.pixels})
+        chosen = json.dumps({name: getattr(s, name) for name in FIELDS})
+        size = pictures * (1 + prior), resolution // networks.pixels
+        return _counted(config, chosen, size, dtype, device, wanted > pictures)
+
+    pictures = s.batch if batch is None else batch
+    chosen = counted(pictures)
+    while batch is None and limit is not None and pictures > 1 and chosen.bytes("C") > limit:
+        hopeless = sum(chosen.lasting().values()) > limit
+        pictures = 1 if hopeless else pictures // 2
+        chosen = counted(pictures)
+    assignment = _choose(chosen, limit)
+    missing = ""
+    if limit is not None and chosen.bytes(assignment) > limit:
+        smaller = counted(1) if pictures > 1 else None
+        missing = _missing(chosen, assignment, limit + context, context, smaller)
+    count = chosen.count(assignment)
+    found = Plan(
+        method, resolution, pictures, prior * pictures, -(-wanted // pictures), device, allowed,
+        chosen.components(assignment), context, count.kept, max(count.gradients, chosen.lasting().get("gradients", 0)),
+        assignment, count.work / min(chosen.count(p).work for p in PLANS) - 1, missing,
+    )  # fmt: skip
+    return _measured(found, chosen, limit) if measure and found.fits else found
+
+
+def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int) -> None:
+    if not isinstance(resolution, int) or resolution < 1 or resolution % pixels:
+        raise ValueError(f"the resolution must be a multiple of {pixels} pixels for this model, not {resolution!r}")
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"batch must be a whole number of at least 1, not {batch!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, not {dtype!r}")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f'device must be "cuda" or "cpu", not {device!r}')
+
+
+def _choose(chosen: _Counted, limit: int | None) -> dict[str, str]:
+    """The fastest assignment whose counted bytes are within the limit, or the smallest one."""
+    table = chosen.table()
+    if limit is None:
+        return fastest(table)
+    aim = limit
+    for _ in range(6):
+        assignment = fastest_within(table, aim)
+        if assignment is None:
+            break
+        over = chosen.bytes(assignment) - limit
+        if over <= 0:
+            return assignment
+        aim -= over + limit // 500
+    candidates = [smallest(table), *(dict.fromkeys(table.names, plan) for plan in PLANS)]
+    return min(candidates, key=chosen.bytes)
+
+
+def _missing(chosen: _Counted, assignment: dict[str, str], allowed: int, context: int, smaller: _Counted | None) -> str:
+    """One sentence: how much is missing, what takes the most, and what would help."""
+    components = chosen.components(assignment)
+    needed = sum(components.values()) + context
+    largest = max(components, key=lambda name: components[name])
+    sentence = (
+        f"{(needed - allowed) / 1e9:.2f} GB are missing: the smallest step found needs {needed / 1e9:.2f} GB of the "
+        f"{allowed / 1e9:.2f} GB allowed, and {components[largest] / 1e9:.2f} GB of it are {largest}"
+    )
+    if smaller is not None and smaller.bytes("C") + context <= allowed:
+        sentence += "; batch=1 with more accumulation fits"
+    return sentence + "."
+
+
+def _measured(found: Plan, chosen: _Counted, limit: int | None) -> Plan:
+    """Real steps of each candidate under a hard cap on the allocator; the fastest that ran through."""
+    table = chosen.table()
+    candidates = [found.assignment, *(dict.fromkeys(table.names, plan) for plan in PLANS)]
+    runs = [(run, c) for c in candidates if (run := _real_step(chosen, c, limit)) is not None]
+    if not runs:
+        found.missing = (
+            "No candidate ran through under the cap, though the count says that one should; raise the budget."
+        )
+        return found
+    found.measured, found.assignment = min(runs, key=lambda pair: pair[0]["seconds"])
+    found.components = chosen.components(found.assignment)
+    return found
+
+
+def _real_step(chosen: _Counted, assignment: dict[str, str], limit: int | None) -> dict[str, float] | None:
+    """Seconds and peak bytes of one step on the GPU, or None where it ran out of memory."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, total if limit is None else limit / total))
+    try:
+        real = Rehearsal(*chosen.arguments, "cuda", chosen.rehearsal.accumulate, counted=False)
+        real.unet.set_plan(assignment)
+        for _ in range(2):
+            real.step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        real.step()
+        torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - start, "bytes": float(torch.cuda.max_memory_allocated())}
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        real = None
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()

@@ -1,0 +1,211 @@
+"""load_model: a diffusers folder, a single file, a hub name or "tiny" -> one Model whose parts load when first used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..unet.config import UnsupportedModel
+from ..unet.unet import UNet
+from .schedule import Schedule
+from .sources import TINY, Folder, SingleFile, find_source, read_json
+from .weights import load_weights, weight_files
+
+PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule")
+PIPELINES = "StableDiffusion"
+# The names that the attention of the first models' VAE files has.
+OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+OTHER_FAMILIES = ("StableDiffusion3", "StableDiffusionDiffEdit", "StableDiffusionGLIGEN", "StableDiffusionControlNet")
+
+
+class Model:
+    """A UNet, its text encoders and tokenizers, VAE and noise schedule; each is read when first used, and no sooner."""
+
+    def __init__(self, source: Folder | SingleFile, dtype: torch.dtype | None, device: str) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.device = device
+        self._parts: dict[str, Any] = {}
+        self._text_pipeline: Any = None
+
+    def _get(self, name: str) -> Any:
+        if name not in self._parts:
+            self._parts[name] = getattr(self, f"_load_{name}")()
+        return self._parts[name]
+
+    @property
+    def unet(self) -> UNet:
+        return self._get("unet")
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """transformers' CLIP text models: one for SD1.x and SD2.x, two for SDXL."""
+        return self._get("text_encoders")
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        return self.text_encoders[0]
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return self._get("tokenizers")
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.tokenizers[0]
+
+    @property
+    def vae(self) -> nn.Module:
+        """diffusers' AutoencoderKL, channels-last."""
+        return self._get("vae")
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._get("schedule")
+
+    @property
+    def name(self) -> str:
+        """What to call this model in a sentence."""
+        return "the embedded model" if self.embedded else str(getattr(self.source, "name", None) or self.source.path)
+
+    @property
+    def embedded(self) -> bool:
+        return self.source.path == TINY
+
+    @property
+    def loaded(self) -> list[str]:
+        """The parts that are in memory now."""
+        return list(self._parts)
+
+    def release(self, *names: str) -> None:
+        """Let go of parts; they are read again if they are used again."""
+        for name in names:
+            if name not in PARTS:
+                raise ValueError(f"{name!r} is no part of a model; the parts are {', '.join(PARTS)}")
+            self._parts.pop(name, None)
+
+    def _settle(self, module: nn.Module) -> nn.Module:
+        module = module.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        half = self.dtype is None and any(p.dtype == torch.float16 for p in module.parameters())
+        # A CPU has no arithmetic in float16: the files' half precision is for their size alone.
+        return module.float() if half and self.device == "cpu" else module
+
+    def _load_unet(self) -> UNet:
+        if isinstance(self.source, SingleFile):
+            from diffusers import UNet2DConditionModel
+
+            peer = self.source.converted(UNet2DConditionModel, "unet")
+            unet = UNet.from_config(dict(peer.config), device="meta")
+            unet.load_state_dict(peer.state_dict(), strict=True, assign=True)
+            return self._settle(unet)
+        folder = self.source.part("unet")
+        unet = _unet_of(folder / "config.json")
+        if self.device == "meta":
+            return self._settle(unet)
+        load_weights(unet, weight_files(folder, "diffusion_pytorch_model", self.dtype), self.dtype, self.device)
+        return self._settle(unet)
+
+    def _text_parts(self, name: str) -> list[Path]:
+        return [self.source.part(n) for n in (name, f"{name}_2") if n == name or self.source.has(n)]
+
+    def _pipeline(self) -> Any:
+        """diffusers' pipeline of a single file, for its text side alone."""
+        if self._text_pipeline is None:
+            from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+            kind = StableDiffusionXLPipeline if self.unet.add_embedding is not None else StableDiffusionPipeline
+            self._text_pipeline = self.source.converted(kind, None)
+        return self._text_pipeline
+
+    def _load_text_encoders(self) -> list[nn.Module]:
+        if isinstance(self.source, SingleFile):
+            parts = [getattr(self._pipeline(), n, None) for n in ("text_encoder", "text_encoder_2")]
+            return [self._settle(part) for part in parts if part is not None]
+        return [self._settle(self._text_encoder(folder)) for folder in self._text_parts("text_encoder")]
+
+    def _text_encoder(self, folder: Path) -> nn.Module:
+        import transformers
+
+        config = read_json(folder / "config.json")
+        name = (config.get("architectures") or ["CLIPTextModel"])[0]
+        if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            raise UnsupportedModel(f"{folder / 'config.json'}: a text encoder of the kind {name} is not supported")
+        kind = getattr(transformers, name)
+        if self.device == "meta":
+            with torch.device("meta"):
+                return kind(kind.config_class(**config))
+        files = weight_files(folder, "model", self.dtype)
+        variant = {"variant": "fp16"} if ".fp16." in files[0].name else {}
+        options = {"dtype": self.dtype or "auto", "local_files_only": True, "output_loading_info": True} | variant
+        encoder, info = _through_peer(folder, kind, options)
+        for what, key in (("lacks the tensor", "missing_keys"), ("has a misshapen tensor", "mismatched_keys")):
+            if info[key]:
+                raise UnsupportedModel(f"{files[0]} {what} {min(info[key])!r}")
+        return encoder
+
+    def _load_tokenizers(self) -> list[Any]:
+        if isinstance(self.source, SingleFile):
+            parts = [getattr(self._pipeline(), n, None) for n in ("tokenizer", "tokenizer_2")]
+            return [part for part in parts if part is not None]
+        from transformers import CLIPTokenizer
+
+        return [_through_peer(f, CLIPTokenizer, {"local_files_only": True}) for f in self._text_parts("tokenizer")]
+
+    def _load_vae(self) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        if isinstance(self.source, SingleFile):
+            return self._settle(self.source.converted(AutoencoderKL, "vae"))
+        folder = self.source.part("vae")
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
+        if self.device != "meta":
+            files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
+            load_weights(vae, files, self.dtype, self.device, OLD_VAE_NAMES)
+        return self._settle(vae).to(memory_format=torch.channels_last)
+
+    def _load_schedule(self) -> Schedule:
+        if isinstance(self.source, SingleFile):
+            return Schedule.from_config(dict(self._pipeline().scheduler.config))
+        return Schedule.from_config(read_json(self.source.part("scheduler") / "scheduler_config.json"))
+
+
+def _unet_of(file: Path) -> UNet:
+    try:
+        return UNet.from_config(read_json(file), device="meta")
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{file}: {error}") from None
+
+
+def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
+    try:
+        return kind.from_pretrained(str(folder), **options)
+    except Exception as error:  # transformers raises many kinds
+        reason = " ".join(str(error).split())
+        raise UnsupportedModel(f"{folder} cannot be read as a {kind.__name__}: {reason}") from error
+
+
+def _check_family(source: Folder | SingleFile) -> None:
+    name = source.class_name() if isinstance(source, Folder) else None
+    if name is not None and (not name.startswith(PIPELINES) or name.startswith(OTHER_FAMILIES)):
+        raise UnsupportedModel(f"{source.root} holds a {name}; supported are Stable Diffusion 1.x, 2.x and XL")
+
+
+def load_model(
+    where: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    config: str | Path | None = None,
+) -> Model:
+    """A model from a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded one).
+
+    dtype: None keeps the files' own (float16 becomes float32 on a CPU).
+    device: "meta" builds the networks without weights.
+    config: for a single file, the folder (or hub name) with the configuration files diffusers should convert it by.
+    """
+    source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))
+    _check_family(source)
+    return Model(source, dtype, str(device))

@@ -1,0 +1,99 @@
+"""Reading safetensors into a network: memory-mapped, every name and shape checked, errors that name file and tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..unet.config import UnsupportedModel
+
+GROUP = 48  # tensors converted before the file is opened again, which lets go of the pages read so far
+
+
+def weight_files(folder: Path, stem: str, dtype: torch.dtype | None) -> list[Path]:
+    """The safetensors of one part: whole or sharded; a 16-bit run takes the fp16 variant where there is one."""
+    variants = ["", "fp16"] if dtype in (None, torch.float32, torch.float64) else ["fp16", ""]
+    for variant in variants:
+        name = f"{stem}.{variant}" if variant else stem
+        if (folder / f"{name}.safetensors").is_file():
+            return [folder / f"{name}.safetensors"]
+        for index in (f"{name}.safetensors.index.json", f"{stem}.safetensors.index.{variant}.json"):
+            if (folder / index).is_file():
+                return _shards(folder / index)
+    pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+    if pickles:
+        raise UnsupportedModel(
+            f"{folder / pickles[0]} is a pickle, which could run code; mend: save the model as safetensors"
+        )
+    raise UnsupportedModel(f"{folder} has no {stem}.safetensors (nor its fp16 variant, nor an index of shards)")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UnsupportedModel(f"{index} is not an index of shards: {error}") from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UnsupportedModel(f"{index.parent / name} is missing, though {index.name} names it")
+    return [index.parent / name for name in names]
+
+
+def _open(file: Path, device: str):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(file), framework="pt", device=device)
+    except SafetensorError as error:
+        raise UnsupportedModel(f"{file} is no whole safetensors file (truncated or damaged): {error}") from error
+    except OSError as error:
+        raise UnsupportedModel(f"{file} cannot be read: {error}") from error
+
+
+def read_tensors(file: Path, dtype: torch.dtype | None, device: str) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a file. In the file's own dtype it is a view of the mapped file, read when first touched."""
+    names = list(_open(file, "cpu").keys())
+    for start in range(0, len(names), GROUP):
+        opened = _open(file, device)
+        for name in names[start : start + GROUP]:
+            tensor = opened.get_tensor(name)
+            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _renamed(name: str, renames: dict[str, str]) -> str:
+    for old, new in renames.items():
+        name = name.replace(old, new)
+    return name
+
+
+def load_weights(
+    network: nn.Module,
+    files: list[Path],
+    dtype: torch.dtype | None,
+    device: str,
+    renames: dict[str, str] | None = None,
+) -> None:
+    """Give a network built on the meta device its weights; a missing, extra or misshapen tensor is named."""
+    wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_tensors(file, dtype, device):
+            name = _renamed(name, renames or {})
+            if name not in wanted:
+                raise UnsupportedModel(f"{file} has a tensor {name!r} that this configuration does not have")
+            if tuple(tensor.shape) != wanted[name]:
+                raise UnsupportedModel(
+                    f"{file}: tensor {name!r} has shape {list(tensor.shape)}; "
+                    f"the configuration makes it {list(wanted[name])}"
+                )
+            state[name] = tensor
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        places = ", ".join(str(file) for file in files)
+        raise UnsupportedModel(f"{places} lacks the tensor {missing[0]!r}{more}")
+    network.load_state_dict(state, strict=True, assign=True)

@@ -1,0 +1,1 @@
+"""Concepts to pictures: samplers, localized attention-guided sampling (LAG), captured attention maps."""

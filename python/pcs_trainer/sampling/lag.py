@@ -1,0 +1,278 @@
+"""Localized attention-guided sampling (LAG) of Personalized Residuals (arXiv 2405.12978), and the maps to look at.
+
+In every transformer block, at every step, with C the places of the concept's words in the prompt:
+
+    A = sum over c in C of the cross-attention's map of token c, averaged over the heads
+    M = 1 where A > median(A), else 0
+    f = (1 - M) * W x + M * (W + up down) x = W x + M * up (down x)
+
+A and f are of the same block in the same forward, so the network is not evaluated once more, and nothing is resized.
+Letters: P pictures, G groups of tokens, N = h x w image positions, T text tokens, S steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..unet.layers import Masks
+from ..unet.unet import UNet
+
+if TYPE_CHECKING:
+    from ..concept.concept import Concept
+    from .scene import Scene
+
+# Projections of a transformer block that come after the attention over the text, so that its map can mask them.
+AFTER_THE_MAP = ("attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+UNCOND = ("reuse", "zero", "one")
+
+
+@dataclass
+class Lag:
+    """How LAG is done.
+
+    tokens: the words whose attention makes the mask; None means the concept's own word and its class word. Several
+        concepts: a dict from the concept's word to its list.
+    uncond: the mask of the half without prompt: the same one ("reuse"), nothing ("zero"), everything ("one").
+    start, stop: the part of the trajectory, as fractions of its steps, that is masked; the residual is whole outside.
+    soft: masks between 0 and 1, the map from its least value to its largest, rather than the map cut at its median.
+    """
+
+    tokens: Sequence[str] | Mapping[str, Sequence[str]] | None = None
+    uncond: str = "reuse"
+    start: float = 0.0
+    stop: float = 1.0
+    soft: bool = False
+
+    def __post_init__(self) -> None:
+        if self.uncond not in UNCOND:
+            raise ValueError(f"Lag(uncond={self.uncond!r}): choose one of {', '.join(UNCOND)}")
+        if not 0 <= self.start < self.stop <= 1:
+            given = f"start={self.start}, stop={self.stop}"
+            raise ValueError(f"Lag({given}): they are fractions of the steps with 0 <= start < stop <= 1")
+
+    def masks_at(self, step: int, steps: int) -> bool:
+        """Whether step 0, 1, ... of `steps` is masked."""
+        return self.start <= step / steps < self.stop
+
+    def words_of(self, key: str, own: Sequence[str]) -> list[str]:
+        """The words whose attention masks the concept `key`; `own` are those it has by itself."""
+        given = self.tokens.get(key) if isinstance(self.tokens, Mapping) else self.tokens
+        chosen = [given] if isinstance(given, str) else list(given if given is not None else own)
+        return [word for word in dict.fromkeys(chosen) if word]
+
+
+def binary(maps: Tensor) -> Tensor:
+    """1 where a map [..., N] is above its median: ties with the median are 0."""
+    return (maps > maps.median(dim=-1, keepdim=True).values).to(maps.dtype)
+
+
+def normalised(maps: Tensor) -> Tensor:
+    """Each map [..., N] from its least value, 0, to its largest, 1."""
+    low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
+    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+class Masker:
+    """Makes the masks of one batch inside the network's forward: `masks` of UNet.forward.
+
+    keys: the concept that each of the first groups of captured tokens belongs to; None alone is every residual.
+    guided: the batch is the pictures without prompt, then the same with it.
+    """
+
+    def __init__(self, lag: Lag, keys: Sequence[str | None], guided: bool) -> None:
+        self.lag, self.keys, self.guided = lag, list(keys), guided
+        self.on = True
+
+    def __call__(self, block: str, maps: Tensor | None) -> Masks:
+        if maps is None or not self.on:
+            return None
+        maps = maps[:, : len(self.keys)]
+        maps = maps[len(maps) // 2 :] if self.guided else maps
+        made = normalised(maps) if self.lag.soft else binary(maps)
+        if self.guided:
+            reuse = self.lag.uncond == "reuse"
+            made = torch.cat([made if reuse else torch.full_like(made, float(self.lag.uncond == "one")), made])
+        if self.keys == [None]:
+            return made[:, 0]
+        return {key: made[:, g] for g, key in enumerate(self.keys)}
+
+
+def mask_block(unet: UNet, module: str) -> str | None:
+    """The transformer block whose map masks a projection, or None where no map comes before it."""
+    transformer, _, leaf = module.rpartition(".")
+    if leaf == "proj_out":
+        inside = [name for name in unet.attention_names() if name.startswith(f"{transformer}.transformer_blocks.")]
+        return inside[-1] if inside else None
+    block = next((module.removesuffix(f".{end}") for end in AFTER_THE_MAP if module.endswith(f".{end}")), None)
+    return block if block in unet.attention_names() else None
+
+
+def masked_blocks(unet: UNet, keys: Sequence[str | None]) -> list[str]:
+    """The blocks whose maps LAG needs; warns of residuals that no map can mask, refuses a concept with only such."""
+    needed: set[str] = set()
+    for key in keys:
+        blocks, left = set(), []
+        for name, module in unet.named_modules():
+            if any(key is None or r.key == key for r in getattr(module, "residuals", ())):
+                block = mask_block(unet, name)
+                blocks.add(block) if block else left.append(name)
+        who = "the model" if key is None else f"the concept {key!r}"
+        if not blocks:
+            raise ValueError(
+                f"LAG masks low-rank residuals that follow a block's attention over the text (proj_out, attn2.to_out, "
+                f"ff), and {who} has none: draw with lag=False"
+            )
+        if left:
+            what = f"{left[0]}{f' and {len(left) - 1} more' if len(left) > 1 else ''}"
+            warnings.warn(
+                f"LAG leaves {what} of {who} unmasked: computed before the block's map is known", stacklevel=3
+            )
+        needed |= blocks
+    return [name for name in unet.attention_names() if name in needed]
+
+
+@dataclass
+class Attention:
+    """Whose attention is looked at: for LAG's masks, for maps to look at, for both or for neither."""
+
+    weights: Tensor | None = None  # [P, G, T]: 1 at the places of each group's words
+    blocks: list[str] | None = None  # where maps are needed; None: everywhere
+    lag: Lag | None = None
+    keys: list[str | None] = field(default_factory=list)  # the concept of each of the first groups
+    tokens: list[str] = field(default_factory=list)  # the words of the other groups
+
+    def of(self, pictures: Sequence[int], guided: bool) -> Tensor | dict[str, Tensor] | None:
+        """The token weights [B or 2B, G, T] of a batch."""
+        if self.weights is None:
+            return None
+        own = self.weights[list(pictures)]
+        capture = torch.cat([torch.zeros_like(own), own]) if guided else own
+        return capture if self.blocks is None else dict.fromkeys(self.blocks, capture)
+
+
+def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> Attention:
+    groups: list[list[Sequence[str]]] = []  # for each group, each picture's words
+    keys: list[str | None] = []
+    pictures = range(len(scene.prompts))
+    if lag is not None:
+        known = [c.key for c in scene.concepts]
+        unknown = [key for key in lag.tokens if key not in known] if isinstance(lag.tokens, Mapping) else []
+        if unknown:
+            raise ValueError(
+                f"Lag(tokens=...) names {unknown[0]!r}; the concepts here are {', '.join(map(repr, known))}"
+            )
+        if scene.index is None and scene.concepts:
+            keys = [c.key for c in scene.concepts]
+            groups = [[lag.words_of(c.key, _names(c))] * len(pictures) for c in scene.concepts]
+        else:
+            keys = [None]
+            groups = [[_words_of_all(lag, scene, i) for i in pictures]]
+        _check_named(scene, keys, groups)
+    tokens = _asked(scene, maps)
+    groups += [[[token]] * len(pictures) for token in tokens]
+    if not groups:
+        return Attention()
+    weights = torch.zeros(len(pictures), len(groups), scene.model.tokenizer.model_max_length)
+    for g, words in enumerate(groups):
+        for i in pictures:
+            weights[i, g, [j for word in words[i] for j in scene.places(i, word)]] = 1
+    blocks = masked_blocks(scene.model.unet, keys) if keys else None
+    weights = weights.to(scene.model.unet.conv_in.weight.device)
+    return Attention(weights, None if tokens else blocks, lag, keys, tokens)
+
+
+def _names(concept: Concept) -> list[str]:
+    return [word for word in (concept.token, concept.class_word) if word]
+
+
+def _words_of_all(lag: Lag, scene: Scene, i: int) -> list[str]:
+    """The words that mask every residual on picture i."""
+    own = scene.own(i)
+    if own:
+        return [word for c in own for word in lag.words_of(c.key, _names(c))]
+    return lag.words_of("", list(scene.words)) if scene.index is None else []
+
+
+def _check_named(scene: Scene, keys: Sequence[str | None], groups: list[list[Sequence[str]]]) -> None:
+    for key, words in zip(keys, groups, strict=True):
+        if not any(scene.places(i, word) for i in range(len(scene.prompts)) for word in words[i]):
+            who = "the subject" if key is None else f"the concept {key!r}"
+            said = ", ".join(dict.fromkeys(repr(w) for own in words for w in own)) or "nothing: give Lag(tokens=[...])"
+            raise ValueError(f"LAG looks for the words of {who} ({said}), and no prompt has one of them")
+
+
+def _asked(scene: Scene, maps: bool | Sequence[str]) -> list[str]:
+    """The words to return maps of: the given ones, or the learned words and class words that a prompt has."""
+    if maps is False:
+        return []
+    given = maps is not True
+    wanted = list(maps) if given else [*scene.words, *(name for c in scene.concepts for name in _names(c))]  # type: ignore[arg-type]
+    said = [w for w in dict.fromkeys(wanted) if any(scene.places(i, w) for i in range(len(scene.prompts)))]
+    if given and len(said) < len(wanted):
+        raise ValueError(f"return_maps: no prompt has the word {next(w for w in wanted if w not in said)!r}")
+    if not said:
+        raise ValueError(
+            "return_maps=True shows the concepts' words, and no prompt has one: return_maps=['a word', ...]"
+        )
+    return said
+
+
+@dataclass
+class Maps:
+    """Where the words were looked at: what each picture's tokens drew of the attention, on the CPU.
+
+    tokens: the words, G of them; mean: [P, G, h, w] over steps and layers; steps: [S, P, G, h, w] in float16.
+    """
+
+    tokens: list[str]
+    mean: Tensor
+    steps: Tensor
+
+    @staticmethod
+    def joined(parts: Sequence[Maps]) -> Maps:
+        """The maps of one batch after the other."""
+        if not parts:
+            return Maps([], torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, 0, 0))
+        return Maps(parts[0].tokens, torch.cat([p.mean for p in parts]), torch.cat([p.steps for p in parts], dim=1))
+
+
+class MapTaker:
+    """Collects the maps of groups `first` and on, step by step, at the latents' size."""
+
+    def __init__(self, tokens: Sequence[str], first: int, size: tuple[int, int]) -> None:
+        self.tokens, self.first, self.size = list(tokens), first, size
+        self.total = torch.zeros(())
+        self.steps: list[Tensor] = []  # in float16
+
+    def take(self, found: Mapping[str, Tensor], pictures: int) -> None:
+        """The mean over the layers of one step's maps, of the last `pictures` of the batch: the half with prompt."""
+        layers = [m[-pictures:, self.first :] for m in found.values() if m.shape[1] > self.first]
+        by_size: dict[int, list[Tensor]] = {}
+        for m in layers:
+            by_size.setdefault(m.shape[-1], []).append(m)
+        total = sum(self._enlarged(torch.stack(same).sum(0)) for same in by_size.values())
+        mean = (total / len(layers)).cpu()
+        self.total = self.total + mean
+        self.steps.append(mean.half())
+
+    def _enlarged(self, maps: Tensor) -> Tensor:
+        image = maps.unflatten(-1, level_size(self.size, maps.shape[-1])).float()
+        return F.interpolate(image, size=self.size, mode="bilinear", align_corners=False)
+
+    def maps(self) -> Maps:
+        return Maps(self.tokens, self.total / len(self.steps), torch.stack(self.steps))
+
+
+def level_size(size: tuple[int, int], positions: int) -> tuple[int, int]:
+    """Height and width of the level of the UNet that has so many positions: each level halves, rounding up."""
+    height, width = size
+    while height * width > positions:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width

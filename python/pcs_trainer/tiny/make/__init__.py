@@ -1,0 +1,1 @@
+"""The scripts that trained the embedded model. Nothing imports them."""

@@ -1,0 +1,58 @@
+"""Writes the model card, weights/README.md, from results.json and training.json, so that no number is typed by hand."""
+
+import json
+import math
+from pathlib import Path
+
+from ..common import WEIGHTS
+
+PAGE = Path(__file__).with_name("card_template.md")
+
+
+def percent(value):
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def card(results, training, size):
+    """The page as text."""
+    columns = ("kind", "colour", "background", "triple", "pattern", "position")
+    rows = [
+        f"| {name} | " + " | ".join(percent(results[key][c]) for c in columns) + " |"
+        for name, key in (
+            ("drawn", "drawn"),
+            ("drawn, class x colour x background never seen together", "novel_triples"),
+            ("real renderings", "real"),
+            ("through the autoencoder", "reconstructed"),
+        )
+    ]
+    memory = results["memorisation"]
+    return PAGE.read_text().format(
+        size=size / 1e6,
+        made=training["made"],
+        limits="\n".join(f"- {line}" for line in training["limits"]),
+        captions=results["settings"]["captions"],
+        steps=results["settings"]["steps"],
+        guidance=results["settings"]["guidance"],
+        rows="\n".join(rows),
+        bare={k: percent(v) for k, v in results["bare_captions"].items()},
+        f=results["frechet"],
+        m=memory,
+        near=percent(memory["share_of_drawn_nearer_than_the_nearest_1_percent_of_real"]),
+        psnr=results["reconstruction_psnr"],
+        r=results["subject_retrieval"],
+        rank=percent(results["subject_retrieval"]["rank_1"]),
+        speed=results["speed"],
+        diff=results["diffusers_difference"]["largest"],
+    )
+
+
+def write_card(folder=WEIGHTS):
+    """Beside the weights; results.json and training.json lie one folder above."""
+    results = json.loads((folder.parent / "results.json").read_text())
+    training = json.loads((folder.parent / "training.json").read_text())
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.name != "README.md")
+    (folder / "README.md").write_text(card(results, training, size))
+
+
+if __name__ == "__main__":
+    write_card()

@@ -1,0 +1,73 @@
+"""Checkpoints of a run: a folder each, there whole or not at all; the last few are kept; other runs are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What may change between a run and its resume.
+FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts", "probe_every", "plan", "check_backend")
+
+
+def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """out/checkpoint-N with the trained tensors, the optimizer's state and what the run is."""
+    from ..concept.file import write_whole
+
+    folder, part = out / f"checkpoint-{step}", out / f".checkpoint-{step}.{os.getpid()}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write_whole(part / "trained.safetensors", tensors, {})
+        torch.save(state.pop("optimizer"), part / "optimizer.pt")
+        (part / "state.json").write_text(json.dumps(state, indent=1, default=str))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"the checkpoint {folder} could not be written ({error.strerror or error})") from error
+    for old in checkpoints(out)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [f for f in out.glob("checkpoint-*") if f.name[11:].isdigit() and (f / "state.json").is_file()]
+    return sorted(found, key=lambda f: int(f.name[11:]))
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from ..concept.file import read_safetensors
+
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        state["optimizer"] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"the checkpoint {folder} cannot be read ({' '.join(str(error).split())}); remove it"
+        ) from error
+    return read_safetensors(folder / "trained.safetensors")[0], state
+
+
+def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other settings, pictures or another base model, and say what differs."""
+    if was["base"].partition(":")[0] != now["base"].partition(":")[0]:
+        raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
+    if was["data"] != now["data"]:
+        raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
+    old, new = was["settings"], now["settings"]
+    constant = new["lr_schedule"] == "constant"
+    differing = [
+        f"{name} was {old.get(name)!r} and is {value!r}"
+        for name, value in new.items()
+        if old.get(name) != (list(value) if isinstance(value, tuple) else value)
+        and not (name in FREE and (name != "steps" or constant))
+    ]
+    if differing:
+        raise ValueError(f"{folder} was made with other settings: {'; '.join(differing)}")

@@ -1,0 +1,66 @@
+"""The numbers of each step: smoothed loss, speed, time left; and the run's CSV log."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from ..files import written_text
+from ..settings import Settings
+from .events import peak_memory
+
+COLUMNS = ("step", "loss", "smoothed", "subject", "prior", "preservation", "lr", "its_per_second")
+PROBES = "probe.csv"
+
+
+class Log:
+    """out/logs/loss.csv, one line a step; a resumed run goes on in it."""
+
+    def __init__(self, out: Path | None, settings: Settings, step: int) -> None:
+        self.out, self.s = out, settings
+        self.smoothed: float | None = None
+        self.first, self.started = step, time.monotonic()
+        self._file: IO[str] | None = None
+        self._probes: list[str] = []
+
+    def __enter__(self) -> Log:
+        if self.out is not None:
+            path = self.out / "logs" / "loss.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = path.read_text().splitlines()[1 : self.first + 1] if self.first and path.is_file() else []
+            self._file = path.open("w", newline="")
+            self._file.write("\n".join([",".join(COLUMNS), *kept]) + "\n")
+            probes = path.with_name(PROBES)
+            earlier = probes.read_text().splitlines()[1:] if self.first and probes.is_file() else []
+            if not self.first:
+                probes.unlink(missing_ok=True)
+            self._probes = [line for line in earlier if int(line.split(",")[0]) <= self.first]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def probe(self, step: int, held_out: float, drift: float) -> None:
+        """out/logs/probe.csv: what the probe saw so far."""
+        if self.out is not None:
+            self._probes.append(f"{step},{held_out:.6g},{drift:.6g}")
+            written_text(self.out / "logs" / PROBES, "\n".join(["step,held_out,drift", *self._probes]) + "\n")
+
+    def step(self, step: int, parts: list[dict[str, float]], rate: float) -> dict[str, Any]:
+        """The data of a step's event."""
+        mean = {k: sum(p[k] for p in parts) / len(parts) for k in parts[0]}
+        self.smoothed = mean["loss"] if self.smoothed is None else 0.95 * self.smoothed + 0.05 * mean["loss"]
+        speed = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
+        data = {
+            "loss": mean["loss"], "smoothed": self.smoothed, "subject": mean["subject"], "prior": mean.get("prior"),
+            "preservation": mean.get("preservation"), "lr": rate, "its_per_second": speed,
+            "seconds_left": (self.s.steps - step) / speed, "peak_memory": peak_memory(),
+        }  # fmt: skip
+        if self._file is not None:
+            row = [step, *(data[c] for c in COLUMNS[1:])]
+            csv.writer(self._file).writerow(["" if v is None else f"{v:.6g}" for v in row])
+            self._file.flush()
+        return data

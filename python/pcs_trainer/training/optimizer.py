@@ -1,0 +1,154 @@
+"""One optimizer step: rates, clipping on the global norm, sharing between processes, the guard against NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcs_kernels.optim import AdamW8bit, step_in_backward
+
+from ..distributed import agreed, share, share_gradients
+from ..settings import Settings
+from ..sharding import gathered, is_part, norm_of
+
+GOOD_EVERY = 10  # steps between copies of a good state
+LARGEST_COPY = 50_000_000  # parameters: above it, checkpoints on disk are the only way back
+
+
+class Stepper:
+    """The optimizer of a run and all that surrounds its step."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], s: Settings) -> None:
+        self.parameters, self.s = parameters, s
+        self.world = share()[1]
+        rows = [p for n, p in parameters.items() if n.startswith("word.")]
+        others = [p for n, p in parameters.items() if not n.startswith("word.")]
+        groups = [{"params": others, "lr": s.learning_rate, "weight_decay": s.weight_decay}] if others else []
+        if rows:
+            rate = s.token_learning_rate or s.learning_rate
+            groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
+        kind = AdamW8bit if s.optimizer == "adamw8bit" else torch.optim.AdamW
+        parts = any(is_part(p) for p in parameters.values())  # torch's loops over lists take no mixture with whole ones
+        extra = {"seed": s.seed} if s.optimizer == "adamw8bit" else {"foreach": False} if parts else {}
+        self.optimizer = kind(groups, betas=(0.9, 0.999), **extra)
+        self.rates = [group["lr"] for group in groups]
+        self.handle = None
+        if s.step_in_backward and self.world == 1:
+            self.handle = step_in_backward(self.optimizer, s.accumulate, s.clip_norm or None, s.clip)
+        self.reason = ""
+        self._good: tuple[int, list[Tensor]] | None = None
+
+    @property
+    def rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def factor(self, step: int) -> float:
+        """Warm-up, then the schedule: what the rates are multiplied by."""
+        s = self.s
+        if step < s.warmup:
+            return (step + 1) / s.warmup
+        share = (step - s.warmup) / max(1, s.steps - s.warmup)
+        if s.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * share))
+        return 1 - share if s.lr_schedule == "linear" else 1.0
+
+    def step(self, losses: list[Callable[[], Tensor]], step: int) -> bool:
+        """Run the micro-batches and update; False where a number was not finite: nothing was updated then, or, with the
+        step in the backward and clip="previous", everything but the tensors whose gradient it was."""
+        factor = self.factor(step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        before = self._copy(step) if step and step % GOOD_EVERY == 0 else None
+        good = self._in_backward(losses) if self.handle is not None else self._after_backward(losses)
+        if good and before is not None:  # the loss of this state is known to be finite
+            self._good = before
+        return good
+
+    def _in_backward(self, losses: list[Callable[[], Tensor]]) -> bool:
+        """The optimizer runs inside the backward; a loss that is not finite ends the step before any backward."""
+        assert self.handle is not None
+
+        class NotFinite(Exception):
+            pass
+
+        def guarded(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                loss = compute()
+                if not bool(torch.isfinite(loss)):
+                    raise NotFinite
+                return loss
+
+            return run
+
+        try:
+            self.handle.backward(*(guarded(compute) for compute in losses))
+        except NotFinite:
+            self.handle.forget()
+            self.reason = "the loss is not finite"
+            return False
+        if self.handle.refused:
+            self.reason = "a gradient is not finite"
+            return False
+        return True
+
+    def _after_backward(self, losses: list[Callable[[], Tensor]]) -> bool:
+        trained = list(self.parameters.values())
+        finite = True
+        for compute in losses:
+            loss = compute()
+            finite = finite and bool(torch.isfinite(loss))
+            loss.backward()
+        if self.world > 1:
+            share_gradients([p for p in trained if not is_part(p)])
+        gradients = [p.grad for p in trained if p.grad is not None]
+        norm = norm_of(gradients)
+        good = not agreed(not (finite and math.isfinite(norm)))
+        if good:
+            scale = min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0
+            if isinstance(self.optimizer, AdamW8bit):
+                self.optimizer.step(grad_scale=scale)
+            else:
+                for g in gradients:
+                    g.mul_(scale)
+                self.optimizer.step()
+        self.reason = "" if good else "a gradient is not finite" if finite else "the loss is not finite"
+        for p in trained:
+            p.grad = None
+        return good
+
+    def _copy(self, step: int) -> tuple[int, list[Tensor]] | None:
+        trained = list(self.parameters.values())
+        if sum(p.numel() for p in trained) > LARGEST_COPY:
+            return None
+        return step, [p.detach().clone() for p in trained]
+
+    @torch.no_grad()
+    def restore_good(self) -> int | None:
+        """Back to the last copy; the step it was made after, or None where there is none."""
+        trained = list(self.parameters.values())
+        if self._good is None:
+            return None
+        for p, value in zip(trained, self._good[1], strict=True):
+            p.copy_(value)
+        return self._good[0]
+
+    @property
+    def sharded(self) -> bool:
+        return any(is_part(p) for p in self.parameters.values())
+
+    def state_dict(self) -> Any:
+        """The optimizer's state; of a sharded one every process's, in the first process."""
+        held = {} if self.handle is None else {"handle": self.handle.state_dict()}
+        own = {"optimizer": self.optimizer.state_dict()} | held
+        return gathered(own) if self.sharded else own
+
+    def load_state_dict(self, state: Any) -> None:
+        if self.sharded:
+            state = state[share()[0]]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.handle is not None:
+            self.handle.load_state_dict(state["handle"])

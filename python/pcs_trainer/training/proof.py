@@ -1,0 +1,105 @@
+"""Proof that a run trains: gradients against the reference, what has moved and what not, the file against memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pcs_kernels
+
+from ..sharding import whole
+
+SET = 50_000_000  # numbers: two gradients of so many are held for a comparison
+
+
+class NotTrained(RuntimeError):
+    """A proof failed: the sentence names the tensor."""
+
+
+def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor], exact: bool) -> str:
+    """The gradients of the backend in use against the reference's, on this model and this batch.
+
+    Exact arithmetic (float32) allows 2 % a tensor. In 16 bits the gradient of one small tensor is mostly rounding, in
+    the reference's too, so there each difference is held against a part of the whole gradient.
+    """
+    parameters = _some(parameters)
+    ours = _gradients(parameters, loss)
+    with pcs_kernels.backend("reference"):
+        theirs = _gradients(parameters, loss)
+    whole = float(torch.stack([g.float().norm() for g in theirs.values()]).norm())
+    if not whole > 0:
+        raise NotTrained("no tensor has a gradient, or it is not finite: nothing would train")
+    limit, least = (0.02, 1e-3) if exact else (0.4, 0.3)
+    errors = {}
+    for name in parameters:
+        difference = float((ours[name].float() - theirs[name].float()).norm())
+        errors[name] = difference / max(float(theirs[name].float().norm()), least * whole)
+        if not errors[name] <= limit:
+            raise NotTrained(
+                f"the gradient of {name} is {errors[name]:.0%} away from the reference's here; PCS_BACKEND=reference "
+                "trains correctly, and `pcs doctor` says which operation is at fault"
+            )
+    worst = max(errors, key=errors.__getitem__)
+    return f"gradients agree with the reference (largest difference {errors[worst]:.1e}, {worst})"
+
+
+def _some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """All of a small set; of a whole network about fifty tensors from its first layer to its last."""
+    if sum(p.numel() for p in parameters.values()) <= SET:
+        return parameters
+    names = [name for name, p in parameters.items() if p.numel() <= SET // 50]
+    return {name: parameters[name] for name in names[:: max(1, len(names) // 50)]}
+
+
+def _gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+
+
+class Movement:
+    """Which tensors have moved since the start, told by their sums: a copy of a whole model would cost too much."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], frozen: Iterable[tuple[str, Tensor]]) -> None:
+        self.trained = {name: (p, _mark(p)) for name, p in trained.items()}
+        self.frozen = {name: (p, _mark(p)) for name, p in frozen}
+
+    def unmoved(self) -> list[str]:
+        return [name for name, (p, mark) in self.trained.items() if _mark(p) == mark]
+
+    def moved_frozen(self) -> list[str]:
+        return [name for name, (p, mark) in self.frozen.items() if _mark(p) != mark]
+
+    def check(self, seldom: tuple[str, ...]) -> str:
+        still = [name for name in self.unmoved() if name not in seldom]
+        if still:
+            raise NotTrained(
+                f"{still[0]} has not moved ({len(still)} of {len(self.trained)} tensors): it does not train"
+            )
+        moved = self.moved_frozen()
+        if moved:
+            raise NotTrained(f"{moved[0]} is frozen and has moved: something else writes to the model")
+        return f"all {len(self.trained)} trainable tensors have moved, none of {len(self.frozen)} frozen ones"
+
+
+@torch.no_grad()
+def _mark(p: Tensor) -> tuple[float, float]:
+    """The sum of all, and a weighted one of 64 elements: enough to see any step of an optimizer."""
+    flat = whole(p.detach()).flatten()
+    some = flat[:: max(1, flat.numel() // 64)].double()
+    order = torch.arange(1, len(some) + 1, dtype=torch.float64, device=some.device)
+    return float(flat.sum(dtype=torch.float64)), float((some * order).sum())
+
+
+def check_file(in_memory: Tensor, from_file: Tensor, base: Tensor, path: Any) -> str:
+    """The saved file predicts what memory predicts, and not what the base model predicts."""
+    if torch.equal(from_file, base):
+        raise NotTrained(f"{path} changes nothing: its prediction is the base model's")
+    scale = float((in_memory - base).float().norm()) + 1e-3 * float(base.float().norm())
+    error = float((in_memory - from_file).float().norm()) / scale
+    if not error < 0.02:
+        raise NotTrained(f"{path} does not hold what was learned: its prediction is {error:.0%} away from memory's")
+    change = float((from_file - base).float().norm() / base.float().norm())
+    return f"the file predicts what memory predicts, and {change:.1%} away from the base model"

@@ -1,0 +1,209 @@
+"""The pieces of the UNet: residual blocks, transformers, changes of resolution; each follows its memory plan.
+
+Letters: B batch, C channels, N = H x W image positions, H heads, D head width, T text tokens, G capture groups.
+The image [B, C, H, W] is channels-last, so its tokens [B, N, C] are the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcs_kernels import cross_attention, geglu, self_attention
+
+from .layers import Conv2d, GroupNorm, LayerNorm, Linear, Masks, keeps_input, project, trained
+from .recompute import direct, rebuilt
+from .upsample import EnlargedConv
+
+TextKV = dict[str, tuple[Tensor, Tensor]]
+Look = Callable[[str, Tensor | None], Masks]
+
+
+@dataclass
+class Call:
+    """What one call brings to every transformer block: text keys and values, tokens to capture, residual masks."""
+
+    kv: TextKV
+    capture: Tensor | dict[str, Tensor] | None = None
+    masks: Look | None = None
+
+    def captured(self, name: str) -> Tensor | None:
+        return self.capture.get(name) if isinstance(self.capture, dict) else self.capture
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, C, H, W] -> [B, N, C]
+
+
+def same(*results: Any) -> Any:
+    return results[0] if len(results) == 1 else results
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, c_in, eps)
+        self.conv1 = Conv2d(c_in, c_out, 3)
+        self.time_emb_proj = Linear(c_time, c_out)
+        self.norm2 = GroupNorm(groups, c_out, eps)
+        self.conv2 = Conv2d(c_out, c_out, 3)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.plan = "eager"
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        if self.plan == "checkpoint":
+            return rebuilt(lambda x, time: self.body(x, time, direct), x, time, then=same, whole=True)
+        return self.body(x, time, direct if self.plan == "eager" else rebuilt)
+
+    def body(self, x: Tensor, time: Tensor, keep: Callable) -> Tensor:
+        h = keep(self.norm1, x, then=self.conv1) + time[:, :, None, None]
+        h = keep(self.norm2, h, then=self.conv2)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, c_text: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(c_text or width, width, bias=False)
+        self.to_v = Linear(c_text or width, width, bias=False)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, C] -> [B, H, N, D]
+
+    def qkv(self, x: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+        return self.split(self.to_q(x, masks)), self.split(self.to_k(x, masks)), self.split(self.to_v(x, masks))
+
+    def out(self, x: Tensor, masks: Masks) -> Tensor:
+        return self.to_out[0](x.transpose(1, 2).flatten(2), masks)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        gate = nn.Module()
+        gate.proj = Linear(width, 8 * width)
+        self.net = nn.ModuleList([gate, nn.Identity(), Linear(4 * width, width)])
+
+    def up(self, x: Tensor, masks: Masks) -> Tensor:
+        return self.net[0].proj(x, masks)  # [B, N, C] -> [B, N, 8C]
+
+    def down(self, x: Tensor, masks: Masks) -> Tensor:
+        return self.net[2](x, masks)  # [B, N, 4C] -> [B, N, C]
+
+    def halves(self, masks: Masks) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What a plan computes again and what follows it: the gate is in the first where a trained `down` needs it."""
+        if keeps_input(self.net[2]):
+            return (lambda n: geglu(self.up(n, masks))), (lambda g: self.down(g, masks))
+        return (lambda n: self.up(n, masks)), (lambda p: self.down(geglu(p), masks))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention over the text, feed-forward; each added to the hidden state h [B, N, C]."""
+
+    def __init__(self, width: int, heads: int, c_text: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.attn2 = Attention(width, heads, c_text)
+        self.ff = FeedForward(width)
+        self.name = ""
+
+    def forward(self, h: Tensor, k: Tensor, v: Tensor, call: Call, plan: str) -> tuple[Tensor, Tensor | None, Masks]:
+        """(h, the captured maps [B, G, N], the masks of this block's residuals)"""
+        masks = None if call.masks is None else call.masks(self.name, None)
+        keep = direct if plan == "eager" else rebuilt
+        if plan == "C":
+            o = rebuilt(lambda h: self.attn1.qkv(self.norm1(h), masks), h, then=self_attention, whole=True)
+            return rebuilt(lambda *kept: self.rest(*kept, call, masks), o, h, k, v, then=self.close, whole=True)
+        o = self_attention(*keep(self.norm1, h, then=lambda n: self.attn1.qkv(n, masks)))
+        h, maps, masks = self.attended(o, h, k, v, call, masks, keep)
+        if plan == "B":
+            again, close = self.ff.halves(masks)
+            return h + rebuilt(lambda h: again(self.norm3(h)), h, then=close, whole=True), maps, masks
+        p = keep(self.norm3, h, then=lambda n: self.ff.up(n, masks))
+        return h + keep(geglu, p, then=lambda g: self.ff.down(g, masks)), maps, masks
+
+    def attended(
+        self, o: Tensor, h: Tensor, k: Tensor, v: Tensor, call: Call, masks: Masks, keep: Callable
+    ) -> tuple[Tensor, Tensor | None, Masks]:
+        """The self-attention's output o added to h, then the attention over the text."""
+        attn = self.attn2
+        h = h + self.attn1.out(o, masks)
+        q = keep(self.norm2, h, then=lambda n: attn.split(attn.to_q(n, masks)))
+        o, maps = cross_attention(q, attn.split(k), attn.split(v), call.captured(self.name))
+        masks = None if call.masks is None else call.masks(self.name, maps)
+        return h + attn.out(o, masks), maps, masks
+
+    def rest(self, o: Tensor, h: Tensor, k: Tensor, v: Tensor, call: Call, masks: Masks) -> tuple:
+        """All that plan C computes again after the self-attention's output o."""
+        h, maps, masks = self.attended(o, h, k, v, call, masks, direct)
+        return self.ff.halves(masks)[0](self.norm3(h)), h, maps, masks
+
+    def close(self, p: Tensor, h: Tensor, maps: Tensor | None, masks: Masks) -> tuple[Tensor, Tensor | None, Masks]:
+        return h + self.ff.halves(masks)[1](p), maps, masks
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, heads: int, depth: int, c_text: int, groups: int, linear: bool) -> None:
+        super().__init__()
+        self.norm = GroupNorm(groups, width, 1e-6)
+        self.proj_in = Linear(width, width) if linear else Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c_text) for _ in range(depth)])
+        self.proj_out = Linear(width, width) if linear else Conv2d(width, width, 1)
+        self.plan = "eager"
+
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, list[Tensor | None]]:
+        """(the image, each block's captured maps)"""
+        kv = [part for block in self.transformer_blocks for part in call.kv[block.name]]
+        if self.plan == "checkpoint":
+            y, *maps = rebuilt(lambda *kept: self.body(*kept, call=call, plan="eager"), x, *kv, then=same, whole=True)
+        else:
+            y, *maps = self.body(x, *kv, call=call, plan=self.plan)
+        return y, maps
+
+    def body(self, x: Tensor, *kv: Tensor, call: Call, plan: str) -> tuple[Tensor | None, ...]:
+        keep = direct if plan == "eager" else rebuilt
+        h = keep(lambda x: tokens(self.norm(x, None)), x, then=lambda n: project(self.proj_in, n))
+        captured, masks = [], None
+        for i, block in enumerate(self.transformer_blocks):
+            h, maps, masks = block(h, kv[2 * i], kv[2 * i + 1], call, plan)
+            captured.append(maps)
+        y = project(self.proj_out, h, masks)
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + x, *captured
+
+
+class Resample(nn.Module):
+    """The 3x3 convolution that halves the image, or that follows its enlargement."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(width, width, 3, stride)
+        self.enlarged = EnlargedConv()
+        self.plan = "eager"
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        if size is None:
+            return self.conv(x)
+        if x.device.type == "cpu" and not trained(self.conv) and list(size) == [2 * s for s in x.shape[2:]]:
+            return self.enlarged(self.conv, x)
+        keep = direct if self.plan == "eager" else rebuilt
+        return keep(lambda x: F.interpolate(x, size=tuple(size), mode="nearest"), x, then=self.conv)
+
+
+class Level(nn.Module):
+    """Resnets, each followed by its transformer where the level has them, and a change of resolution."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer], down: bool, up: bool) -> None:
+        super().__init__()
+        width = resnets[-1].conv2.out_channels
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([Resample(width, 2)] if down else [])
+        self.upsamplers = nn.ModuleList([Resample(width, 1)] if up else [])

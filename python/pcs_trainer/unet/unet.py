@@ -1,0 +1,225 @@
+"""The UNet of Stable Diffusion 1.x, 2.x and XL, on this package's kernels, with diffusers' parameter names.
+
+Letters: B batch, C channels, N = H x W image positions, T text tokens, G capture groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import Call, Level, Look, Resample, ResnetBlock, TextKV, Transformer, TransformerBlock
+from .config import checked_config
+from .layers import Conv2d, GroupNorm, Linear, LowRank, Stack, TimestepEmbedding, sinusoid
+from .recompute import checked_plan, direct, rebuilt
+
+
+class UNet(nn.Module):
+    """diffusers' UNet2DConditionModel for SD1.x, SD2.x and SDXL: the same configuration, names and numbers."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        c = self.settings = checked_config(config)
+        channels, c_time = c["block_out_channels"], c["time_embedding_dim"]
+        top = len(channels) - 1
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
+            return ResnetBlock(c_in, c_out, c_time, c["norm_num_groups"], c["norm_eps"])
+
+        def attention(level: int) -> Transformer:
+            heads, depth = c["attention_head_dim"][level], c["transformer_layers_per_block"][level]
+            width, groups, linear = channels[level], c["norm_num_groups"], c["use_linear_projection"]
+            return Transformer(width, heads, depth, c["cross_attention_dim"], groups, linear)
+
+        self.conv_in = Conv2d(c["in_channels"], channels[0], 3)
+        self.time_embedding = TimestepEmbedding(channels[0], c_time)
+        self.class_embedding = nn.Embedding(c["num_class_embeds"], c_time) if c["num_class_embeds"] else None
+        c_added = c["projection_class_embeddings_input_dim"] if c["addition_embed_type"] == "text_time" else None
+        self.add_embedding = TimestepEmbedding(c_added, c_time) if c_added else None
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        width, skips = channels[0], [channels[0]]
+        for i, kind in enumerate(c["down_block_types"]):
+            n = c["layers_per_block"][i]
+            resnets = [resnet(width if j == 0 else channels[i], channels[i]) for j in range(n)]
+            attentions = [attention(i) for _ in range(n)] if kind.startswith("CrossAttn") else []
+            self.down_blocks.append(Level(resnets, attentions, down=i < top, up=False))
+            width = channels[i]
+            skips += [width] * (n + (i < top))
+        self.mid_block = None
+        if c["mid_block_type"]:
+            self.mid_block = Level([resnet(width, width), resnet(width, width)], [attention(top)], down=False, up=False)
+        for i, kind in enumerate(c["up_block_types"]):
+            level = top - i
+            n = c["layers_per_block"][level] + 1
+            resnets = []
+            for _ in range(n):
+                resnets.append(resnet(width + skips.pop(), channels[level]))
+                width = channels[level]
+            attentions = [attention(level) for _ in range(n)] if kind.startswith("CrossAttn") else []
+            self.up_blocks.append(Level(resnets, attentions, down=False, up=i < top))
+        self.conv_norm_out = GroupNorm(c["norm_num_groups"], channels[0], c["norm_eps"])
+        self.conv_out = Conv2d(channels[0], c["out_channels"], 3)
+        self._index()
+
+    def _index(self) -> None:
+        """The layers in the order in which they run, and the products that many of them share."""
+        levels = [*self.down_blocks, *([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]
+        self._resnets = [r for level in levels for r in level.resnets]
+        self._blocks: list[TransformerBlock] = []
+        for name, module in self.named_modules():
+            if isinstance(module, TransformerBlock):
+                module.name = name
+        for level in levels:
+            self._blocks += [block for attention in level.attentions for block in attention.transformer_blocks]
+        self._time_stack = Stack([r.time_emb_proj for r in self._resnets])
+        self._kv_stack = Stack([layer for b in self._blocks for layer in (b.attn2.to_k, b.attn2.to_v)])
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any] | str | Path, device: torch.device | str | None = None) -> UNet:
+        """A UNet with torch's random weights, by diffusers' config.json or its contents; on "meta" it costs nothing."""
+        if not isinstance(config, dict):
+            config = json.loads(Path(config).read_text())
+        with torch.device(device or "cpu"):
+            return cls(config)
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers that take a memory plan, by name, in the order in which their names stand in the state dict."""
+        return {n: m for n, m in self.named_modules() if isinstance(m, (ResnetBlock, Transformer, Resample))}
+
+    def attention_names(self) -> list[str]:
+        """The transformer blocks in the order in which they run: the keys of text_kv, `capture` and the maps."""
+        return [block.name for block in self._blocks]
+
+    def set_plan(self, plan: str | Sequence[str] | dict[str, str]) -> UNet:
+        """One plan for all layers, one for each of `layers()`, or by leading part of their names ("" is the rest)."""
+        layers = self.layers()
+        if isinstance(plan, dict):
+            unknown = [key for key in plan if not any(name.startswith(key) for name in layers)]
+            if unknown:
+                raise ValueError(f"the memory plan names {unknown[0]!r}, and no layer's name begins so")
+            chosen = []
+            for name, layer in layers.items():
+                key = max((key for key in plan if name.startswith(key)), key=len, default=None)
+                chosen.append(layer.plan if key is None else plan[key])
+        else:
+            chosen = [plan] * len(layers) if isinstance(plan, str) else list(plan)
+            if len(chosen) != len(layers):
+                raise ValueError(f"the memory plan lists {len(chosen)} layers; this UNet has {len(layers)}")
+        for layer, name in zip(layers.values(), [checked_plan(p) for p in chosen], strict=True):
+            layer.plan = name
+        return self
+
+    def derived(self) -> list[Tensor]:
+        """Tensors made once from frozen weights and kept beside them, on the CPU."""
+        kernels = [m.enlarged.kernels for m in self.modules() if isinstance(m, Resample)]
+        return [k for k in kernels if k is not None]
+
+    def attach(self, name: str, residual: LowRank) -> LowRank:
+        """Put a low-rank residual on the projection `name`; it is no part of the state dict."""
+        layer = self.get_submodule(name)
+        projects = isinstance(layer, Linear) or (isinstance(layer, Conv2d) and name.endswith((".proj_in", ".proj_out")))
+        if not projects:
+            raise ValueError(f"{name} is no projection: low-rank residuals go on linear layers, proj_in and proj_out")
+        c_out, c_in = layer.weight.shape[:2]
+        if residual.down.shape[-1] != c_in or residual.up.shape[-2] != c_out:
+            shapes = f"down {tuple(residual.down.shape)}, up {tuple(residual.up.shape)}"
+            raise ValueError(f"{name} maps {c_in} to {c_out} channels; the residual's {shapes} do not fit")
+        layer.residuals.append(residual)
+        return residual
+
+    def detach(self, key: str | None = None) -> None:
+        """Take the residuals of the concept `key` off every projection, or all of them."""
+        for layer in self.modules():
+            if isinstance(layer, (Linear, Conv2d)):
+                layer.residuals = [r for r in layer.residuals if key is not None and r.key != key]
+
+    def text_kv(self, context: Tensor | dict[str, Tensor]) -> TextKV:
+        """Every block's keys and values of the text [B, T, C]: one product. While the text is frozen, once a run.
+
+        A dict gives each block (`attention_names()`) a text of its own.
+        """
+        states = context.values() if isinstance(context, dict) else [context]
+        width = self.settings["cross_attention_dim"]
+        for state in states:
+            if state.dim() != 3 or state.shape[-1] != width:
+                raise ValueError(f"context must be [B, T, {width}] for this model, not {tuple(state.shape)}")
+        if isinstance(context, dict):
+            return {b.name: (b.attn2.to_k(context[b.name]), b.attn2.to_v(context[b.name])) for b in self._blocks}
+        parts = self._kv_stack(context)
+        return {b.name: (parts[2 * i], parts[2 * i + 1]) for i, b in enumerate(self._blocks)}
+
+    def embedding(self, t: Tensor | float, x: Tensor, added: dict[str, Tensor] | None) -> Tensor:
+        """The embedding of the timestep, and of the class or of SDXL's pooled text and sizes -> [B, c_time]."""
+        c, added = self.settings, added or {}
+        t = torch.as_tensor(t, device=x.device).reshape(-1).expand(x.shape[0])
+        wave = (c["flip_sin_to_cos"], c["freq_shift"])
+        e = self.time_embedding(sinusoid(t, c["block_out_channels"][0], *wave).to(x.dtype))
+        needed = ["class_labels"] * bool(self.class_embedding) + ["text_embeds", "time_ids"] * bool(self.add_embedding)
+        missing = [key for key in needed if key not in added]
+        if missing:
+            raise ValueError(f'this UNet needs added={{"{missing[0]}": ...}} (its configuration says so)')
+        if self.class_embedding is not None:
+            e = e + self.class_embedding(added["class_labels"]).to(x.dtype)
+        if self.add_embedding is not None:
+            ids = sinusoid(added["time_ids"].flatten(), c["addition_time_embed_dim"], *wave)
+            ids = ids.reshape(x.shape[0], -1).to(x.dtype)
+            e = e + self.add_embedding(torch.cat([added["text_embeds"].to(x.dtype), ids], dim=-1))
+        return e
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        context: Tensor | TextKV,
+        added: dict[str, Tensor] | None = None,
+        capture: Tensor | dict[str, Tensor] | None = None,
+        masks: Look | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The prediction for noisy latents x [B, C, H, W] at timesteps t, given text states or `text_kv(states)`.
+
+        added: SDXL's "text_embeds" [B, C] and "time_ids" [B, 6]; "class_labels" [B] where the model has classes.
+        capture: token weights [B, G, T], for all blocks or by block name -> (prediction, maps [B, G, N] by block name).
+        masks: called with a block's name and its maps (None before they exist) -> the mask of the residuals that
+            follow in that block, [B, N] or by the residual's `key`.
+        """
+        if x.dim() != 4 or x.shape[1] != self.settings["in_channels"]:
+            wanted = f"[B, {self.settings['in_channels']}, H, W]"
+            raise ValueError(f"x must be {wanted} for this model, not {tuple(x.shape)}")
+        call = Call(context if isinstance(context, dict) else self.text_kv(context), capture, masks)
+        times = iter(self._time_stack(F.silu(self.embedding(t, x, added))))
+        found: dict[str, Tensor] = {}
+
+        def layer(level: Level, i: int, h: Tensor) -> Tensor:
+            h = level.resnets[i](h, next(times))
+            if i < len(level.attentions):
+                h, maps = level.attentions[i](h, call)
+                blocks = level.attentions[i].transformer_blocks
+                found.update({b.name: m for b, m in zip(blocks, maps, strict=True) if m is not None})
+            return h
+
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                h = layer(level, i, h)
+                skips.append(h)
+            for resample in level.downsamplers:
+                h = resample(h)
+                skips.append(h)
+        if self.mid_block is not None:
+            h = self.mid_block.resnets[1](layer(self.mid_block, 0, h), next(times))
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                h = layer(level, i, torch.cat([h, skips.pop()], dim=1))
+            for resample in level.upsamplers:
+                h = resample(h, skips[-1].shape[2:])
+        keep = direct if self._resnets[-1].plan == "eager" else rebuilt
+        y = keep(self.conv_norm_out, h, then=self.conv_out)
+        return (y, found) if capture is not None else y
