@@ -60,7 +60,10 @@ with ParallelCompile("PCS_BUILD_JOBS", default=os.cpu_count() or 1):
     setup(
         packages=kernels + trainer,
         package_dir={"pcs_kernels": "pcs_kernels", "pcs_trainer": "python/pcs_trainer"},
-        package_data={"pcs_trainer": ["report/*.html", *[f"tiny/{files}" for files in TINY]]},
+        package_data={
+            "pcs_kernels": ["py.typed"],
+            "pcs_trainer": ["py.typed", "*.pyi", "report/*.html", *[f"tiny/{files}" for files in TINY]],
+        },
         ext_modules=extensions,
         cmdclass={"build_ext": BuildApart},
     )

@@ -183,8 +183,8 @@ class Bench:
         return self.folder / f"{job.section}-{job.setting.replace(' ', '-')}-{job.subject}.safetensors"
 
     def measure(self, job: Job, concept: Any, setting: str, lag: bool = False, seed: int = 0) -> dict[str, Any]:
-        """evaluate_concept on this subject; pictures of some prompts are kept for the contact sheet."""
-        from pcs_trainer.evaluation.scores import base_of, evaluate_concept
+        """evaluate on this subject; pictures of some prompts are kept for the contact sheet."""
+        from pcs_trainer.evaluation.scores import base_of, evaluate
         from pcs_trainer.tiny.subjects import photos
 
         seen: dict[str, np.ndarray] = {}
@@ -192,7 +192,7 @@ class Bench:
         if kind not in self.bases:
             self.bases[kind] = base_of(self.model, kind, draw=self.drawer({}))
         real = [p.picture for p in photos(seed or job.subject, **HELD_OUT)]
-        found = evaluate_concept(
+        found = evaluate(
             self.model, concept, real, lag=lag, base=self.bases[kind], eyes=self.eyes, draw=self.drawer(seen)
         )
         if job.background:

@@ -135,7 +135,7 @@ def test_a_full_disk_is_a_warning_while_training_and_a_sentence_at_the_end(model
 
 
 def test_a_learning_rate_that_diverges(model, folder):
-    from pcs_trainer.training.trainer import TrainingStopped
+    from pcs_trainer import TrainingStopped
 
     settings = dict(steps=60, batch=1, check_backend=False, clip_norm=0.0, init="both_random", optimizer="adamw")
     settings |= dict(class_word="mug", weight_decay=0.0)

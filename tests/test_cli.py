@@ -18,7 +18,8 @@ import pytest
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands import COMMANDS, command
 from pcs_trainer.cli.config import effective, toml, write_config
-from pcs_trainer.cli.options import UsageError, help_text, known_names, parse
+from pcs_trainer.cli.options import help_text, known_names, parse
+from pcs_trainer.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"

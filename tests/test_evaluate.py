@@ -11,7 +11,7 @@ from pcs_trainer.evaluation.scores import (
     Ask,
     accuracy,
     base_of,
-    evaluate_concept,
+    evaluate,
     evaluate_folder,
     filled,
     similarities,
@@ -112,9 +112,7 @@ def nothing_learned(model, word="mug"):
 
 def test_a_concept_that_learned_nothing_closes_no_gap_and_keeps_the_class(tiny):
     asks = ASKS[:3]
-    found = evaluate_concept(
-        tiny, nothing_learned(tiny), pictures_of(21, 4, kind="mug"), prompts=asks, count=3, steps=3
-    )
+    found = evaluate(tiny, nothing_learned(tiny), pictures_of(21, 4, kind="mug"), prompts=asks, count=3, steps=3)
     assert abs(found["gap_closed"]) < 0.4
     assert found["drift_to_subject"] == 0  # the class prompt does not hold the word: the same pictures
     assert found["class_accuracy"] == found["class_accuracy_base"]
@@ -134,14 +132,14 @@ def test_the_measures_follow_the_pictures(tiny):
         return [rendered(Ask("", ""), 50 + i) for i in range(len(prompts))]
 
     base = base_of(tiny, "mug", draw=draw)
-    found = evaluate_concept(tiny, nothing_learned(tiny), real, base=base, draw=draw)
+    found = evaluate(tiny, nothing_learned(tiny), real, base=base, draw=draw)
     assert found["gap_closed"] > 0.85 and found["prompt_kept"] == 1 and found["drift_to_subject"] == 0
     assert found["prompt_accuracy"] >= 0.9 and found["class_accuracy"] == 1
 
 
 def test_a_prompt_without_a_place_for_the_subject_is_one_sentence(tiny):
     with pytest.raises(ValueError, match=r"must hold \{\}"):
-        evaluate_concept(tiny, nothing_learned(tiny), pictures_of(21, 2), prompts=["a photo of a dog"])
+        evaluate(tiny, nothing_learned(tiny), pictures_of(21, 2), prompts=["a photo of a dog"])
 
 
 # ---- folders, by the judge

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from pcs_trainer import load_model
+from pcs_trainer.errors import UnsupportedModel
 from pcs_trainer.model.schedule import Schedule
-from pcs_trainer.unet.config import UnsupportedModel, checked_config
+from pcs_trainer.unet.config import checked_config
 from safetensors.torch import load_file, save_file
 from unet_families import FAMILIES, SD15_REAL, SD21_REAL, SDXL_REAL, inputs, peer, peer_prediction, relative
 

@@ -9,8 +9,9 @@ import pytest
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands import command
 from pcs_trainer.cli.commands.common import filled
-from pcs_trainer.cli.options import UsageError, parse
+from pcs_trainer.cli.options import parse
 from pcs_trainer.concept.concept import load_concept
+from pcs_trainer.errors import UsageError
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from pcs_trainer.cli.progress import Progress, line_of
 from pcs_trainer.report.figures import curve_svg, data_uri, heat, ticks
-from pcs_trainer.report.page import clock, page, size, write_report
+from pcs_trainer.report.page import page, write_report
+from pcs_trainer.units import bytes_text, time_text
 from PIL import Image
 
 VOID = {"meta", "link", "img", "input", "br", "line", "polyline"}
@@ -174,8 +175,8 @@ def test_curves_leave_out_what_is_not_finite_and_keep_spikes_inside():
 
 
 def test_numbers_in_words():
-    assert [clock(s) for s in (0.04, 9.96, 61, 7500)] == ["0.0 s", "10.0 s", "1 min 01 s", "2 h 05 min"]
-    assert [size(b) for b in (12, 64_300, 5_000_000, 6_130_000_000)] == ["12 B", "64.3 KB", "5.0 MB", "6.13 GB"]
+    assert [time_text(s) for s in (0.04, 9.96, 61, 7500)] == ["0.0 s", "10.0 s", "1 min 01 s", "2 h 05 min"]
+    assert [bytes_text(b) for b in (12, 64_300, 5_000_000, 6_130_000_000)] == ["12 B", "64.3 KB", "5.0 MB", "6.13 GB"]
     assert ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 

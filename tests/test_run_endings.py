@@ -115,8 +115,8 @@ from pcs_trainer.trainer import Trainer
 from pcs_trainer.tiny.subjects import photos
 model = load_model("tiny")
 model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
-import pcs_trainer.sharding
-pcs_trainer.sharding.ALONE = {alone}
+import pcs_trainer.distributed
+pcs_trainer.distributed.ALONE = {alone}
 rank = 0 if os.fork() else 1
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
 dist.init_process_group("gloo", rank=rank, world_size=2)

@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 from pcs_trainer.concept.concept import load_concept, predict
+from pcs_trainer.errors import NotTrained, TrainingStopped
 from pcs_trainer.training.checkpoint import checkpoints
 from pcs_trainer.training.probe import Probe
-from pcs_trainer.training.proof import NotTrained
 from pcs_trainer.training.run import Run
-from pcs_trainer.training.trainer import Trainer, TrainingStopped
+from pcs_trainer.training.trainer import Trainer
 from trainer_cases import METHODS, SMALL, cache, pictures, trainer
 
 from tests import needs

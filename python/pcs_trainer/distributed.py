@@ -1,4 +1,7 @@
-"""Several processes that train together: under torchrun each takes its part of a batch, and the first one writes."""
+"""Several processes that train together: under torchrun each takes its part of a batch, and the first one writes.
+
+For full fine-tuning each keeps its part of every tensor, gradient and optimizer state (FSDP2): `shard`, `full_value`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 BUCKET = 16_000_000  # numbers whose gradients travel in one message
+ALONE = 1_000_000  # a convolution of so many weights is gathered by itself; all the rest together
 
 
 def join() -> tuple[int, int]:
@@ -21,7 +27,7 @@ def join() -> tuple[int, int]:
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
-    return share()
+    return rank_and_world()
 
 
 def local_rank() -> int:
@@ -29,7 +35,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def share() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, world size) of this process among those that train together."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
@@ -37,7 +43,7 @@ def share() -> tuple[int, int]:
 @contextmanager
 def first_alone() -> Iterator[None]:
     """The first process does what is inside before the others: they find what it has kept."""
-    rank, world = share()
+    rank, world = rank_and_world()
     if world > 1 and rank:
         dist.barrier()
     yield
@@ -45,9 +51,9 @@ def first_alone() -> Iterator[None]:
         dist.barrier()
 
 
-def agreed(wish: bool) -> bool:
+def any_process(wish: bool) -> bool:
     """Whether any of the processes wishes it: all of them stop after the same step."""
-    if share()[1] == 1:
+    if rank_and_world()[1] == 1:
         return wish
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     flag = torch.tensor([float(wish)], device=device)
@@ -57,7 +63,7 @@ def agreed(wish: bool) -> bool:
 
 def share_gradients(trained: list[nn.Parameter]) -> None:
     """The mean of all processes' gradients; what had none in one process counts as zero."""
-    world, waiting = share()[1], []
+    world, waiting = rank_and_world()[1], []
     for p in trained:
         waiting.append(p)
         if sum(q.numel() for q in waiting) >= BUCKET:
@@ -77,3 +83,66 @@ def _mean(parameters: list[nn.Parameter], world: int) -> None:
 
 def _gradient(p: nn.Parameter) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def shard(network: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Give each process its part of the UNet; returns the parts of what trains, by the names they had."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(next(network.parameters()).device.type, (rank_and_world()[1],))
+    sums = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for layer in network.modules():
+        if _is_large_convolution(layer):
+            fully_shard(layer, mesh=mesh, mp_policy=sums)
+    fully_shard(network, mesh=mesh, mp_policy=sums, reshard_after_forward=True)
+    register_fsdp_forward_method(network, "text_kv")
+    parts = {f"unet.{name}": p for name, p in network.named_parameters()}
+    return {name: parts[name] for name in trained if name in parts}
+
+
+def _is_large_convolution(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.dim() == 4 and weight.shape[2:] != (1, 1) and weight.numel() >= ALONE
+
+
+def is_part(t: Tensor) -> bool:
+    return hasattr(t, "full_tensor")
+
+
+def full_value(t: Tensor) -> Tensor:
+    """The tensor from all processes' parts; every process asks at the same time."""
+    return t.full_tensor() if is_part(t) else t  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def fill(p: nn.Parameter, value: Tensor) -> None:
+    """Copy a whole tensor's values into a parameter, or into this process's part of it."""
+    if is_part(p):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(p.device, p.dtype), p.device_mesh, p.placements)
+    p.copy_(value)
+
+
+def norm_of(gradients: list[Tensor]) -> float:
+    """The norm of all gradients together, the parts of other processes included."""
+
+    def squares(tensors: list[Tensor]) -> Tensor:
+        return torch.stack([t.float().norm().square() for t in tensors]).sum() if tensors else torch.zeros(())
+
+    parts = [g.to_local() for g in gradients if is_part(g)]  # type: ignore[attr-defined]
+    total = squares([g for g in gradients if not is_part(g)])
+    if parts:
+        elsewhere = squares(parts)
+        dist.all_reduce(elsewhere)
+        total = total.to(elsewhere) + elsewhere
+    return float(total.sqrt())
+
+
+def gathered_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every process's own state in the order of their ranks, for the first process; nothing for the others."""
+    rank, world = rank_and_world()
+    found: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, state), found)
+    return found or []  # type: ignore[return-value]

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..files import written_text
-from .options import COMMON, Command, Option, UsageError, known_names, meant
+from .options import COMMON, Command, Option, known_names, meant
 
 
 def read_config(path: Path, command: Command) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.scores import Ask, accuracy, similarities
 from ..files import written_text
 from ..report.of_a_run import METHOD_NAMES, machine, maps_of, proof_of, read_losses
-from ..report.page import clock, size, write_report
+from ..report.page import write_report
 from ..report.sheets import attention_sheet, contact_sheet, loss_curves, save_picture
+from ..units import bytes_text, time_text
 from .progress import Progress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Demo:
         finally:
             seconds = time.monotonic() - started
             self.timings.append({"name": name, "seconds": seconds})
-        self.progress.say(f"{name}: {clock(seconds)}")
+        self.progress.say(f"{name}: {time_text(seconds)}")
 
 
 def example_photos(photos: str | Path | None) -> list[Any]:
@@ -225,7 +226,7 @@ def measure(demo: Demo) -> dict[str, Any]:
         file = demo.out / method / "concept.safetensors"
         rows.append([
             column.name, TRAINS.get(method, "–"), column.concept.parameters if column.concept else "–",
-            clock(seconds[0]) if seconds else "–", size(file.stat().st_size) if method else "–",
+            time_text(seconds[0]) if seconds else "–", bytes_text(file.stat().st_size) if method else "–",
             f"{alike['subject_similarity']:.2f}", f"{accuracy(judge, asks, drawn)['all']:.0%}",
         ])  # fmt: skip
     columns = ["", "trains", "numbers learned", "time", "file", "likeness", "prompts right"]
@@ -285,7 +286,7 @@ def finish(demo: Demo, seconds: float) -> None:
     demo.report = write_report(demo.out / "report.html", {
         "title": f"Four ways to learn a {demo.class_word}",
         "lead": f"{len(demo.photos)} photos, four methods, the embedded model. Everything below was made by one run of "
-        f"pcs demo in {clock(seconds)}.",
+        f"pcs demo in {time_text(seconds)}.",
         "photos": demo.photos,
         "sheet": {"columns": list(firsts), "rows": rows, "note": "All columns start from the same noise; … stands for "
                   "the subject's learned word and the class, and for the base model for the class alone."},

@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..errors import DoesNotFit, UsageError
 from .commands import COMMANDS, command
 from .config import effective
-from .options import DoesNotFit, UsageError, help_text, meant, parse
+from .options import help_text, meant, parse
 
 OK, FAILED, WRONG_USAGE, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 130
 

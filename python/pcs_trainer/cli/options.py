@@ -10,13 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
-class UsageError(Exception):
-    """A wrong flag, value or combination: one sentence and the mend; exit code 2."""
-
-
-class DoesNotFit(Exception):
-    """What was asked for does not fit the budget; exit code 3."""
+from ..errors import UsageError
+from ..units import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -116,12 +111,10 @@ def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
 
 
 def byte_size(text: str) -> int:
-    """6GB, 512MB, 5.5GiB or a number of bytes -> bytes; GB is 10^9."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
-    unit = (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper()) if found else 0
-    if not found or float(found[1]) * unit < 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; give one such as 6GB or 512MB")
-    return int(float(found[1]) * unit)
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def meant(text: str, names: Iterable[str]) -> str:

@@ -1,1 +1,4 @@
 """How good a concept is: subject fidelity, prompt fidelity, diversity, and the image encoders that judge."""
+
+from .scores import Scores as Scores
+from .scores import evaluate as evaluate

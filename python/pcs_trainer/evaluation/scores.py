@@ -1,6 +1,6 @@
 """How good a concept is: is the subject drawn, is the prompt followed, what has become of what the model knew.
 
-    evaluate_concept(model, concept, photos)          by drawing; the embedded model's judge reads the pictures
+    evaluate(model, concept, photos)          by drawing; the embedded model's judge reads the pictures
     evaluate_folder(pictures, photos, prompts, ...)   pictures that are there already
 
 For real checkpoints the eyes are CLIP and DINO from folders on this machine: CLIP-T is `text_similarity`, CLIP-I is
@@ -76,7 +76,7 @@ PROMPTS = (
 )  # fmt: skip
 
 
-class Measures(dict):
+class Scores(dict):
     """Name -> number; as text, one line each."""
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class Base:
     prompts: list[str] = field(default_factory=list)
 
 
-def evaluate_concept(
+def evaluate(
     model: Model,
     concept: Concept,
     photos: Any,
@@ -117,7 +117,7 @@ def evaluate_concept(
     base: Base | None = None,
     eyes: Eyes | None = None,
     draw: Callable[..., list[np.ndarray]] | None = None,
-) -> Measures:
+) -> Scores:
     """Draw with a concept, and with the base model beside it, and measure both.
 
     photos: real pictures of the subject, others than it was learned from: a folder or a list. prompts: with {} for
@@ -152,10 +152,7 @@ def evaluate_concept(
     found["diversity"] = _diversity(eyes, subject)
     found["parameters"] = concept.parameters
     found["seconds"] = round(time.monotonic() - started, 2)
-    return Measures({name: value for name, value in found.items() if value is not None})
-
-
-evaluate = evaluate_concept
+    return Scores({name: value for name, value in found.items() if value is not None})
 
 
 def evaluate_folder(
@@ -166,7 +163,7 @@ def evaluate_folder(
     clip: str | Path | None = None,
     dino: str | Path | None = None,
     judge: bool = False,
-) -> Measures:
+) -> Scores:
     """Measure pictures that are there already: a folder or a list.
 
     photos: real pictures of the subject. prompts: one a picture, in the order of their names; without it the captions
@@ -186,14 +183,14 @@ def evaluate_folder(
         found["text_similarity"] = _text_similarity(eyes, [str(s) for s in said], drawn)
     elif photos is None:
         raise ValueError("there is nothing to measure against: give photos, or a prompt for each picture")
-    return Measures({name: value for name, value in found.items() if value is not None})
+    return Scores({name: value for name, value in found.items() if value is not None})
 
 
 def base_of(
     model: Model, class_word: str, *, asks: Sequence[Ask] = ASKS, count: int = 8,
     draw: Callable[..., list[np.ndarray]] | None = None, steps: int = 25, guidance: float | None = None, seed: int = 0,
 ) -> Base:  # fmt: skip
-    """The base model's pictures of a class, for evaluate_concept(base=...)."""
+    """The base model's pictures of a class, for evaluate(base=...)."""
     draw = draw or _drawer(model, steps, guidance, seed)
     prompts = [filled(a.prompt, class_word) for a in asks]
     return Base(class_word, draw([class_prompt(class_word)] * count, []), draw(prompts, []), prompts)

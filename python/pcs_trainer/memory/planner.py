@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
-import re
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -22,13 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..model.model import Model, load_model
 from ..settings import Settings, settings_for
 from ..unet.recompute import PLANS
+from ..units import parse_bytes
 from .assign import Table, fastest, fastest_within, smallest
 from .ledger import StepCount
 from .recipes import FIELDS
 from .rehearsal import Networks, Rehearsal, networks_of
 
 CUDA_CONTEXT = 500_000_000  # what the driver takes before the first tensor
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -92,23 +90,6 @@ class Plan:
             took, held = self.measured["seconds"], self.measured["bytes"] / 1e9
             lines += [f"one real step: {took:.3f} s, {held:.3f} GB held"]
         return "\n".join([*lines, self.missing or ("It fits." if self.budget is not None else "")]).rstrip()
-
-
-def parse_bytes(budget: str | float) -> int:
-    """Bytes of "6GB", "6 GB", "6000MB", "5.5GiB" or a number of bytes."""
-    text = str(budget).strip()
-    found = re.fullmatch(r"([-+]?[0-9.]+(?:e[+-]?\d+)?)\s*([kmg]?i?b?)", text, re.IGNORECASE)
-    unit = found[2].upper() if found else "?"
-    unit = unit + "B" if unit in ("K", "M", "G", "KI", "MI", "GI") else unit
-    try:
-        size = float(found[1]) * UNITS[unit]  # type: ignore[index]
-    except (TypeError, ValueError, KeyError):
-        raise ValueError(
-            f'the budget {text!r} is no amount of memory; write "6GB", "6000MB" or a number of bytes'
-        ) from None
-    if not (math.isfinite(size) and size >= 10**6):
-        raise ValueError(f'the budget {text!r} is {size:.0f} bytes; write at least a megabyte, such as "6GB"')
-    return int(size)
 
 
 class _Counted:
@@ -183,7 +164,7 @@ def plan(
     model = load_model(model) if isinstance(model, str) and model == "tiny" else model
     given = {name: value for name, value in settings.items() if value is not None}
     s = settings_for(model if isinstance(model, Model) else None, method, **given)
-    allowed = None if budget is None else parse_bytes(budget)
+    allowed = None if budget is None else _budget(budget)
     networks = networks_of(model)
     resolution = resolution or s.resolution or networks.resolution
     _check(resolution, batch, dtype, device, networks.pixels)
@@ -218,6 +199,13 @@ def plan(
         assignment, count.work / min(chosen.count(p).work for p in PLANS) - 1, missing,
     )  # fmt: skip
     return _measured(found, chosen, limit) if measure and found.fits else found
+
+
+def _budget(amount: str | float) -> int:
+    try:
+        return parse_bytes(amount)
+    except ValueError as error:
+        raise ValueError(f"the budget {error}") from None
 
 
 def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int) -> None:

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import share
+from ..distributed import full_value, rank_and_world
 from ..model.text import file_name
-from ..sharding import whole
 from ..unet.layers import Linear, LowRank, replace_data
 from . import Learner, add_words, subject_rows, train_weights
 
@@ -41,7 +40,7 @@ def setup(model: Model, s: Settings) -> Learner:
         whole_text_encoder(model, learner)
     add_words(learner, subject_rows(model, s), s.train_token)
     learner.tensors = lambda: {
-        n: whole(p.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        n: full_value(p.detach()).cpu().clone(memory_format=torch.contiguous_format)
         for n, p in learner.parameters.items()
         if not n.startswith("word.")
     }
@@ -52,7 +51,7 @@ def whole_unet(model: Model, learner: Learner) -> None:
     """Every tensor, in place: what they were is read from the model's files again, and kept nowhere."""
     learner.whole = True
     for name, parameter in model.unet.named_parameters():
-        if parameter.ndim == 4 and share()[1] == 1:  # the memory in which a convolution's gradient comes
+        if parameter.ndim == 4 and rank_and_world()[1] == 1:  # the memory in which a convolution's gradient comes
             replace_data(parameter, parameter.data.contiguous(memory_format=torch.channels_last))
         learner.parameters[f"unet.{name}"] = parameter.requires_grad_(True)
     learner.undo.append(lambda: model.release("unet"))

@@ -1,1 +1,5 @@
 """A checkpoint as a Model: where its files are, its weights, text encoders, noise schedule and autoencoder."""
+
+from .model import Model as Model
+from .model import load_model as load_model
+from .schedule import Schedule as Schedule

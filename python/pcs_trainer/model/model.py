@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..unet.config import UnsupportedModel
+from ..errors import UnsupportedModel
 from ..unet.unet import UNet
 from .schedule import Schedule
 from .sources import TINY, Folder, SingleFile, find_source, read_json

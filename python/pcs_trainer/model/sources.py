@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..unet.config import UnsupportedModel
+from ..errors import UnsupportedModel
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

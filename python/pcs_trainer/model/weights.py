@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..unet.config import UnsupportedModel
+from ..errors import UnsupportedModel
 
 GROUP = 48  # tensors converted before the file is opened again, which lets go of the pages read so far
 

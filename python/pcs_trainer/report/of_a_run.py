@@ -7,7 +7,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .page import clock, size, write_report
+from ..units import bytes_text, time_text
+from .page import write_report
 
 if TYPE_CHECKING:
     from ..concept.concept import Concept
@@ -126,8 +127,8 @@ def write_run_report(
         "sheet": {"columns": list(columns), "rows": rows, "note": "The base model draws the same prompt without the "
                   "learned word, from the same noise."},
         "numbers": {"columns": ["", ""], "rows": [
-            ["numbers learned", f"{concept.parameters:,}"], ["size of the file", size(file.stat().st_size)],
-            ["time to train", clock(seconds)], ["prompt for the subject", concept.instance_prompt],
+            ["numbers learned", f"{concept.parameters:,}"], ["size of the file", bytes_text(file.stat().st_size)],
+            ["time to train", time_text(seconds)], ["prompt for the subject", concept.instance_prompt],
         ]},
         "attention": {"items": [
             {"label": prompts[i], "picture": learned[i], "maps": maps_of(maps, i, [concept.token])}

@@ -29,31 +29,11 @@ from string import Template
 from typing import Any
 
 from ..files import written_text
+from ..units import bytes_text, time_text
 from .figures import curve_svg, data_uri, heat_uri
 
 KEYS = ("title", "lead", "photos", "sheet", "numbers", "curves", "attention", "timings", "memory", "proof")
 KEYS += ("settings", "environment", "failures")
-
-
-def clock(seconds: float) -> str:
-    """3.2 s, 41 s, 4 min 09 s, 2 h 05 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    )
-
-
-def size(count: float) -> str:
-    """Bytes in words: 512 B, 4.2 MB, 6.13 GB (powers of 1000)."""
-    for unit in ("B", "KB", "MB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _figure(value: Any, alt: str, caption: str = "") -> str:
@@ -154,7 +134,7 @@ def _attention(attention: dict[str, Any]) -> str:
 def _timings(timings: list[dict[str, Any]]) -> str:
     longest = max([t["seconds"] for t in timings] + [1e-9])
     rows = [
-        f'<div class="name">{escape(t["name"])}</div><div class="value">{clock(t["seconds"])}</div>'
+        f'<div class="name">{escape(t["name"])}</div><div class="value">{time_text(t["seconds"])}</div>'
         f'<div class="bar"><span class="b1" style="width: {100 * t["seconds"] / longest:.1f}%"></span></div>'
         for t in timings
     ]
@@ -168,11 +148,11 @@ def _memory(memory: list[dict[str, Any]]) -> str:
     for plan in memory:
         bars = "".join(
             f'<span class="b{names.index(name) % 8}" style="width: {100 * held / largest:.2f}%"'
-            f' title="{escape(name)}: {size(held)}"></span>'
+            f' title="{escape(name)}: {bytes_text(held)}"></span>'
             for name, held in plan["parts"].items()
             if held
         )
-        total = size(sum(plan["parts"].values()))
+        total = bytes_text(sum(plan["parts"].values()))
         name = f'<div class="name">{escape(plan["name"])}</div><div class="value">{total}</div>'
         rows.append(f'{name}<div class="bar">{bars}</div>')
     key = "".join(f'<li><i class="b{i % 8}"></i>{escape(name)}</li>' for i, name in enumerate(names))
@@ -182,7 +162,7 @@ def _memory(memory: list[dict[str, Any]]) -> str:
 
 
 def _held(plan: dict[str, Any], name: str) -> str:
-    return size(plan["parts"][name]) if name in plan["parts"] else "–"
+    return bytes_text(plan["parts"][name]) if name in plan["parts"] else "–"
 
 
 def _proof(proof: list[dict[str, Any]]) -> str:

@@ -1,1 +1,5 @@
 """Batches to a concept: the loop, the losses, the optimizer step, and the proofs that a run trains."""
+
+from .events import Event as Event
+from .trainer import Trainer as Trainer
+from .trainer import trainable as trainable

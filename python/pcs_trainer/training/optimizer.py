@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from pcs_kernels.optim import AdamW8bit, step_in_backward
 
-from ..distributed import agreed, share, share_gradients
+from ..distributed import any_process, gathered_states, is_part, norm_of, rank_and_world, share_gradients
 from ..settings import Settings
-from ..sharding import gathered, is_part, norm_of
 
 GOOD_EVERY = 10  # steps between copies of a good state
 LARGEST_COPY = 50_000_000  # parameters: above it, checkpoints on disk are the only way back
@@ -24,7 +23,7 @@ class Stepper:
 
     def __init__(self, parameters: dict[str, nn.Parameter], s: Settings) -> None:
         self.parameters, self.s = parameters, s
-        self.world = share()[1]
+        self.world = rank_and_world()[1]
         rows = [p for n, p in parameters.items() if n.startswith("word.")]
         others = [p for n, p in parameters.items() if not n.startswith("word.")]
         groups = [{"params": others, "lr": s.learning_rate, "weight_decay": s.weight_decay}] if others else []
@@ -106,7 +105,7 @@ class Stepper:
             share_gradients([p for p in trained if not is_part(p)])
         gradients = [p.grad for p in trained if p.grad is not None]
         norm = norm_of(gradients)
-        good = not agreed(not (finite and math.isfinite(norm)))
+        good = not any_process(not (finite and math.isfinite(norm)))
         if good:
             scale = min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0
             if isinstance(self.optimizer, AdamW8bit):
@@ -144,11 +143,11 @@ class Stepper:
         """The optimizer's state; of a sharded one every process's, in the first process."""
         held = {} if self.handle is None else {"handle": self.handle.state_dict()}
         own = {"optimizer": self.optimizer.state_dict()} | held
-        return gathered(own) if self.sharded else own
+        return gathered_states(own) if self.sharded else own
 
     def load_state_dict(self, state: Any) -> None:
         if self.sharded:
-            state = state[share()[0]]
+            state = state[rank_and_world()[0]]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
             self.handle.load_state_dict(state["handle"])

@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 import pcs_kernels
 
-from ..sharding import whole
+from ..distributed import full_value
+from ..errors import NotTrained
 
 SET = 50_000_000  # numbers: two gradients of so many are held for a comparison
-
-
-class NotTrained(RuntimeError):
-    """A proof failed: the sentence names the tensor."""
 
 
 def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor], exact: bool) -> str:
@@ -87,7 +84,7 @@ class Movement:
 @torch.no_grad()
 def _mark(p: Tensor) -> tuple[float, float]:
     """The sum of all, and a weighted one of 64 elements: enough to see any step of an optimizer."""
-    flat = whole(p.detach()).flatten()
+    flat = full_value(p.detach()).flatten()
     some = flat[:: max(1, flat.numel() // 64)].double()
     order = torch.arange(1, len(some) + 1, dtype=torch.float64, device=some.device)
     return float(flat.sum(dtype=torch.float64)), float((some * order).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ from ..concept.header import family
 from ..data.batches import Batch, data_digest, draw_batch, prior_bank, seeded, subject_bank
 from ..data.latents import own_size
 from ..data.prompts import class_prompt, subject_prompt
-from ..distributed import agreed, first_alone, share
+from ..distributed import any_process, fill, first_alone, full_value, rank_and_world, shard
+from ..errors import TrainingStopped
 from ..methods import module_of
 from ..methods.dreambooth import small_picture
 from ..model.text import Text, encode
-from ..sharding import fill, shard, whole
 from .checkpoint import check_same_run, checkpoints, read_checkpoint, write_checkpoint
 from .events import Event
 from .log import Log
@@ -37,20 +37,12 @@ if TYPE_CHECKING:
 PROOF_STEP = 20
 
 
-class TrainingStopped(RuntimeError):
-    """The run could not go on; `concept` holds the last good state, where there was one."""
-
-    def __init__(self, sentence: str, concept: Concept | None = None) -> None:
-        super().__init__(sentence)
-        self.concept = concept
-
-
 class Run:
     """One call of Trainer.train: the state that it needs and nothing after it."""
 
     def __init__(self, trainer: Trainer, tell: Callable[[Event], Any], should_stop: Callable[[], bool]) -> None:
         self.trainer, self.model, self.s = trainer, trainer.model, trainer.settings
-        first = share()[0] == 0  # of several processes one writes and tells
+        first = rank_and_world()[0] == 0  # of several processes one writes and tells
         self.out = trainer.out if first else None
         self.tell, self.should_stop = tell if first else lambda event: None, should_stop
         self.method = module_of(self.s.method)
@@ -71,15 +63,15 @@ class Run:
             exact = _compute_dtype(self.model.unet) == torch.float32
             first = lambda: self.loss(self.batch(0, 0))[0]  # noqa: E731
             self.say("proof", text=compare_gradients(learner.parameters, first, exact))
-        if learner.whole and share()[1] > 1:
-            shard(self.model.unet, learner)
+        if learner.whole and rank_and_world()[1] > 1:
+            learner.parameters |= shard(self.model.unet, learner.parameters)
         self.stepper = Stepper(learner.parameters, self.s)
         self.probe = Probe(self) if self.s.probe_every else None
         if resume:
             self.resume()
         movement = Movement(learner.parameters, self.frozen()) if self.step == 0 else None
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
-            while self.step < self.s.steps and not agreed(bool(stop)):
+            while self.step < self.s.steps and not any_process(bool(stop)):
                 self.one_step(log)
                 if movement is not None and self.step == min(PROOF_STEP, self.s.steps):
                     self.say("proof", text=movement.check(learner.seldom))
@@ -149,7 +141,7 @@ class Run:
 
     def batch(self, step: int, micro: int) -> Batch:
         law = lambda n, g: drawn_timesteps(self.model.schedule, self.s.timesteps, n, g)  # noqa: E731
-        return draw_batch(self.bank, self.prior, self.names, self.s, step, micro, share(), law)
+        return draw_batch(self.bank, self.prior, self.names, self.s, step, micro, rank_and_world(), law)
 
     def predicted(self, batch: Batch, step: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """(prediction, its target, masks) of a batch; `step` seeds the noise on an up-scaler's small picture."""
@@ -277,13 +269,13 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         s = self.s.asdict() | {"subjects": [[x.settings.class_word, x.settings.token] for x in self.trainer.subjects]}
-        s["processes"] = share()[1]
+        s["processes"] = rank_and_world()[1]
         return {"base": self.base, "base_name": self.model.name, "data": self.digest, "settings": s}
 
     def checkpoint(self) -> None:
         tensors = {}
         for name, p in self.learner.parameters.items():
-            value = whole(p.detach())  # one at a time: the whole network need not fit on a device
+            value = full_value(p.detach())  # one at a time: the whole network need not fit on a device
             if self.out is not None:
                 tensors[name] = value.cpu()
         state = self.identity() | {"step": self.step, "optimizer": self.stepper.state_dict()}
@@ -320,7 +312,7 @@ class Run:
             "learning_rate": f"{s.learning_rate:g}", "resolution": f"{self.size}x{self.size}",
             "hold_first": "1" if learner.hold_first else "0", "base_name": self.model.name,
             "prediction": self.model.schedule.prediction, "family": family(self.model.unet.settings),
-            "settings": json.dumps(s.asdict()), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "settings": json.dumps(s.asdict()), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "finished": "0" if self.stopped else "1",
             "subjects": json.dumps([[x.settings.token, x.settings.class_word] for x in self.trainer.subjects]),
         }  # fmt: skip

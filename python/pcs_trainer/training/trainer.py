@@ -19,7 +19,6 @@ from ..model.model import Model, load_model
 from ..settings import Settings, settings_for
 from .events import Event
 from .run import Run
-from .run import TrainingStopped as TrainingStopped
 
 
 class Trainer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import UnsupportedModel
+
 # diffusers' defaults of the values that shape the network.
 READ: dict[str, Any] = {
     "in_channels": 4,
@@ -61,10 +63,6 @@ BLOCK_TYPES = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-
-
-class UnsupportedModel(ValueError):
-    """A configuration or a file that this package cannot take; the message names the value and the mend."""
 
 
 def _refuse(key: str, value: object, supported: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..options import Command, UsageError, meant
+from ...errors import UsageError
+from ..options import Command, meant
 
 COMMANDS = {
     "demo": "learn the example subject by all four methods and write a report",

@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import UsageError
 from ...files import written_text
-from ..options import Command, Option, UsageError, one_of, whole
+from ..options import Command, Option, one_of, whole
 from ..progress import Progress
 from .common import METHODS, MODEL_FLAGS, TRANSLATE, open_model
 

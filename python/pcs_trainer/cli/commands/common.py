@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..options import Option, UsageError, number, one_of, whole
+from ...errors import UsageError
+from ..options import Option, number, one_of, whole
 from ..progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def open_model(options: argparse.Namespace) -> Model:
     import torch
 
     from ...distributed import local_rank
+    from ...errors import UnsupportedModel
     from ...model.model import load_model
-    from ...unet.config import UnsupportedModel
 
     quiet_libraries()
     where = options.model

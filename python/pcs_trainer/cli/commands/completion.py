@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..options import COMMON, Command, Option, UsageError, one_of
+from ...errors import UsageError
+from ..options import COMMON, Command, Option, one_of
 
 SHELLS = ("bash", "zsh", "fish")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ...errors import UsageError
 from ..interrupt import INTERRUPTED, Interrupt
-from ..options import Command, Option, UsageError, number
+from ..options import Command, Option, number
 
 OPTIONS = (
     Option("--photos", "other photos to learn from; none is the example mug", metavar="FOLDER", group="demo"),

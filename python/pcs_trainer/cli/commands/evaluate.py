@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...errors import UsageError
 from ...files import written_text
 from ..interrupt import INTERRUPTED, Interrupt
-from ..options import Command, Option, UsageError, number, whole
+from ..options import Command, Option, number, whole
 from ..progress import Progress
 from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model
 
@@ -68,14 +69,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(options: argparse.Namespace, stop: Interrupt) -> int:
-    from ...evaluation.scores import evaluate_concept
+    from ...evaluation.scores import evaluate
 
     model = open_model(options)
     if not model.embedded and not options.clip and not options.dino:
         raise UsageError("pictures of a real checkpoint are measured by networks: --clip FOLDER, --dino FOLDER")
     concept = open_concept(options.concept[0], model)
     with Progress("drawing", quiet=options.quiet) as progress:
-        found = evaluate_concept(
+        found = evaluate(
             model, concept, options.photos, prompts=options.prompt or None, count=options.count, lag=options.lag,
             clip=options.clip, dino=options.dino, draw=drawer(model, options, progress, stop),
         )  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ...errors import UsageError
 from ..config import write_config
-from ..options import Command, Option, UsageError, number, one_of
+from ..options import Command, Option, number, one_of
 from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say, subjects_of
 
 OPTIONS = (

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from ..options import UsageError
+from ...errors import UsageError
 
 OWN_CHOICE = "the fastest attention for this machine is chosen by itself"
 BY_PLAN = "what a step keeps is the memory plan's business (--plan, --budget)"

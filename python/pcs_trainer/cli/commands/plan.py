@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..options import Command, DoesNotFit, Option, UsageError, byte_size, one_of, whole
+from ...errors import DoesNotFit, UsageError
+from ..options import Command, Option, byte_size, one_of, whole
 from .common import DTYPES, METHODS, MODEL, precision, say
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ...errors import UsageError
 from ...files import written
 from ..config import write_config
 from ..interrupt import INTERRUPTED, Interrupt
-from ..options import Command, Option, UsageError, number, whole
+from ..options import Command, Option, number, whole
 from ..progress import Progress
 from .common import (
     MODEL_FLAGS,

@@ -12,9 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import UsageError
 from ..config import write_config
 from ..interrupt import INTERRUPTED, Interrupt
-from ..options import Command, Option, UsageError, byte_size, meant, number, one_of, whole
+from ..options import Command, Option, byte_size, meant, number, one_of, whole
 from ..progress import Progress
 from .common import CONCEPT_FILE, METHODS, MODEL_FLAGS, TRANSLATE, open_model, say
 from .other_trainers import class_prompt, concepts_list, instance_prompt, needless_flags, photos, report_to, resume_from
@@ -314,9 +315,9 @@ def model_flag(options: argparse.Namespace) -> str:
 
 
 def again(folder: Path) -> str:
-    from ...distributed import share
+    from ...distributed import rank_and_world
 
-    world = share()[1]
+    world = rank_and_world()[1]
     start = "pcs" if world == 1 else f"torchrun --nproc-per-node {world} -m pcs_trainer"
     return f"{start} train --config {shlex.quote(str(folder / 'run.toml'))} --resume"
 

@@ -1,0 +1,30 @@
+# Written by `make face` from the dict in __init__.py.
+
+from .concept import Concept as Concept
+from .concept import blend as blend
+from .concept import compress as compress
+from .concept import load_concept as load_concept
+from .concept import merge as merge
+from .concept.formats import export as export
+from .concept.formats import import_concept as import_concept
+from .errors import NotTrained as NotTrained
+from .errors import PcsError as PcsError
+from .errors import TrainingStopped as TrainingStopped
+from .errors import UnsupportedModel as UnsupportedModel
+from .evaluation import Scores as Scores
+from .evaluation import evaluate as evaluate
+from .memory import Plan as Plan
+from .memory import plan as plan
+from .model import Model as Model
+from .model import Schedule as Schedule
+from .model import load_model as load_model
+from .sampling import Lag as Lag
+from .sampling import Maps as Maps
+from .sampling import decode as decode
+from .sampling import sample as sample
+from .settings import Settings as Settings
+from .training import Event as Event
+from .training import Trainer as Trainer
+from .training import trainable as trainable
+from .unet import LowRank as LowRank
+from .unet import UNet as UNet
