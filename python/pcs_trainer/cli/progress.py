@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TextIO
 
-from ..report.page import clock, size
+from ..report.page import size
 
 EVERY = 2.0  # seconds between plain lines
 
@@ -28,9 +28,9 @@ def parts_of(data: dict[str, Any]) -> list[tuple[str, str]]:
         rate = data["its_per_second"]
         found.append(("", f"{rate:.2f} it/s" if rate >= 0.1 else f"{1 / rate:.1f} s/it"))
     if data.get("seconds_left") is not None:
-        found.append(("left", clock(data["seconds_left"])))
+        found.append(("left", time_text(data["seconds_left"])))
     if data.get("peak_memory"):
-        found.append(("peak", size(data["peak_memory"])))
+        found.append(("peak", bytes_text(data["peak_memory"])))
     return found
 
 
