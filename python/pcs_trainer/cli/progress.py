@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TextIO
 
-from ..report.page import size
+from ..units import bytes_text, time_text
 
 EVERY = 2.0  # seconds between plain lines
 
