@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands import COMMANDS, command
+from pcs_trainer.cli.commands.common import HUB_EXAMPLE
 from pcs_trainer.cli.config import effective, toml, write_config
 from pcs_trainer.cli.options import help_text, known_names, parse
 from pcs_trainer.errors import UsageError
@@ -272,6 +273,16 @@ def examples() -> list[str]:
     lines = [line for line in dict.fromkeys(lines) if line != "pcs --version"]
     order = ["train examples/photos --class mug", "train", "export", ""]
     return sorted(lines, key=lambda line: next(i for i, start in enumerate(order) if line.startswith(f"pcs {start}")))
+
+
+def test_the_hub_name_that_was_removed_stands_nowhere():
+    """The hub dropped that repository in August 2024: whoever copies its name gets a 404."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    removed = "runway" + "ml/"
+    line = ["git", "grep", "--line-number", "--ignore-case", removed, "--", ".", ":!CHANGELOG.md"]
+    found = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 1, f"write {HUB_EXAMPLE} instead:\n{found.stdout}{found.stderr}"
 
 
 # A run of each that ends in a second or two: flags that come last win.

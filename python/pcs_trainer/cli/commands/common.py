@@ -24,6 +24,9 @@ METHODS = (
 SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral")
 DTYPES = ("float32", "bfloat16", "float16")
 CONCEPT_FILE = "concept.safetensors"
+HUB_EXAMPLE = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5"  # Stable Diffusion 1.5's place on the hub, for the help's examples
+)
 
 MODEL = Option(
     "--model", "a diffusers folder, a checkpoint file or a hub name; none is the embedded model", metavar="MODEL",

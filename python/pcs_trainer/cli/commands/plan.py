@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import DoesNotFit, UsageError
 from ..options import Command, Option, byte_size, one_of, whole
-from .common import DTYPES, METHODS, MODEL, precision, say
+from .common import DTYPES, HUB_EXAMPLE, METHODS, MODEL, precision, say
 
 if TYPE_CHECKING:
     from ...memory.planner import Plan
@@ -35,7 +35,7 @@ OPTIONS = (
 )  # fmt: skip
 
 EXAMPLES = (
-    ("pcs plan --method dreambooth --model runwayml/stable-diffusion-v1-5 --resolution 512 --budget 8GB",
+    (f"pcs plan --method dreambooth --model {HUB_EXAMPLE} --resolution 512 --budget 8GB",
      "does DreamBooth of SD1.5 fit on an 8 GB card, and how?"),
     ("pcs plan --method personalized_residuals", "the embedded model, as fast as it goes"),
     ("pcs plan --method textboost --batch 4 --budget 1GB", "at a batch of one's own"),

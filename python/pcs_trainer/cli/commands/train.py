@@ -17,7 +17,7 @@ from ..config import write_config
 from ..interrupt import INTERRUPTED, Interrupt
 from ..options import Command, Option, byte_size, meant, number, one_of, whole
 from ..progress import Progress
-from .common import CONCEPT_FILE, METHODS, MODEL_FLAGS, TRANSLATE, open_model, say
+from .common import CONCEPT_FILE, HUB_EXAMPLE, METHODS, MODEL_FLAGS, TRANSLATE, open_model, say
 from .other_trainers import class_prompt, concepts_list, instance_prompt, needless_flags, photos, report_to, resume_from
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ EXAMPLES = (
     ("pcs train my-dog --class dog --with my-cat=cat --method custom_diffusion --out out/both",
      "two subjects, learned together"),
     ("pcs train examples/photos --class mug --resume --steps 400", "go on where out/mug was stopped, to 400 steps"),
-    ("pcs train my-photos --class dog --model runwayml/stable-diffusion-v1-5 --method dreambooth --budget 8GB",
+    (f"pcs train my-photos --class dog --model {HUB_EXAMPLE} --method dreambooth --budget 8GB",
      "a real checkpoint within 8 GB"),
     ('pcs train --instance_data_dir my-photos --instance_prompt "a photo of sks dog" --max_train_steps 400',
      "the flags of diffusers' scripts"),
