@@ -9,13 +9,13 @@ from . import optim as optim
 from ._dispatch import BackendUnavailable as BackendUnavailable
 from ._dispatch import backend as backend
 from ._packed import forget_packed_weights as forget_packed_weights
-from .cross_attention import cross_attention as cross_attention
-from .frozen_conv import frozen_conv2d as frozen_conv2d
-from .frozen_conv import frozen_linear as frozen_linear
-from .geglu import geglu as geglu
-from .group_norm_silu import group_norm_silu as group_norm_silu
-from .lowrank_residual import lowrank_residual as lowrank_residual
-from .self_attention import self_attention as self_attention
-from .trained_conv import trained_conv2d as trained_conv2d
+from .ops.cross_attention import cross_attention as cross_attention
+from .ops.frozen_conv import frozen_conv2d as frozen_conv2d
+from .ops.frozen_conv import frozen_linear as frozen_linear
+from .ops.geglu import geglu as geglu
+from .ops.group_norm_silu import group_norm_silu as group_norm_silu
+from .ops.lowrank_residual import lowrank_residual as lowrank_residual
+from .ops.self_attention import self_attention as self_attention
+from .ops.trained_conv import trained_conv2d as trained_conv2d
 
 __version__ = "0.1.0"

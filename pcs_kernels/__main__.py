@@ -9,7 +9,7 @@ import torch
 
 from . import __version__, _native
 from ._dispatch import BACKENDS, OPS
-from .self_attention.op import flash_reason, xformers_reason
+from .ops.self_attention.op import flash_reason, xformers_reason
 
 
 def device_type() -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .frozen_conv import frozen_conv2d, frozen_linear
-from .geglu import geglu
-from .group_norm_silu import group_norm_silu
-from .lowrank_residual import lowrank_residual
+from .ops.frozen_conv import frozen_conv2d, frozen_linear
+from .ops.geglu import geglu
+from .ops.group_norm_silu import group_norm_silu
+from .ops.lowrank_residual import lowrank_residual
 
 
 class GroupNormSiLU(torch.nn.GroupNorm):

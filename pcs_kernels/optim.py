@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ._layout import in_memory_order
-from .adamw8bit import step_8bit, step_32bit
-from .adamw8bit.codes import blocks, code_map
+from .ops.adamw8bit import step_8bit, step_32bit
+from .ops.adamw8bit.codes import blocks, code_map
 from .step_in_backward import StepInBackward as StepInBackward
 from .step_in_backward import step_in_backward as step_in_backward
 

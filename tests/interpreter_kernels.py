@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from pcs_kernels._launch import INTERPRETED
-from pcs_kernels.adamw8bit import reference as adamw_reference
-from pcs_kernels.adamw8bit import triton_impl as adamw
-from pcs_kernels.adamw8bit.codes import code_map
-from pcs_kernels.cross_attention import reference as cross_reference
-from pcs_kernels.cross_attention import triton_impl as cross
-from pcs_kernels.frozen_conv import reference as conv_reference
-from pcs_kernels.frozen_conv import triton_impl as conv
-from pcs_kernels.geglu import reference as geglu_reference
-from pcs_kernels.geglu import triton_impl as geglu
-from pcs_kernels.group_norm_silu import reference as norm_reference
-from pcs_kernels.group_norm_silu import triton_impl as norm
-from pcs_kernels.lowrank_residual import reference as lowrank_reference
-from pcs_kernels.lowrank_residual import triton_impl as lowrank
-from pcs_kernels.self_attention import reference as attention_reference
-from pcs_kernels.self_attention import triton_impl as attention
+from pcs_kernels.ops.adamw8bit import reference as adamw_reference
+from pcs_kernels.ops.adamw8bit import triton_impl as adamw
+from pcs_kernels.ops.adamw8bit.codes import code_map
+from pcs_kernels.ops.cross_attention import reference as cross_reference
+from pcs_kernels.ops.cross_attention import triton_impl as cross
+from pcs_kernels.ops.frozen_conv import reference as conv_reference
+from pcs_kernels.ops.frozen_conv import triton_impl as conv
+from pcs_kernels.ops.geglu import reference as geglu_reference
+from pcs_kernels.ops.geglu import triton_impl as geglu
+from pcs_kernels.ops.group_norm_silu import reference as norm_reference
+from pcs_kernels.ops.group_norm_silu import triton_impl as norm
+from pcs_kernels.ops.lowrank_residual import reference as lowrank_reference
+from pcs_kernels.ops.lowrank_residual import triton_impl as lowrank
+from pcs_kernels.ops.self_attention import reference as attention_reference
+from pcs_kernels.ops.self_attention import triton_impl as attention
 from tests.closeness import assert_no_worse_than
 
 DTYPES = (torch.float32, torch.float16)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pcs_kernels
-from pcs_kernels.adamw8bit import codes
+from pcs_kernels.ops.adamw8bit import codes
 from tests.closeness import assert_no_worse_than
 from tests.op_cases import all_cases, evaluate
 
@@ -44,7 +44,7 @@ def test_optimizer_equals_the_reference(n, dtype):
             for step in range(1, 4):
                 g = torch.randn(n).to(p)
                 numbers = (1e-3, 0.9, 0.999, 1e-8, 1e-2, step, 256, 0.5, 11, True)
-                pcs_kernels.adamw8bit.step_8bit(p, g, *states, *maps, *numbers)
+                pcs_kernels.ops.adamw8bit.step_8bit(p, g, *states, *maps, *numbers)
         found[backend] = (p, *states)
     p, m, v, *_ = found["triton"]
     q, m2, v2, *_ = found["reference"]

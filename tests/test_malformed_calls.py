@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pcs_kernels
-from pcs_kernels.adamw8bit.codes import code_map
+from pcs_kernels.ops.adamw8bit.codes import code_map
 
 CALLS = 2000
 ARGUMENTS = {
@@ -121,7 +121,7 @@ def describe(arguments: dict[str, object]) -> str:
 
 def run(name: str, arguments: dict[str, object]):
     if name == "adamw8bit":
-        return pcs_kernels.adamw8bit.step_8bit(*arguments.values())
+        return pcs_kernels.ops.adamw8bit.step_8bit(*arguments.values())
     return getattr(pcs_kernels, name)(**arguments)
 
 

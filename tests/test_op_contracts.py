@@ -44,7 +44,7 @@ def raw_calls():
     yield "frozen_linear_backward", (R(2, 5, 4), linear, True, "")
     p, g = R(300), R(300)
     codes, scales = (lambda: torch.full((300,), 127, dtype=torch.uint8)), (lambda: torch.ones(2))
-    maps = [pcs_kernels.adamw8bit.codes.code_map(signed) for signed in (True, False)]
+    maps = [pcs_kernels.ops.adamw8bit.codes.code_map(signed) for signed in (True, False)]
     numbers = (1e-3, 0.9, 0.999, 1e-8, 1e-2, 1)
     yield "adamw8bit_step", (p, g, codes(), codes(), scales(), scales(), *maps, *numbers, 256, 1.0, 7, True, "")
     yield "adamw32bit_step", (R(30), R(30), R(30), torch.rand(30), *numbers, 1.0, None, False, "")

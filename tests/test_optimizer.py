@@ -8,7 +8,7 @@ import torch
 from optimizer_cases import batches, network
 
 import pcs_kernels
-from pcs_kernels.adamw8bit import codes, reference
+from pcs_kernels.ops.adamw8bit import codes, reference
 from pcs_kernels.optim import AdamW8bit
 from tests import needs
 
@@ -94,7 +94,7 @@ def test_native_codes_are_the_nearest(signed):
     absmax = [torch.zeros(whole // 256) for _ in range(2)]
     gradient = grid if signed else grid.sqrt()
     with pcs_kernels.backend("native"):
-        pcs_kernels.adamw8bit.step_8bit(
+        pcs_kernels.ops.adamw8bit.step_8bit(
             p, gradient, m, v, *absmax, codes.code_map(True), codes.code_map(False),
             0.0, 0.0, 0.0, 1e-8, 0.0, 1, 256, 1.0, None, True,
         )  # fmt: skip
@@ -206,7 +206,7 @@ def test_native_equals_reference(dtype, grad_dtype, n):
         with pcs_kernels.backend(backend):
             for step in range(1, 4):
                 g = torch.randn(n).to(grad_dtype)
-                pcs_kernels.adamw8bit.step_8bit(
+                pcs_kernels.ops.adamw8bit.step_8bit(
                     p, g, *state, codes.code_map(True), codes.code_map(False),
                     1e-3, 0.9, 0.999, 1e-8, 1e-2, step, 256, 0.5, 11, False,
                 )  # fmt: skip
@@ -221,7 +221,7 @@ def test_decay_after_the_update_is_bitsandbytes_on_cuda():
     p, g = torch.randn(64), torch.randn(64)
     for first in (True, False):
         q = p.clone()
-        pcs_kernels.adamw8bit.step_32bit(
+        pcs_kernels.ops.adamw8bit.step_32bit(
             q, g, torch.zeros(64), torch.zeros(64), 0.1, 0.0, 0.0, 0.0, 0.5, 1, 1.0, None, first
         )
         update = 0.1 * g.sign()

@@ -85,7 +85,7 @@ def test_a_frozen_tensor_that_moves_is_named(model):
 
 @needs.native
 def test_a_backend_with_wrong_gradients_is_found_before_step_1(model, monkeypatch):
-    from pcs_kernels.geglu import native_impl
+    from pcs_kernels.ops.geglu import native_impl
 
     honest = native_impl.backward
     monkeypatch.setattr(native_impl, "backward", lambda dy, x: honest(dy, x) * 1.5)

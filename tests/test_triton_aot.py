@@ -14,11 +14,11 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed here; there are no kernels to compile")
 
 from pcs_kernels import _launch  # noqa: E402
-from pcs_kernels.cross_attention import triton_impl as cross  # noqa: E402
-from pcs_kernels.frozen_conv import triton_impl as conv  # noqa: E402
-from pcs_kernels.geglu import triton_impl as geglu  # noqa: E402
-from pcs_kernels.lowrank_residual import triton_impl as lowrank  # noqa: E402
-from pcs_kernels.self_attention import triton_impl as attention  # noqa: E402
+from pcs_kernels.ops.cross_attention import triton_impl as cross  # noqa: E402
+from pcs_kernels.ops.frozen_conv import triton_impl as conv  # noqa: E402
+from pcs_kernels.ops.geglu import triton_impl as geglu  # noqa: E402
+from pcs_kernels.ops.lowrank_residual import triton_impl as lowrank  # noqa: E402
+from pcs_kernels.ops.self_attention import triton_impl as attention  # noqa: E402
 from tests import triton_budget  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1: interpreted kernels do not compile")

@@ -33,7 +33,7 @@ FIELDS = ("registers", "spill", "shared")
 
 
 def implementation(op: str):
-    return importlib.import_module(f"pcs_kernels.{op}.triton_impl")
+    return importlib.import_module(f"pcs_kernels.ops.{op}.triton_impl")
 
 
 @functools.cache

@@ -1,0 +1,147 @@
+"""adamw8bit: one AdamW step of one parameter, in place, with states of 8 bits (or 32 for small tensors).
+
+param and grad of any shape, n elements; state1 (m, signed codes) and state2 (v, unsigned codes) uint8 of n elements;
+absmax1, absmax2 float32 [ceil(n / block_size)]; qmap1, qmap2 float32 [256].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ... import _check as check
+from ..._dispatch import Op, define, forced_backend
+from .codes import blocks
+
+OP = Op("adamw8bit", __package__)
+
+
+def _check_param(param: Tensor, grad: Tensor) -> None:
+    check.floating("param", param)
+    check.not_empty("param", param)
+    check.dtype_in("param", param, (torch.float32, torch.float16, torch.bfloat16))
+    check.require(param.is_contiguous(), lambda: "param must be contiguous; mend: param.data = param.data.contiguous()")
+    check.floating("grad", grad)
+    check.shape("grad", grad, tuple(param.shape), "param.shape")
+    check.dtype_in("grad", grad, (param.dtype, torch.float32))
+    check.same_device("grad", grad, "param", param)
+
+
+def _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale) -> None:
+    numbers = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, grad_scale=grad_scale)
+    for name, value in numbers.items():
+        check.finite(name, value)
+    for name in ("lr", "eps", "weight_decay"):
+        value = numbers[name]
+        check.require(value >= 0, lambda: f"{name} must not be negative: {value}")
+    for name in ("beta1", "beta2"):
+        value = numbers[name]
+        check.require(0 <= value < 1, lambda: f"{name} must be in [0, 1), not {value}")
+    check.require(step >= 1, lambda: f"step counts from 1, not {step}")
+
+
+def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> None:
+    check.tensor(name, state)
+    check.dtype_in(name, state, (dtype,))
+    check.dense(name, state)
+    check.shape(name, state, shape, "[elements]")
+    check.same_device(name, state, "param", param)
+    check.require(state.is_contiguous(), lambda: f"{name} must be contiguous")
+
+
+def _check_apart(**tensors: Tensor) -> None:
+    """What the step writes must not share memory with anything else it touches."""
+    taken: dict[int, str] = {}
+    for name, t in tensors.items():
+        pointer = t.data_ptr()
+        check.require(pointer not in taken, lambda: f"{name} and {taken[pointer]} are the same memory")
+        taken[pointer] = name
+
+
+def _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size) -> None:
+    _check_param(param, grad)
+    check.require(
+        16 <= block_size <= 4096 and block_size & (block_size - 1) == 0,
+        lambda: f"block_size must be a power of two from 16 to 4096, not {block_size}",
+    )
+    count = (blocks(param.numel(), block_size),)
+    for name, state in (("state1", state1), ("state2", state2)):
+        _check_state(name, state, tuple(param.shape), torch.uint8, param)
+    for name, state in (("absmax1", absmax1), ("absmax2", absmax2)):
+        _check_state(name, state, count, torch.float32, param)
+    for name, state in (("qmap1", qmap1), ("qmap2", qmap2)):
+        _check_state(name, state, (256,), torch.float32, param)
+
+
+def _written(*tensors) -> None:
+    """Tell autograd, and the packed copies of weights, that the kernel has written to these."""
+    increment_version(t for t in tensors if not t.is_inference())
+
+
+def _step_8bit(
+    param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2,
+    lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first, backend,
+):  # fmt: skip
+    _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size)
+    _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    _check_apart(param=param, grad=grad, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
+    OP.select(backend, param.device.type, param, grad).step_8bit(
+        param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2,
+        lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first,
+    )  # fmt: skip
+    _written(param, state1, state2, absmax1, absmax2)
+
+
+def _step_8bit_fake(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings):
+    _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, settings[6])
+
+
+def _check_32bit(param, grad, exp_avg, exp_avg_sq) -> None:
+    _check_param(param, grad)
+    for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _check_state(name, state, tuple(param.shape), torch.float32, param)
+
+
+def _step_32bit(
+    param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale, seed, decay_first, backend
+):
+    _check_32bit(param, grad, exp_avg, exp_avg_sq)
+    _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    _check_apart(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    OP.select(backend, param.device.type, param, grad).step_32bit(
+        param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale, seed, decay_first
+    )
+    _written(param, exp_avg, exp_avg_sq)
+
+
+def _step_32bit_fake(param, grad, exp_avg, exp_avg_sq, *settings):
+    _check_32bit(param, grad, exp_avg, exp_avg_sq)
+
+
+_NUMBERS = "float lr, float beta1, float beta2, float eps, float weight_decay, int step"
+define(
+    "adamw8bit_step(Tensor(a!) param, Tensor grad, Tensor(b!) state1, Tensor(c!) state2, Tensor(d!) absmax1,"
+    f" Tensor(e!) absmax2, Tensor qmap1, Tensor qmap2, {_NUMBERS}, int block_size, float grad_scale, int? seed,"
+    " bool decay_first, str backend) -> ()",
+    _step_8bit,
+    _step_8bit_fake,
+)
+define(
+    f"adamw32bit_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_NUMBERS},"
+    " float grad_scale, int? seed, bool decay_first, str backend) -> ()",
+    _step_32bit,
+    _step_32bit_fake,
+)
+
+
+def step_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings) -> None:
+    """One step in place; `settings` as in the schema, without the backend."""
+    torch.ops.pcs_kernels.adamw8bit_step(
+        param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings, forced_backend()
+    )
+
+
+def step_32bit(param, grad, exp_avg, exp_avg_sq, *settings) -> None:
+    """The same step with float32 states, for tensors too small to be worth coding."""
+    torch.ops.pcs_kernels.adamw32bit_step(param, grad, exp_avg, exp_avg_sq, *settings, forced_backend())

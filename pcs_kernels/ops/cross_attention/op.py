@@ -1,0 +1,119 @@
+"""cross_attention: attention of image queries over text tokens that also returns the chosen tokens' maps.
+
+B batch, H heads, N queries, T tokens (at most 320), D head width, G groups of tokens.
+q [B,H,N,D]; k, v [B,H,T,D]; capture [B,G,T] float32 token weights -> out [B,H,N,D], maps [B,G,N] float32.
+
+    P = softmax(scale q k^T);  out = P v;  maps[b,g,n] = mean_h sum_t P[b,h,n,t] capture[b,g,t]
+
+Kept for the backward: q, k, v (and capture); nothing of size N x T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _check as check
+from ..._dispatch import Op, define, distinct, forced_backend
+from ..._dtypes import accumulator
+from ..._layout import heads_last_empty
+
+OP = Op("cross_attention", __package__)
+MAX_TOKENS = 320
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check.floating(name, x)
+        check.rank(name, x, 4, "[B, H, N, D]")
+        check.not_empty(name, x)
+        check.same(name, x, "q", q)
+    batch, heads, _, width = q.shape
+    tokens = k.shape[2]
+    check.shape("k", k, (batch, heads, tokens, width), "[B, H, T, D]")
+    check.shape("v", v, (batch, heads, tokens, width), "[B, H, T, D]")
+    check.require(tokens <= MAX_TOKENS, lambda: f"k has {tokens} tokens; cross_attention takes at most 320")
+    check.finite("scale", scale)
+    if capture is not None:
+        check.floating("capture", capture)
+        check.rank("capture", capture, 3, "[B, G, T]")
+        check.shape("capture", capture, (batch, capture.shape[1], tokens), "[B, G, T]")
+        check.not_empty("capture", capture)
+        check.dtype_in("capture", capture, (torch.float32, accumulator(q.dtype)))
+        check.same_device("capture", capture, "q", q)
+
+
+def _forward(q, k, v, capture, scale, backend):
+    _check_call(q, k, v, capture, scale)
+    return OP.select(backend, q.device.type, q, k, v, capture, scale).forward(q, k, v, capture, scale)
+
+
+def _forward_fake(q, k, v, capture, scale, backend):
+    _check_call(q, k, v, capture, scale)
+    groups = 0 if capture is None else capture.shape[1]
+    return heads_last_empty(q), q.new_empty((q.shape[0], groups, q.shape[2]), dtype=accumulator(q.dtype))
+
+
+def _backward(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
+    return distinct(
+        OP.select(backend, q.device.type, q, k, v, capture, scale).backward(
+            dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v
+        )
+    )
+
+
+def _backward_fake(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
+    return tuple(
+        heads_last_empty(x) if needed else q.new_empty(0) for x, needed in ((q, need_q), (k, need_k), (v, need_v))
+    )
+
+
+define(
+    "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? capture, float scale, str backend)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "cross_attention_backward(Tensor? dout, Tensor? dmaps, Tensor q, Tensor k, Tensor v, Tensor? capture, float scale,"
+    " bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, capture, scale, backend):
+        out, maps = torch.ops.pcs_kernels.cross_attention_forward(q, k, v, capture, scale, backend)
+        ctx.save_for_backward(q, k, v, capture)
+        ctx.settings = scale, backend
+        ctx.set_materialize_grads(False)
+        return out, maps
+
+    @staticmethod
+    def backward(ctx, dout, dmaps):
+        q, k, v, capture = ctx.saved_tensors
+        scale, backend = ctx.settings
+        need = ctx.needs_input_grad[:3]
+        gradients = torch.ops.pcs_kernels.cross_attention_backward(
+            dout, None if capture is None else dmaps, q, k, v, capture, scale, *need, backend
+        )
+        return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None)
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(out, maps): attention of q [B,H,N,D] over k, v [B,H,T,D], and the maps [B,G,N] of `capture` [B,G,T] or None.
+
+    `capture` weighs tokens, one row a map (1.0 at each token of interest); it takes no gradient itself.
+    `scale` defaults to D ** -0.5.
+    """
+    check.tensor("q", q)
+    scale = check.attention_scale(scale, q)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (q, k, v)):
+        out, maps = _CrossAttention.apply(q, k, v, capture, scale, forced_backend())
+    else:
+        out, maps = torch.ops.pcs_kernels.cross_attention_forward(q, k, v, capture, scale, forced_backend())
+    return out, (None if capture is None else maps)

@@ -1,0 +1,98 @@
+"""Frozen convolution and linear product on the CPU: oneDNN with the weight packed once for each direction.
+
+oneDNN re-orders a plain weight on every call, which costs more than the product where the weight is large. The
+input gradient of a convolution is a convolution too, with the flipped, transposed weight (stride 1) or a transposed
+one (larger strides), so it is packed as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..._packed import packed
+from . import reference
+
+_mkldnn = torch.ops.mkldnn
+
+
+def reason(x: Tensor, weight: Tensor) -> str | None:
+    sentence = _native.reason(x, weight)
+    if sentence is None and not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    if sentence is None and x.dtype == torch.bfloat16 and not _mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN runs bfloat16 only on CPUs with AVX-512"
+    return sentence
+
+
+def _dense(x: Tensor) -> Tensor:
+    """oneDNN reads strides of plain and channels-last tensors only; anything else is copied first."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool) -> Tensor:
+    if not pack:
+        return reference.forward_conv(x, weight, bias, stride, padding, pack)
+    return _convolve(x, weight, "forward", lambda w: w, bias, stride, padding)
+
+
+def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool) -> Tensor:
+    dy, kernel = _dense(dy), weight.shape[-1]
+    if not pack or weight.shape[-2] != kernel or padding >= kernel:
+        return reference.backward_conv(dy, weight, height, width, stride, padding, pack)
+    if stride == 1:
+        return _convolve(dy, weight, "backward", _flipped, None, 1, kernel - 1 - padding)
+    rest = [
+        (size + 2 * padding - kernel) % stride for size in (height, width)
+    ]  # rows that the last step of the kernel did not reach
+    w = packed(
+        weight,
+        ("transposed", stride, padding),
+        lambda weight: _mkldnn._reorder_convolution_transpose_weight(
+            weight.contiguous(), [padding] * 2, rest, [stride] * 2, [1, 1], 1, list(dy.shape)
+        ),
+        variant=tuple(dy.shape) + tuple(rest),
+    )
+    return _mkldnn._convolution_transpose_pointwise(
+        dy, w, None, [padding] * 2, rest, [stride] * 2, [1, 1], 1, "none", [], ""
+    )
+
+
+def _flipped(weight: Tensor) -> Tensor:
+    return weight.flip(2, 3).transpose(0, 1).contiguous()
+
+
+def _convolve(x, weight, direction, turn, bias, stride, padding) -> Tensor:
+    x, bias = _dense(x), None if bias is None else bias.contiguous()
+    w = packed(
+        weight,
+        (direction, stride, padding),
+        lambda weight: _mkldnn._reorder_convolution_weight(
+            turn(weight).contiguous(), [padding] * 2, [stride] * 2, [1, 1], 1, list(x.shape)
+        ),
+        variant=tuple(x.shape),
+    )
+    return _mkldnn._convolution_pointwise(x, w, bias, [padding] * 2, [stride] * 2, [1, 1], 1, "none", [], "")
+
+
+def forward_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:
+    return (
+        _product(x, weight, "forward", lambda w: w, bias) if pack else reference.forward_linear(x, weight, bias, pack)
+    )
+
+
+def backward_linear(dy: Tensor, weight: Tensor, pack: bool) -> Tensor:
+    if not pack:
+        return reference.backward_linear(dy, weight, pack)
+    return _product(dy, weight, "backward", lambda w: w.t().contiguous(), None)
+
+
+def _product(x, weight, direction, turn, bias) -> Tensor:
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    rows = x.numel() // x.shape[-1]
+    pack = lambda weight: _mkldnn._reorder_linear_weight(turn(weight).contiguous(), rows)  # noqa: E731
+    w = packed(weight, direction, pack, variant=rows)
+    return _mkldnn._linear_pointwise(x, w, bias, "none", [], "")

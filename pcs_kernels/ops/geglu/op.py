@@ -1,0 +1,63 @@
+"""geglu: y = x[..., :F] * gelu(x[..., F:]), the gate of the UNet's feed-forward, with the exact gelu.
+
+x [..., 2F] -> y [..., F].  Kept for the backward: x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _check as check
+from ..._dispatch import Op, define, forced_backend
+
+OP = Op("geglu", __package__)
+
+
+def _check_x(x: Tensor) -> None:
+    check.floating("x", x)
+    check.require(x.dim() >= 1, lambda: "x must be [..., 2F], not a scalar")
+    check.require(x.shape[-1] % 2 == 0, lambda: f"x must have an even last dimension [..., 2F], not {tuple(x.shape)}")
+    check.not_empty("x", x)
+
+
+def _forward(x: Tensor, backend: str) -> Tensor:
+    _check_x(x)
+    return OP.select(backend, x.device.type, x).forward(x)
+
+
+def _forward_fake(x: Tensor, backend: str) -> Tensor:
+    _check_x(x)
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _backward(dy: Tensor, x: Tensor, backend: str) -> Tensor:
+    return OP.select(backend, x.device.type, x).backward(dy, x)
+
+
+def _backward_fake(dy: Tensor, x: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+define("geglu_forward(Tensor x, str backend) -> Tensor", _forward, _forward_fake)
+define("geglu_backward(Tensor dy, Tensor x, str backend) -> Tensor", _backward, _backward_fake)
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.backend = backend
+        return torch.ops.pcs_kernels.geglu_forward(x, backend)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x,) = ctx.saved_tensors
+        return torch.ops.pcs_kernels.geglu_backward(dy, x, ctx.backend), None
+
+
+def geglu(x: Tensor) -> Tensor:
+    """x[..., :F] * gelu(x[..., F:]) for x [..., 2F]; exact gelu, differentiable."""
+    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+        return _Geglu.apply(x, forced_backend())
+    return torch.ops.pcs_kernels.geglu_forward(x, forced_backend())

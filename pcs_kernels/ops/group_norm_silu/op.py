@@ -1,0 +1,117 @@
+"""group_norm_silu: GroupNorm, then SiLU, in one pass over memory each way.
+
+x [B, C, *spatial] -> y of x's shape and memory format.  Kept for the backward: x, mean and rstd [B, groups].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _check as check
+from ..._dispatch import Op, define, distinct, forced_backend
+from ..._dtypes import accumulator
+
+OP = Op("group_norm_silu", __package__)
+
+
+def _check_call(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    check.floating("x", x)
+    check.require(x.dim() >= 3, lambda: f"x must be [B, C, *spatial], not of shape {tuple(x.shape)}")
+    check.not_empty("x", x)
+    check.require(
+        groups > 0 and x.shape[1] % groups == 0, lambda: f"groups = {groups} must divide the {x.shape[1]} channels of x"
+    )
+    check.finite("eps", eps)
+    check.require(eps >= 0, lambda: f"eps must not be negative: {eps}")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None:
+            check.floating(name, p)
+            check.shape(name, p, (x.shape[1],), "[C]")
+            check.dtype_in(name, p, (x.dtype, torch.float32))
+            check.same_device(name, p, "x", x)
+
+
+def _forward(x, groups, weight, bias, eps, silu, backend):
+    _check_call(x, groups, weight, bias, eps)
+    return OP.select(backend, x.device.type, x, groups, weight, bias, eps, silu).forward(
+        x, groups, weight, bias, eps, silu
+    )
+
+
+def _forward_fake(x, groups, weight, bias, eps, silu, backend):
+    _check_call(x, groups, weight, bias, eps)
+    statistics = x.new_empty((x.shape[0], groups), dtype=accumulator(x.dtype))
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+def _backward(dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend):
+    return distinct(
+        OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu).backward(
+            dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias
+        )
+    )
+
+
+def _backward_fake(dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend):
+    def gradient(needed, p):
+        return torch.empty_like(p) if needed and p is not None else x.new_empty(0)
+
+    return gradient(need_x, x), gradient(need_weight, weight), gradient(need_bias, bias)
+
+
+define(
+    "group_norm_silu_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int groups, Tensor? weight, Tensor? bias,"
+    " bool silu, bool need_x, bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps, silu, backend):
+        y, mean, rstd = torch.ops.pcs_kernels.group_norm_silu_forward(x, groups, weight, bias, eps, silu, backend)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.settings = groups, silu, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        groups, silu, backend = ctx.settings
+        need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
+        dx, dweight, dbias = torch.ops.pcs_kernels.group_norm_silu_backward(
+            dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend
+        )
+        return (
+            dx if need_x else None,
+            None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+) -> Tensor:
+    """GroupNorm of x [B, C, *spatial] in `groups` groups, then SiLU (activation="silu") or nothing (None)."""
+    check.require(activation in ("silu", None), lambda: f'activation must be "silu" or None, not {activation!r}')
+    silu = activation == "silu"
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias)):
+        return _GroupNormSilu.apply(x, groups, weight, bias, eps, silu, forced_backend())
+    return torch.ops.pcs_kernels.group_norm_silu_forward(x, groups, weight, bias, eps, silu, forced_backend())[0]

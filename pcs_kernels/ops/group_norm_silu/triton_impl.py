@@ -1,0 +1,159 @@
+"""Group normalisation and SiLU in Triton: statistics split over pixels, combined per group, then one pass over x.
+
+B batch, C channels, S pixels; channels-last and NCHW take the same kernels with tiles of another shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._launch import AotCase, blocks, current_arch, launch, meta, pow2, record, unavailable
+from ..._math import sum_partials
+from .triton_kernels import (
+    gn_apply_kernel,
+    gn_bwd_combine_kernel,
+    gn_bwd_sums_kernel,
+    gn_bwd_x_kernel,
+    gn_combine_kernel,
+    gn_stats_kernel,
+)
+
+COMBINE = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+MAX_SPLITS = 128
+
+
+def launch_config(channels: int, pixels: int, channels_last: bool, arch: int, backward: bool = False) -> dict[str, int]:
+    """A tile of 2048 elements (1024 backward, which holds two inputs), long in whichever dimension is contiguous."""
+    size = 1024 if backward else 2048
+    if channels_last:
+        block_c = min(pow2(channels), 128)
+        block_s = size // block_c
+    else:
+        block_s = min(pow2(pixels), 512)
+        block_c = min(size // block_s, 16)
+    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 1}
+
+
+def split_pixels(pixels: int, channels_last: bool, block_s: int) -> tuple[int, int]:
+    """(splits, pixels in each): enough splits to fill a GPU at batch 1, at most MAX_SPLITS slots to combine."""
+    least = 4 * block_s if channels_last else 2 * block_s
+    per_split = block_s * blocks(max(least, blocks(pixels, MAX_SPLITS)), block_s)
+    return blocks(pixels, per_split), per_split
+
+
+def reason(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *_: object) -> str | None:
+    return unavailable(x, dots=False)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, C, S]; a view for every dense layout whose spatial dimensions fold."""
+    return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _new_like(x: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """A tensor of x's memory format, the [B, C, S] tensor to write, and whether that is a view of the first."""
+    y = torch.empty_like(x)
+    try:
+        return y, y.view(x.shape[0], x.shape[1], -1), True
+    except RuntimeError:  # a permuted layout without such a view
+        return y, y.new_empty((x.shape[0], x.shape[1], x[0, 0].numel())), False
+
+
+def _tiles(x: Tensor, backward: bool) -> tuple[dict[str, int], int, int]:
+    channels, pixels = x.shape[1:]
+    channels_last = x.stride(1) == 1 and channels > 1
+    config = launch_config(channels, pixels, channels_last, current_arch(x.device), backward)
+    return config, *split_pixels(pixels, channels_last, config["BLOCK_S"])
+
+
+def forward(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    xf = _flat(x)
+    batch, channels, pixels = xf.shape
+    config, splits, per_split = _tiles(xf, backward=False)
+    columns = blocks(channels, config["BLOCK_C"])
+    part = x.new_empty((2, batch, splits, channels), dtype=torch.float32)
+    mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
+    weight, bias = _dense(weight), _dense(bias)
+    launch(
+        gn_stats_kernel, (batch * splits, columns), xf, part[0], part[1], channels, pixels, splits, per_split,
+        *xf.stride(), **config,
+    )  # fmt: skip
+    launch(
+        gn_combine_kernel, (batch * groups,), part[0], part[1], mean, rstd, channels, pixels, splits, per_split,
+        groups, float(eps), **COMBINE,
+    )  # fmt: skip
+    y, yf, is_view = _new_like(x)
+    tiles = blocks(pixels, config["BLOCK_S"])
+    launch(
+        gn_apply_kernel, (batch * tiles, columns), xf, yf, mean, rstd, weight, bias, channels, pixels, tiles, groups,
+        *xf.stride(), *yf.stride(), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, SILU=silu, **config,
+    )  # fmt: skip
+    return y if is_view else y.copy_(yf.view(y.shape)), mean, rstd
+
+
+def backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None,
+    silu: bool, need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    xf, dyf = _flat(x), _flat(dy)
+    mean, rstd, weight, bias = mean.contiguous(), rstd.contiguous(), _dense(weight), _dense(bias)
+    batch, channels, pixels = xf.shape
+    config, splits, per_split = _tiles(xf, backward=True)
+    columns = blocks(channels, config["BLOCK_C"])
+    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
+    part = x.new_empty((2, batch, splits, channels), dtype=torch.float32)
+    launch(
+        gn_bwd_sums_kernel, (batch * splits, columns), xf, dyf, mean, rstd, weight, bias, part[0], part[1],
+        channels, pixels, splits, per_split, groups, *xf.stride(), *dyf.stride(), **affine, **config,
+    )  # fmt: skip
+    dx = dweight = dbias = x.new_empty(0)
+    if need_weight and weight is not None:
+        dweight = sum_partials(part[1].flatten(0, 1), weight.new_empty(channels))
+    if need_bias and bias is not None:
+        dbias = sum_partials(part[0].flatten(0, 1), bias.new_empty(channels))
+    if need_x:
+        means = x.new_empty((2, batch, groups), dtype=torch.float32)
+        launch(
+            gn_bwd_combine_kernel, (batch * groups,), part[0], part[1], weight, means[0], means[1],
+            channels, pixels, splits, groups, HAS_WEIGHT=weight is not None, **COMBINE,
+        )  # fmt: skip
+        dx, dxf, is_view = _new_like(x)
+        tiles = blocks(pixels, config["BLOCK_S"])
+        launch(
+            gn_bwd_x_kernel, (batch * tiles, columns), xf, dyf, dxf, mean, rstd, weight, bias, means[0], means[1],
+            channels, pixels, tiles, groups, *xf.stride(), *dyf.stride(), *dxf.stride(), **affine, **config,
+        )  # fmt: skip
+        dx = dx if is_view else dx.copy_(dxf.view(dx.shape))
+    return dx, dweight, dbias
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """The first ResNet block, the widest one and a transformer's norm of each model, both layouts."""
+    shapes = (
+        ("SD1.5 64x64", (1, 320, 64, 64), True),
+        ("SD1.5 8x8", (1, 2560, 8, 8), True),
+        ("SD2.1 96x96", (1, 320, 96, 96), False),
+        ("SDXL 128x128", (1, 320, 128, 128), True),
+    )
+    cases = []
+    for label, shape, silu in shapes:
+        for layout in (torch.channels_last, torch.contiguous_format):
+            x = meta(*shape).contiguous(memory_format=layout)
+            weight = meta(shape[1])
+            stats = meta(1, 32, dtype=torch.float32)
+            name = f"{label} {'NHWC' if layout == torch.channels_last else 'NCHW'} bf16"
+            cases += record(arch, name, lambda x=x, w=weight, s=silu: forward(x, 32, w, w, 1e-5, s))
+            cases += record(
+                arch, name,
+                lambda x=x, w=weight, m=stats, s=silu: backward(x, x, m, m, 32, w, w, s, True, True, True),
+            )  # fmt: skip
+    half = meta(2, 640, 32, 32, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    weight = meta(640, dtype=torch.float32)
+    return cases + record(arch, "SD1.5 32x32 NHWC fp16", lambda: forward(half, 32, weight, weight, 1e-6, False))

@@ -1,0 +1,158 @@
+"""lowrank_residual: a projection with a masked low-rank residual, the layer of Personalized Residuals and of LoRA.
+
+    y = x W^T + b + mask * scale * (x down^T) up^T
+
+x [..., C_in]; weight [C_out, C_in] or [C_out, C_in, 1, 1]; bias [C_out]; down [R, C_in], up [C_out, R];
+mask of shape x.shape[:-1].
+Many concepts on one frozen weight: down [K, R, C_in], up [K, C_out, R], index [B] says which one sample b of x takes.
+Kept for the backward: x where down, up, weight or mask take a gradient, else nothing but the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _check as check
+from ..._dispatch import Op, define, distinct, forced_backend
+
+OP = Op("lowrank_residual", __package__)
+
+
+def _check_call(x, weight, bias, down, up, mask, scale, index) -> None:
+    check.floating("x", x)
+    check.require(x.dim() >= 2, lambda: f"x must be [..., C_in] with at least two dimensions, not {tuple(x.shape)}")
+    check.not_empty("x", x)
+    check.floating("weight", weight)
+    check.rank("weight", weight, 2, "[C_out, C_in] or [C_out, C_in, 1, 1]")
+    check.not_empty("weight", weight)
+    c_out, c_in = weight.shape
+    check.require(
+        x.shape[-1] == c_in, lambda: f"x has {x.shape[-1]} channels last but weight takes {c_in}: {tuple(weight.shape)}"
+    )
+    check.same("weight", weight, "x", x)
+    if bias is not None:
+        check.floating("bias", bias)
+        check.shape("bias", bias, (c_out,), "[C_out]")
+        check.same("bias", bias, "x", x)
+    for name, p in (("down", down), ("up", up)):
+        check.floating(name, p)
+        check.rank(name, p, 2 if index is None else 3, "[R, C]" if index is None else "[K, R, C] when index is given")
+        check.dtype_in(name, p, (x.dtype, torch.float32))
+        check.same_device(name, p, "x", x)
+        check.not_empty(name, p)
+    rank = down.shape[-2]
+    stack = () if index is None else (down.shape[0],)
+    check.shape("down", down, (*stack, rank, c_in), "[R, C_in]" if index is None else "[K, R, C_in]")
+    check.shape("up", up, (*stack, c_out, rank), "[C_out, R]" if index is None else "[K, C_out, R]")
+    check.finite("scale", scale)
+    if mask is not None:
+        check.floating("mask", mask)
+        check.shape("mask", mask, tuple(x.shape[:-1]), "x.shape[:-1]")
+        check.same_device("mask", mask, "x", x)
+    if index is not None:
+        check.tensor("index", index)
+        check.dtype_in("index", index, (torch.int64,))
+        check.dense("index", index)
+        check.shape("index", index, (x.shape[0],), "[B]")
+        check.same_device("index", index, "x", x)
+
+
+def _check_index(index: Tensor | None, concepts: int) -> None:
+    """Reads the values, so only real calls run it; not while a CUDA graph is captured, where reading is impossible."""
+    if index is None or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    low, high = int(index.min()), int(index.max())
+    check.require_index(
+        low >= 0 and high < concepts,
+        lambda: f"index holds {low if low < 0 else high}, outside the {concepts} concepts of down and up",
+    )
+
+
+def _forward(x, weight, bias, down, up, mask, scale, index, backend):
+    _check_call(x, weight, bias, down, up, mask, scale, index)
+    _check_index(index, down.shape[0])
+    implementation = OP.select(backend, x.device.type, x, weight, bias, down, up, mask, scale, index)
+    return implementation.forward(x, weight, bias, down, up, mask, scale, index)
+
+
+def _forward_fake(x, weight, bias, down, up, mask, scale, index, backend):
+    _check_call(x, weight, bias, down, up, mask, scale, index)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _backward(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm, backend):
+    implementation = OP.select(backend, dy.device.type, dy, weight, None, down, up, mask, scale, index)
+    return distinct(implementation.backward(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm))
+
+
+def _backward_fake(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm, backend):
+    def gradient(needed, shape, dtype):
+        return dy.new_empty(shape if needed else 0, dtype=dtype if needed else dy.dtype)
+
+    return (
+        gradient(nx, (*dy.shape[:-1], weight.shape[1]), dy.dtype),
+        gradient(nw, weight.shape, dy.dtype),
+        gradient(nb, (weight.shape[0],), dy.dtype),
+        gradient(nd, down.shape, down.dtype),
+        gradient(nu, up.shape, up.dtype),
+        gradient(nm and mask is not None, None if mask is None else mask.shape, None if mask is None else mask.dtype),
+    )
+
+
+define(
+    "lowrank_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? mask,"
+    " float scale, Tensor? index, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+define(
+    "lowrank_residual_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? mask, float scale,"
+    " Tensor? index, bool need_x, bool need_weight, bool need_bias, bool need_down, bool need_up, bool need_mask,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _LowrankResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, mask, scale, index, backend):
+        _, need_weight, _, need_down, need_up, need_mask = ctx.needs_input_grad[:6]
+        keeps_x = need_weight or need_down or need_up or need_mask
+        ctx.save_for_backward(x if keeps_x else None, weight, down, up, mask, index)
+        ctx.settings = scale, backend
+        return torch.ops.pcs_kernels.lowrank_residual_forward(x, weight, bias, down, up, mask, scale, index, backend)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, down, up, mask, index = ctx.saved_tensors
+        scale, backend = ctx.settings
+        need = ctx.needs_input_grad[:6]
+        gradients = torch.ops.pcs_kernels.lowrank_residual_backward(
+            dy, x, weight, down, up, mask, scale, index, *need, backend
+        )
+        return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None)
+
+
+def lowrank_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    index: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias + mask * scale * (x down^T) up^T on x [..., C_in]; `index` [B] picks each sample's adapter."""
+    check.tensor("weight", weight)
+    if weight.dim() == 4:
+        check.require(
+            tuple(weight.shape[2:]) == (1, 1), lambda: f"weight must be a 1x1 convolution, not {tuple(weight.shape)}"
+        )
+        weight = weight.flatten(1)
+    arguments = (x, weight, bias, down, up, mask, check.number("scale", scale), index, forced_backend())
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        return _LowrankResidual.apply(*arguments)
+    return torch.ops.pcs_kernels.lowrank_residual_forward(*arguments)

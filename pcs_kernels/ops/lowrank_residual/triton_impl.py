@@ -1,0 +1,205 @@
+"""A frozen projection with a masked low-rank residual in Triton.
+
+B samples, L rows of a sample, C_in and C_out features, R rank, K concepts. Narrow ranks are summed in the product's own
+loop; wide ones are projected first, so that they are not repeated for every tile of outputs. The adapter's gradients
+are sums over splits of the rows, each in its own slot, added in order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._launch import MULTIPROCESSORS, AotCase, blocks, current_arch, launch, meta, pow2, record, unavailable
+from ..._math import sum_partials
+from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank_project_kernel
+
+MAX_RANK = 256
+MAX_FUSED_RANK = 16
+# output tile: rows, features, K step, warps, stages; the first that gives every multiprocessor a program
+PRODUCT_TILES = ((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4), (16, 64, 32, 4, 4))
+
+
+def launch_config(samples: int, rows: int, outs: int, rank: int, arch: int, kernel: str, half: bool = True) -> dict:
+    """Tiles of `kernel`: "product", "project" or "grad"."""
+    block_r = max(16, pow2(rank))
+    if kernel == "project":
+        block_k = 64 if half and block_r <= 32 else 32
+        return {"BLOCK_M": 32, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 4}
+    if kernel == "grad":
+        block_m, block_c = (32, 64) if half else (16, 32)
+        warps = 4 if block_r < 128 else 8
+        return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 2}
+    tiles = PRODUCT_TILES if half else ((32, 32, 32, 4, 1),)
+    fits = [t for t in tiles if samples * blocks(rows, t[0]) * blocks(outs, t[1]) >= MULTIPROCESSORS[arch]]
+    block_m, block_n, block_k, warps, stages = fits[0] if fits else tiles[-1]
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": min(block_r, MAX_FUSED_RANK),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def reason(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *_: object) -> str | None:
+    why = unavailable(x, dots=True)
+    if why is None and up.shape[-1] > MAX_RANK:
+        why = f"rank {up.shape[-1]} is above {MAX_RANK}; merge the residual into the weight, or use the reference"
+    return why
+
+
+def _samples(x: Tensor, index: Tensor | None) -> Tensor:
+    """[B, L, C]: the samples apart with index; else all rows together where that is a view."""
+    if index is not None:
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+    try:
+        return x.view(1, -1, x.shape[-1])
+    except RuntimeError:
+        return x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 2 else x.reshape(1, -1, x.shape[-1])
+
+
+def _dense_rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).contiguous()
+
+
+def _concept_strides(adapter: Tensor) -> tuple[int, ...]:
+    return (0, *adapter.stride()) if adapter.dim() == 2 else adapter.stride()
+
+
+def _config(x: Tensor, outs: int, rank: int, kernel: str) -> dict:
+    half = x.dtype != torch.float32
+    return launch_config(x.shape[0], x.shape[1], outs, rank, current_arch(x.device), kernel, half)
+
+
+def _project(x: Tensor, a: Tensor, index: Tensor | None) -> Tensor:
+    """x [B, L, K] with a [(concepts,) R, K] -> float32 [B, L, R]."""
+    samples, rows, ins = x.shape
+    rank = a.shape[-2]
+    s = x.new_empty((samples, rows, rank), dtype=torch.float32)
+    config = _config(x, 0, rank, "project")
+    launch(
+        lowrank_project_kernel, (blocks(rows, config["BLOCK_M"]), samples), x, a, x if index is None else index, s,
+        rows, ins, rank, *x.stride(), *_concept_strides(a), HAS_INDEX=index is not None, **config,
+    )  # fmt: skip
+    return s
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor | None, scale: float,
+    index: Tensor | None, keep_s: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = x weight^T + bias + mask scale (x a^T) b^T for x [B, L, K], and x a^T [B, L, R] when kept."""
+    samples, rows, ins = x.shape
+    outs, rank = weight.shape[0], a.shape[-2]
+    config = _config(x, outs, rank, "product")
+    fused = rank <= MAX_FUSED_RANK
+    if fused:
+        s = x.new_empty((samples, rows, rank) if keep_s else 0, dtype=torch.float32)
+    else:
+        s = _project(x, a, index)
+    y = x.new_empty((samples, rows, outs))
+    tiles_n = blocks(outs, config["BLOCK_N"])
+    # a pointer must be some tensor even where the flags say that it is not read
+    optional = (x if t is None else t for t in (mask, index))
+    launch(
+        lowrank_product_kernel, (blocks(rows, config["BLOCK_M"]) * tiles_n, samples), x, weight,
+        x if bias is None else bias, a, b, *optional, s, y, rows, outs, ins, rank, tiles_n, float(scale),
+        *x.stride(), *weight.stride(), *_concept_strides(a), *_concept_strides(b),
+        HAS_BIAS=bias is not None, HAS_MASK=mask is not None, HAS_INDEX=index is not None,
+        READ_S=not fused, SAVE_S=fused and keep_s, **config,
+    )  # fmt: skip
+    return y, s
+
+
+def _adapter_grad(
+    x: Tensor, s: Tensor, mask: Tensor | None, scale: float, index: Tensor | None, like: Tensor, features_first: bool
+) -> Tensor:
+    """x^T (mask scale s) [features, R], or its transpose, of each sample, added up by concept; laid out as `like`."""
+    samples, rows, features = x.shape
+    rank = s.shape[2]
+    config = _config(x, 0, rank, "grad")
+    columns = blocks(features, config["BLOCK_C"])
+    wanted = max(1, blocks(2 * MULTIPROCESSORS[current_arch(x.device)], columns * samples))
+    per_split = config["BLOCK_M"] * blocks(blocks(rows, wanted), config["BLOCK_M"])
+    splits = blocks(rows, per_split)
+    part = x.new_empty((samples * splits, *like.shape[-2:]), dtype=torch.float32)
+    order = (rank, 1) if features_first else (1, features)
+    launch(
+        lowrank_grad_kernel, (columns, samples * splits), x, s, x if mask is None else mask, part,
+        rows, features, rank, splits, per_split, float(scale), *x.stride(), *order, HAS_MASK=mask is not None, **config,
+    )  # fmt: skip
+    return sum_partials(part, like.new_empty(like.shape), index)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, mask: Tensor | None, scale: float,
+    index: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rows_mask, index = _dense_rows(mask), _dense_rows(index)
+    bias = None if bias is None else bias.contiguous()
+    y, _ = _product(_samples(x, index), weight, bias, down, up, rows_mask, scale, index, keep_s=False)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float,
+    index: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool, need_down: bool, need_up: bool,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """t = dy up;  dx = dy W + mask scale t down;  ddown = (mask scale t)^T x;  dup = (mask scale dy)^T (x down^T)"""
+    dx = dweight = dbias = ddown = dup = dmask = dy.new_empty(0)
+    rows_mask, index = _dense_rows(mask), _dense_rows(index)
+    dy3 = _samples(dy, index)
+    if need_bias:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    t = dy3.new_empty(0)
+    if need_x:
+        flipped = weight.transpose(0, 1), None, up.transpose(-1, -2), down.transpose(-1, -2)
+        dx, t = _product(dy3, *flipped, rows_mask, scale, index, keep_s=need_down or need_mask)
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    elif need_down or need_mask:
+        t = _project(dy3, up.transpose(-1, -2), index)
+    if x is None:
+        return dx, dweight, dbias, ddown, dup, dmask
+    x3 = _samples(x, index)
+    if need_weight:
+        dweight = dy.reshape(-1, dy.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
+    if need_down:
+        ddown = _adapter_grad(x3, t.view(*x3.shape[:2], -1), rows_mask, scale, index, down, features_first=False)
+    if need_up or need_mask:
+        s = _project(x3, down, index)
+        if need_up:
+            dup = _adapter_grad(dy3, s.view(*dy3.shape[:2], -1), rows_mask, scale, index, up, features_first=True)
+        if need_mask and mask is not None:
+            dmask = ((s.view(t.shape) * t).sum(-1) * scale).to(mask.dtype).view(mask.shape)
+    return dx, dweight, dbias, ddown, dup, dmask
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """Attention projections with rank 5 % of the width and rank 4, the text's K/V, and a stack of concepts."""
+    shapes = (
+        ("SD1.5 64x64 r16", 1, 4096, 320, 320, 16, 0),
+        ("SD1.5 8x8 r64", 1, 64, 1280, 1280, 64, 0),
+        ("SD2.1 96x96 r4", 1, 9216, 320, 320, 4, 0),
+        ("SD2.1 text K r4", 1, 77, 1024, 1280, 4, 0),
+        ("SDXL 64x64 r32", 1, 4096, 640, 640, 32, 0),
+        ("SDXL 32x32 r64", 1, 1024, 1280, 1280, 64, 0),
+        ("SDXL 64x64 batch 8 r32", 8, 4096, 640, 640, 32, 0),
+        ("SD1.5 64x64 stack r16", 4, 4096, 320, 320, 16, 3),
+    )
+    cases = []
+    for label, batch, rows, ins, outs, rank, concepts in shapes:
+        cases += _recorded(arch, f"{label} bf16", (batch, rows, ins, outs, rank, concepts), torch.bfloat16)
+    return cases + _recorded(arch, "SD1.5 64x64 r16 fp16", (1, 4096, 320, 320, 16, 0), torch.float16)[:1]
+
+
+def _recorded(arch: int, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[AotCase]:
+    batch, rows, ins, outs, rank, concepts = shape
+    stack = (concepts,) if concepts else ()
+    x, dy, weight, bias = (
+        meta(*s, dtype=dtype) for s in ((batch, rows, ins), (batch, rows, outs), (outs, ins), (outs,))
+    )
+    down, up = meta(*stack, rank, ins, dtype=torch.float32), meta(*stack, outs, rank, dtype=torch.float32)
+    mask = meta(batch, rows, dtype=torch.float32)
+    index = meta(batch, dtype=torch.int64) if concepts else None
+    needs = True, False, False, True, True, True
+    cases = record(arch, label, lambda: forward(x, weight, bias, down, up, mask, 1.0, index))
+    return cases + record(arch, label, lambda: backward(dy, x, weight, down, up, mask, 1.0, index, *needs))

@@ -1,0 +1,150 @@
+"""self_attention: softmax(scale q k^T) v for image positions, by the fastest exact provider at hand.
+
+q [B,H,N,D]; k, v [B,H,M,D] -> out [B,H,N,D] with the memory of [B,N,H,D].
+
+Providers: torch's scaled_dot_product_attention ("sdpa"), xformers, our Triton kernel, our native CPU kernel, the
+reference. On a GPU sdpa runs where its flash kernel fits (16-bit, D a multiple of 8 up to 256), else xformers where
+it is installed, else Triton, else sdpa's own fallbacks; on a CPU the native kernel, else sdpa.
+Kept for the backward: q, k, v, out and the log-sum-exp [B,H,N].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ... import _check as check
+from ..._dispatch import BackendUnavailable, Op, define, forced_backend, forced_provider, without_autocast
+from ..._dtypes import accumulator
+from ..._layout import heads_last_empty
+
+OP = Op("self_attention", __package__)
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check.floating(name, x)
+        check.rank(name, x, 4, "[B, H, N, D]")
+        check.not_empty(name, x)
+        check.same(name, x, "q", q)
+    batch, heads, _, width = q.shape
+    check.shape("k", k, (batch, heads, k.shape[2], width), "[B, H, M, D]")
+    check.shape("v", v, (batch, heads, k.shape[2], width), "[B, H, M, D]")
+    check.finite("scale", scale)
+
+
+def _forward(q, k, v, scale, backend):
+    _check_call(q, k, v, scale)
+    return OP.select(backend, q.device.type, q, k, v, scale).forward(q, k, v, scale)
+
+
+def _forward_fake(q, k, v, scale, backend):
+    _check_call(q, k, v, scale)
+    return heads_last_empty(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+def _backward(dout, q, k, v, out, lse, scale, backend):
+    return OP.select(backend, q.device.type, q, k, v, scale).backward(dout, q, k, v, out, lse, scale)
+
+
+def _backward_fake(dout, q, k, v, out, lse, scale, backend):
+    return heads_last_empty(q), heads_last_empty(k), heads_last_empty(v)
+
+
+define(
+    "self_attention_forward(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "self_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, backend):
+        out, lse = torch.ops.pcs_kernels.self_attention_forward(q, k, v, scale, backend)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = scale, backend
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        scale, backend = ctx.settings
+        gradients = torch.ops.pcs_kernels.self_attention_backward(dout, q, k, v, out, lse, scale, backend)
+        return (*(g if n else None for g, n in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None, None)
+
+
+def flash_reason(dtype: torch.dtype, width: int) -> str | None:
+    """Why torch's flash kernel would not run on a GPU, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"its flash kernel takes float16 and bfloat16, not {dtype}"
+    if width % 8 or width > 256:
+        return f"its flash kernel takes head widths that are multiples of 8 up to 256, not {width}"
+    return None
+
+
+def xformers_reason(device_type: str) -> str | None:
+    """Why xformers would not run, or None."""
+    if device_type != "cuda":
+        return "xformers needs a CUDA tensor"
+    if importlib.util.find_spec("xformers") is None:
+        return "the xformers package is not installed; mend: pip install xformers"
+    return None
+
+
+def _provider(device_type: str, dtype: torch.dtype, width: int) -> str:
+    """ "sdpa", "xformers" or "op" (one of this package's own backends)."""
+    if forced_backend():
+        return "op"
+    if forced_provider():
+        return forced_provider()
+    if device_type == "cpu":
+        return "op" if dtype is torch.float64 or not isinstance(OP.module("native"), str) else "sdpa"
+    if device_type == "cuda" and flash_reason(dtype, width) is not None:
+        if xformers_reason(device_type) is None and dtype is not torch.float64:
+            return "xformers"
+        return "op" if dtype is not torch.float64 and not isinstance(OP.module("triton"), str) else "sdpa"
+    return "sdpa"
+
+
+# torch.compiler.assume_constant_result does no more, but importing it would load the whole compiler.
+_provider._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v for q [B,H,N,D], k and v [B,H,M,D]; `scale` defaults to D ** -0.5."""
+    check.tensor("q", q)
+    scale = check.attention_scale(scale, q)
+    provider = _provider(q.device.type, q.dtype, q.shape[-1] if q.dim() else 0)
+    if provider != "op":
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check.tensor(name, x)
+        _check_call(q, k, v, scale)
+        return _sdpa(q, k, v, scale) if provider == "sdpa" else _xformers(q, k, v, scale)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (q, k, v)):
+        return _SelfAttention.apply(q, k, v, scale, forced_backend())
+    return torch.ops.pcs_kernels.self_attention_forward(q, k, v, scale, forced_backend())[0]
+
+
+@without_autocast
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+@without_autocast
+def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    reason = xformers_reason(q.device.type)
+    if reason is not None:
+        raise BackendUnavailable(f"self_attention: {reason}")
+    from xformers.ops import memory_efficient_attention
+
+    out = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)
