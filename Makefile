@@ -51,8 +51,8 @@ bench: setup
 	$(BIN)/python benchmarks/lag.py --rounds 3
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/memory.py --docs
-	$(BIN)/python benchmarks/quality.py --minutes 8
-	$(BIN)/python benchmarks/quality.py --docs
+	$(BIN)/python -m benchmarks.quality --minutes 8
+	$(BIN)/python -m benchmarks.quality --docs
 	$(BIN)/python benchmarks/plot.py
 
 clean:

@@ -8,56 +8,55 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import quality
-import quality_docs
-import quality_variants
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.settings import EMBEDDED
 from pcs_trainer.training.trainer import trainable
+from quality import measure, page, variants
+from quality import pictures as sheets
 
 
 def row(job, setting, subject, **values):
     facts = {"model": "m", "section": job.section, "setting": setting, "subject": str(subject), "date": "d"}
-    return dict.fromkeys(quality.COLUMNS, "") | facts | {"device": "cpu"} | {k: str(v) for k, v in values.items()}
+    return dict.fromkeys(measure.COLUMNS, "") | facts | {"device": "cpu"} | {k: str(v) for k, v in values.items()}
 
 
 def every_job():
-    return [job for jobs in quality.sections(12).values() for job in jobs]
+    return [job for jobs in measure.sections(12).values() for job in jobs]
 
 
 def test_every_claim_compares_rows_that_the_runs_make():
     made = {(job.section, setting) for job in every_job() for setting in job.settings}
-    for group in quality_docs.claims().values():
+    for group in page.claims().values():
         for claim in group:
-            assert {claim.first, claim.second} <= made and claim.measure in quality.MEASURES
+            assert {claim.first, claim.second} <= made and claim.measure in measure.MEASURES
             assert claim.better in ("more", "less")
 
 
 def test_the_table_has_twelve_subjects_of_every_method():
-    table = quality.sections(12)["main"]
-    assert {(j.method, j.subject) for j in table} == {(m, s) for m in quality.METHODS for s in range(101, 113)}
+    table = measure.sections(12)["main"]
+    assert {(j.method, j.subject) for j in table} == {(m, s) for m in measure.METHODS for s in range(101, 113)}
 
 
 def test_a_job_is_done_when_all_its_rows_are_there(tmp_path):
-    store = quality.Store(tmp_path / "quality.csv", "m")
-    jobs = quality.sections(12)
+    store = measure.Store(tmp_path / "quality.csv", "m")
+    jobs = measure.sections(12)
     residuals, pair = next(j for j in jobs["main"] if j.lag), jobs["joint"][0]
     store.add(row(residuals, residuals.setting, residuals.subject))
-    assert residuals in quality.pending([residuals], store.done())
+    assert residuals in measure.pending([residuals], store.done())
     store.add(row(residuals, f"{residuals.setting} + LAG", residuals.subject))
-    assert not quality.pending([residuals], store.done())
+    assert not measure.pending([residuals], store.done())
     for setting in ("joint", "merged"):
         store.add(row(pair, setting, pair.subject))
-    assert quality.pending([pair], store.done())
+    assert measure.pending([pair], store.done())
     for setting in ("joint", "merged"):
         store.add(row(pair, setting, pair.partner))
-    assert not quality.pending([pair], store.done())
-    assert not quality.Store(tmp_path / "quality.csv", "other weights").done()
+    assert not measure.pending([pair], store.done())
+    assert not measure.Store(tmp_path / "quality.csv", "other weights").done()
 
 
 def test_the_interval_is_students():
-    mean, half = quality_docs.interval([1.0, 2.0, 3.0, 4.0])
+    mean, half = page.interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and half == pytest.approx(3.18 * (5 / 3) ** 0.5 / 2)
 
 
@@ -72,32 +71,32 @@ def test_the_interval_is_students():
     ],
 )
 def test_a_verdict_follows_the_interval(differences, better, says):
-    assert says in quality_docs.verdict(differences, better)
+    assert says in page.verdict(differences, better)
 
 
 def test_differences_are_of_the_same_subjects_and_less_the_named_share():
     a, b = ("main", "x"), ("main", "y")
-    job = quality.Job("main", "x", "textboost", 1)
+    job = measure.Job("main", "x", "textboost", 1)
     rows = [row(job, s, n, gap_closed=v) for s, n, v in (("x", 1, 0.9), ("x", 2, 0.8), ("y", 2, 0.5), ("y", 3, 0.1))]
-    claim = quality_docs.Claim("", a, b, "gap_closed", "more", 0.5)
-    assert quality_docs.paired(rows, claim) == ([0.8], [0.5])
+    claim = page.Claim("", a, b, "gap_closed", "more", 0.5)
+    assert page.paired(rows, claim) == ([0.8], [0.5])
 
 
 def test_the_page_shows_what_the_rows_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality_docs, "DOCS", tmp_path)
-    monkeypatch.setattr(quality_docs.quality_sheet, "figures", lambda *given: None)
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    monkeypatch.setattr(page.sheets, "figures", lambda *given: None)
     random.seed(1)
     rows = []
     for job in every_job():
         for setting in job.settings:
             level = 0.4 if setting == "textboost" else 0.9
-            values = {m: round(random.gauss(level, 0.01), 4) for m in quality.MEASURES}
+            values = {m: round(random.gauss(level, 0.01), 4) for m in measure.MEASURES}
             for subject in [job.subject, *([job.partner] if job.partner else [])]:
                 rows.append(row(job, setting, subject, train_cpu_seconds=20, **values))
-    quality_docs.write(rows, tmp_path)
-    page = (tmp_path / "quality.md").read_text()
-    assert "12 subjects" in page and "not measured" not in page and "nan" not in page
-    reached = [line for line in page.splitlines() if line.startswith("| TextBoost") and "short" in line]
+    page.write(rows, tmp_path)
+    text = (tmp_path / "quality.md").read_text()
+    assert "12 subjects" in text and "not measured" not in text and "nan" not in text
+    reached = [line for line in text.splitlines() if line.startswith("| TextBoost") and "short" in line]
     assert len(reached) == 1 and reached[0].count("**short**") == 2
 
 
@@ -105,7 +104,7 @@ def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
     model = load_model("tiny")
     rank = EMBEDDED["personalized_residuals"]["rank"]
     ours = sum(p.numel() for p in trainable(model, "personalized_residuals", "mug", rank=rank).values())
-    with quality_variants.keys_and_values():
+    with variants.keys_and_values():
         theirs = trainable(model, "personalized_residuals", "mug", rank=rank)
     assert abs(sum(p.numel() for p in theirs.values()) / ours - 1) < 0.05
     assert all("attn2.to_k" in n or "attn2.to_v" in n for n in theirs)
@@ -120,16 +119,14 @@ def test_untold_augmentation_changes_pictures_and_names_nothing():
 
     pixels, s = photos(21, 1)[0].picture, settings_for(None, "textboost", class_word="mug")
     told = [textboost.augmented(pixels, 64, 16, s, seeded(i)) for i in range(8)]
-    with quality_variants.untold():
+    with variants.untold():
         silent = [textboost.augmented(pixels, 64, 16, s, seeded(i)) for i in range(8)]
     assert any(a.prefix for a in told) and not any(a.prefix for a in silent)
     assert all(torch.equal(torch.from_numpy(a.pixels), torch.from_numpy(b.pixels)) for a, b in zip(told, silent))
 
 
 def test_a_sheet_whose_pictures_are_elsewhere_stays(tmp_path, capsys):
-    import quality_sheet
-
     kept = tmp_path / "sheet.png"
     kept.write_bytes(b"drawn before")
-    quality_sheet.sheet("main", ["101"], ["dreambooth"], kept, tmp_path, {"dreambooth": "DreamBooth"})
+    sheets.sheet("main", ["101"], ["dreambooth"], kept, tmp_path, {"dreambooth": "DreamBooth"})
     assert kept.read_bytes() == b"drawn before" and "1 of its strips" in capsys.readouterr().out

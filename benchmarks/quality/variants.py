@@ -1,4 +1,4 @@
-"""Changes to a method that no setting of the trainer makes, for the ablations of quality.py."""
+"""Changes to a method that no setting of the trainer makes, for the ablations."""
 
 from __future__ import annotations
 

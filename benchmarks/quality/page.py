@@ -1,4 +1,4 @@
-"""docs/quality.md and its figures from the rows of results/quality.csv: made by python benchmarks/quality.py --docs"""
+"""docs/quality.md and its figures from the rows of results/quality.csv: made by python -m benchmarks.quality --docs"""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import quality_sheet
 from pcs_trainer.files import written_text
 
-DOCS = Path(__file__).parents[1] / "docs"
+from . import pictures as sheets
+
+DOCS = Path(__file__).parents[2] / "docs"
 Row = dict[str, str]
 NAMES = {
     "dreambooth": "DreamBooth", "dreambooth_lora": "DreamBooth-LoRA", "custom_diffusion": "Custom Diffusion",
@@ -219,7 +220,7 @@ def targets(rows: list[Row]) -> list[str]:
     return [*lines, "", *notes]
 
 
-HOW = """Made by `python benchmarks/quality.py --docs` from `benchmarks/results/quality.csv`; nothing here is written by
+HOW = """Made by `python -m benchmarks.quality --docs` from `benchmarks/results/quality.csv`; nothing here is written by
 hand but this page's frame. Every number is of the embedded model, a thousandth of a real one in a world of 64 x 64
 pictures: it says how the methods compare there, and nothing about Stable Diffusion.
 
@@ -247,7 +248,7 @@ def machines(rows: list[Row]) -> str:
 def write(rows: list[Row], pictures: Path) -> None:
     """The page, whole or not at all, and its figures."""
     if not rows:
-        raise SystemExit("there are no rows for these weights: run python benchmarks/quality.py first")
+        raise SystemExit("there are no rows for these weights: run python -m benchmarks.quality first")
     subjects = len(column(rows, ("main", PR), "gap_closed"))
     lines = ["# Quality of the methods on the embedded model", ""]
     lines += [
@@ -268,5 +269,5 @@ def write(rows: list[Row], pictures: Path) -> None:
             lines += ["![one place: photos, plain, LAG](quality_lag.png)", ""]
     DOCS.mkdir(exist_ok=True)
     written_text(DOCS / "quality.md", "\n".join(lines).rstrip() + "\n")
-    quality_sheet.figures(rows, DOCS, pictures, NAMES)
+    sheets.figures(rows, DOCS, pictures, NAMES)
     print(f"{DOCS / 'quality.md'} is made anew from {len(rows)} rows")

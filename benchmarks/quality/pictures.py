@@ -26,7 +26,8 @@ def chart(rows: list[dict[str, str]], path: Path, names: dict[str, str]) -> None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from quality_docs import column, interval
+
+    from .page import column, interval
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), dpi=110)
     for colour, (setting, name) in enumerate(names.items()):
@@ -88,7 +89,8 @@ def sheet(
 def learned_from(section: str, subject: int, pictures: Path) -> np.ndarray:
     """The four photos in a row."""
     from pcs_trainer.tiny.subjects import photos
-    from quality import sections
+
+    from .measure import sections
 
     jobs = [job for job in sections(50)["entangled" if section == "entangled" else "main"] if job.subject == subject]
     return np.concatenate([p.picture for p in photos(subject, 4, background=jobs[0].background or None)], axis=1)

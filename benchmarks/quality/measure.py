@@ -1,4 +1,4 @@
-"""The methods side by side on the embedded model: python benchmarks/quality.py [--section main ...] [--minutes 40]
+"""The methods side by side on the embedded model: python -m benchmarks.quality [--section main ...] [--minutes 40]
 
 Every method learns unseen subjects of the small world from four photos; the judge that ships with the model measures
 what is drawn (pcs_trainer/evaluation/scores.py says what each number is). One row a subject and setting goes into
@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "python")]
-
-import quality_variants as variants
 import timing
+
+from . import variants
 
 RESULTS = timing.RESULTS / "quality.csv"
 SUBJECTS = tuple(range(101, 151))  # seeds that no preset was chosen on
@@ -61,7 +60,7 @@ class Job:
     photos: int = 4
     background: str = ""  # all photos in this one place
     lag: bool = False  # measured a second time, drawn with LAG
-    variant: str = ""  # a change that no setting makes, by its name in quality_variants
+    variant: str = ""  # a change that no setting makes, by its name in variants.py
     partner: int = 0  # a second subject, learned together with the first
 
     @property
@@ -304,7 +303,7 @@ def measure_share(jobs: list[Job], options: argparse.Namespace, until: float) ->
 
 def spawn(options: argparse.Namespace, until: float) -> int:
     """One process a core; each takes its share."""
-    command = [sys.executable, __file__, "--until", str(until), "--subjects", str(options.subjects)]
+    command = [sys.executable, str(Path(__file__).parent), "--until", str(until), "--subjects", str(options.subjects)]
     command += ["--results", str(options.results), "--work", str(options.work), "--section", *options.section]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [
@@ -328,16 +327,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--until", type=float, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.docs:
-        import quality_docs
+        from . import page
 
-        quality_docs.write(Store(options.results, model_name()).rows(), options.work / model_name())
+        page.write(Store(options.results, model_name()).rows(), options.work / model_name())
         return 0
     until = options.until or time.time() + 60 * options.minutes
     if not options.share:
         return spawn(options, until)
     measure_share([job for name in options.section for job in sections(options.subjects)[name]], options, until)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
