@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer.tiny import captions, judge, world
-from pcs_trainer.tiny.make.data import TEST_SEEDS
 from pcs_trainer.tiny.make.evaluate import retrieval
+from pcs_trainer.tiny.training_set import TEST_SEEDS
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pcs_trainer.tiny.make import data
 from pcs_trainer.tiny.shapes import EMBLEMS, HANDLES, emblem, parts
 from pcs_trainer.tiny.subjects import photos, subject
 from pcs_trainer.tiny.surface import PATTERNS, SUBJECT_PATTERNS, pattern
+from pcs_trainer.tiny.training_set import CAPTIONS_EACH, training_scene
 
 
 def test_a_scene_and_its_picture_depend_on_the_seed_alone():
@@ -74,7 +75,7 @@ def test_position_moves_the_object():
 def test_held_out_triples_never_reach_training():
     held = sum(world.is_held_out(k, c, b) for k in world.CLASSES for c in world.COLOURS for b in world.BACKGROUNDS)
     assert 0.05 < held / (12 * 8 * 8) < 0.13
-    scenes = [data.training_scene(i) for i in range(300)]
+    scenes = [training_scene(i) for i in range(300)]
     assert not any(s.colour and world.is_held_out(s.kind, s.colour, s.background) for s in scenes)
     novel = [world.scene(i, held_out=True) for i in range(50)]
     assert all(world.is_held_out(s.kind, s.colour, s.background) for s in novel)
@@ -145,7 +146,7 @@ def test_every_shape_emblem_and_pattern_can_be_drawn():
 
 def test_the_training_set_is_written_once_and_whole(tmp_path):
     pictures, said = data.render_set(tmp_path, 40, report=lambda line: None)
-    assert pictures.shape == (40, 64, 64, 3) and len(said) == 40 and all(len(s) == data.CAPTIONS_EACH for s in said)
+    assert pictures.shape == (40, 64, 64, 3) and len(said) == 40 and all(len(s) == CAPTIONS_EACH for s in said)
     assert not list(tmp_path.glob("*.part"))
     again, _ = data.render_set(tmp_path, 40, report=lambda line: pytest.fail("rendered twice"))
     assert np.array_equal(pictures, again)

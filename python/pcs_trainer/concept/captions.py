@@ -88,7 +88,7 @@ a painter on a ladder; a ginger cat watches the rain
 def general_captions(model: Model | None = None, count: int = COUNT) -> list[str]:
     """General captions: the embedded model's own kind for that model, ordinary ones (at most COUNT) for every other."""
     if getattr(model, "embedded", False):
-        from ..tiny.make.data import training_captions, training_scene
+        from ..tiny.training_set import training_captions, training_scene
 
         return [training_captions(i, training_scene(i))[0] for i in range(count)]
     return [" ".join(caption.split()) for caption in CAPTIONS.split(";")][:count]

@@ -1,7 +1,4 @@
-"""The training set of the tiny model: rendered once to a memory-mapped file, read many times.
-
-Picture ``i`` depends on its number alone, so that a set can be extended, shared and rebuilt.
-"""
+"""The embedded model's training set as files: rendered once to a memory-mapped file, read many times."""
 
 import json
 import os
@@ -10,29 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import captions, world
-from ..subjects import subject
+from .. import world
+from ..training_set import training_captions, training_scene
 
-# Disjoint ranges of seeds: what the model saw, what the judge saw, what neither saw.
-TRAIN_SEEDS, JUDGE_SEEDS, TEST_SEEDS = 100_000_000, 200_000_000, 300_000_000
-SUBJECT_SHARE = 0.12
-CAPTIONS_EACH = 4
 BLOCK = 500
-
-
-def training_scene(index, base=TRAIN_SEEDS, held_out=False):
-    """Scene number ``index``: mostly objects with names, some subjects that have none (each seen once)."""
-    rng = np.random.default_rng([base, index])
-    seed = base + index
-    if rng.random() < SUBJECT_SHARE:
-        one = subject(seed)
-        return world.with_look(world.scene(seed, kind=one.kind, style="photo"), one.look)
-    return world.scene(seed, held_out=held_out)
-
-
-def training_captions(index, scene, base=TRAIN_SEEDS):
-    rng = np.random.default_rng([base, index, 5])
-    return [captions.training_caption(scene, rng).text for _ in range(CAPTIONS_EACH)]
 
 
 def _render_block(start, stop):

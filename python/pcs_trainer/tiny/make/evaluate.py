@@ -17,7 +17,7 @@ from .. import captions, world
 from ..common import WEIGHTS, to_pictures, to_tensor
 from ..judge import agreement, frechet, load_judge
 from ..subjects import photos
-from .data import TEST_SEEDS, training_captions, training_scene
+from ..training_set import TEST_SEEDS, training_captions, training_scene
 from .folder import GUIDANCE, STEPS, Parts
 
 NOVEL_OFFSET, BARE_OFFSET, SHEET_OFFSET, SUBJECT_OFFSET, REAL_OFFSET = (

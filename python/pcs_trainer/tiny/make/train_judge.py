@@ -13,7 +13,7 @@ from .. import captions, world
 from ..common import Budget, Progress, device, load_checkpoint, save_whole, to_tensor
 from ..judge import FIELDS, JudgeNet
 from ..subjects import subject
-from .data import JUDGE_SEEDS
+from ..training_set import JUDGE_SEEDS
 
 UNNAMED = -100  # cross-entropy's ignored label: a subject has no colour and no pattern
 
