@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pcs_kernels
-from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward
-from pcs_kernels.step_in_backward import _square
+from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward, sum_of_squares
 
 from ..model.model import Model
 from ..model.sources import Folder, find_source, read_json
@@ -174,7 +173,7 @@ class Rehearsal:
 
     def _look(self, gradient: Tensor) -> None:
         """What the step in the backward does with a gradient before it takes the step."""
-        _square(gradient)
+        sum_of_squares(gradient)
 
     def _gradient(self, p: Tensor) -> None:
         if self.ledger is not None:

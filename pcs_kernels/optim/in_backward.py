@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ._layout import in_memory_order
-
-if TYPE_CHECKING:
-    from .optim import AdamW8bit
+from .._layout import in_memory_order
+from .adamw8bit import AdamW8bit
 
 PART = 1 << 16  # elements whose squares are summed at a time
 
@@ -88,7 +85,7 @@ class StepInBackward:
             norm = self._take_norm()
             self.norm = norm if math.isfinite(norm) else self.norm  # one bad step says nothing about the next
         elif self.max_norm is not None and waiting:
-            self.norm = float(torch.linalg.vector_norm(torch.stack([_square(p.grad) for p in waiting]).sqrt()))
+            self.norm = float(torch.linalg.vector_norm(torch.stack([sum_of_squares(p.grad) for p in waiting]).sqrt()))
         if waiting and not self._steps_now and self.max_norm is not None:
             if self.norm is None or not math.isfinite(self.norm):  # nothing has been stepped yet: nothing is
                 self.refused, self.norm = len(waiting), None
@@ -96,7 +93,7 @@ class StepInBackward:
                 return
             self._set_coefficient(self.norm)
         for p in waiting:
-            self._update(p, _square(p.grad))
+            self._update(p, sum_of_squares(p.grad))
         self._passes.clear()
         if self.max_norm is not None:
             self._steps_now = self.clip == "previous" and self.norm is not None
@@ -110,13 +107,13 @@ class StepInBackward:
 
     def _produced(self, p: Tensor) -> None:
         if self._measuring:
-            self._squares.append(_square(p.grad))
+            self._squares.append(sum_of_squares(p.grad))
             p.grad = None
             return
         self._passes[p] = self._passes.get(p, 0) + 1
         if self._passes[p] < self.accumulate:
             return
-        square = _square(p.grad)
+        square = sum_of_squares(p.grad)
         if self.max_norm is not None and self.clip == "previous":
             self._squares.append(square)
         if self._steps_now:
@@ -158,7 +155,7 @@ class StepInBackward:
             self._coefficient = min(1.0, self.max_norm / (norm + 1e-6))
 
 
-def _square(gradient: Tensor | None) -> Tensor:
+def sum_of_squares(gradient: Tensor | None) -> Tensor:
     """The sum of squares in float32; a large CPU tensor in parts, whose float32 copies stay in the cache."""
     assert gradient is not None
     flat = in_memory_order(gradient, gradient.detach()).flatten()
@@ -176,8 +173,6 @@ def step_in_backward(
     Without clipping, or with clip="previous", plain `loss.backward()` works (call `handle.finish()` after each step
     where max_norm is given); `handle.backward(lambda: loss)` does a whole step in every case.
     """
-    from .optim import AdamW8bit
-
     if not isinstance(opt, AdamW8bit):
         raise TypeError(f"opt must be pcs_kernels.optim.AdamW8bit, not {type(opt).__name__}")
     if not isinstance(accumulate, int) or accumulate < 1:

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._layout import in_memory_order
-from .ops.adamw8bit import step_8bit, step_32bit
-from .ops.adamw8bit.codes import blocks, code_map
-from .step_in_backward import StepInBackward as StepInBackward
-from .step_in_backward import step_in_backward as step_in_backward
+from .._layout import in_memory_order
+from ..ops.adamw8bit import step_8bit, step_32bit
+from ..ops.adamw8bit.codes import blocks, code_map
 
 # bitsandbytes nests the coded state under this key since 0.46, so that FSDP leaves it alone.
 _BNB_NESTED = "__bnb_optimizer_quant_state__"
