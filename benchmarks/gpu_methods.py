@@ -130,7 +130,7 @@ def start(scene: Scene, method: str) -> Trained:
 def text_encoder(scene: Scene) -> Trained:
     """CLIP's text encoder of the model's width with rank-4 LoRA on its six projections."""
     from pcs_trainer.methods.textboost import LAYERS
-    from pcs_trainer.model.text import TextLowRank, attach_text
+    from pcs_trainer.model.text_adapters import TextLowRank, attach_text
     from transformers import CLIPTextConfig, CLIPTextModel
 
     width, like = scene.text.shape[-1], scene.text

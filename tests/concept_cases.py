@@ -7,7 +7,8 @@ import copy
 import torch
 from pcs_trainer.concept.concept import Concept, attached, fingerprint
 from pcs_trainer.model.sources import TINY
-from pcs_trainer.model.text import encode, file_name
+from pcs_trainer.model.text import encode
+from pcs_trainer.model.text_adapters import file_name
 from unet_families import relative
 
 RANKS = {64: 3, 96: 5, 128: 7}  # as Personalized Residuals has 16, 32 and 64: one for each width

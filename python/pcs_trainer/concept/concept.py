@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..model.text import TextLowRank, attach_context, attach_text, detach_text, encode, file_name
+from ..model.text import encode
+from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, file_name
 from ..unet.layers import LowRank, replace_data
 
 if TYPE_CHECKING:

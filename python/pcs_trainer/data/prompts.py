@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..model.text import plain_ids
+from ..model.tokens import plain_ids
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -65,6 +65,21 @@ def first_rows(model: Model, word: str, count: int = 0) -> list[Tensor]:
         ids = (ids * (count or 1))[: count or len(ids)]
         rows.append(encoder.get_input_embeddings().weight.detach()[ids].float().clone())
     return rows
+
+
+class Vocabulary:
+    """What learned words can start from: a model's tokenizers and embedding tables."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def rare(self, seed: int) -> str:
+        """A rare word of the (first) tokenizer."""
+        return rare_token(self.model.tokenizers[0], seed)
+
+    def rows(self, text: str, count: int = 0) -> list[Tensor]:
+        """Copies of the token embeddings of `text`, one tensor for each text encoder; `count` of them (0: all)."""
+        return first_rows(self.model, text, count)
 
 
 def subject_words(s: Settings) -> str:

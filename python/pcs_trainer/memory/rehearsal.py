@@ -19,7 +19,7 @@ from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward, sum_o
 
 from ..model.model import Model
 from ..model.sources import Folder, find_source, read_json
-from ..model.text import TextLowRank, adapters, attach_text
+from ..model.text_adapters import TextLowRank, adapters, attach_text
 from ..settings import Settings
 from ..training.optimizer import LARGEST_COPY
 from ..unet.layers import LowRank

@@ -1,12 +1,13 @@
 """TextBoost (arXiv 2409.08248): one picture, learned by the text encoder alone.
 
 Trains   rank-4 LoRA (alpha = rank) on the text encoder's q, k, v, out, fc1, fc2; V*, which starts from the class word;
-         and 12 rows of words that name what was done to the picture ("<aug-crop> photo of V*"), so that it is not
+         and 12 embeddings of words that name what was done to the picture ("<aug-crop> photo of V*"), so that it is not
          learned as part of V*. UNet and autoencoder are frozen.
 Loss     noise MSE at timesteps p(t) ~ max log SNR - log SNR(t)
          + 0.1 mean(1 - cos(h_tuned, h_frozen)) over all positions of general captions (knowledge preservation).
-Held     the first token and the empty prompt stay as the frozen encoder's; rows are no longer than the table's mean.
-Default  250 steps, batch 8, LoRA 1e-4, rows 1e-3.
+Held     the first token and the empty prompt stay as the frozen encoder's; trained token embeddings are no longer than
+         the table's mean.
+Default  250 steps, batch 8, LoRA 1e-4, token embeddings 1e-3.
 
 variant="causal" is the second version: a rank-1 residual on fc2 for the tokens from V* on, so that what stands before
 V* is untouched; "causal++" adds one on the text states of each cross-attention.
@@ -14,125 +15,183 @@ V* is untouched; "causal++" adds one on the text states of each cross-attention.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..concept import grammar
 from ..concept.captions import general_captions
 from ..data import augment
-from ..data.prompts import class_prompt, first_rows
-from ..model.text import TextLowRank, attach_context, attach_text, detach_text, encode, text_module, without_adapters
-from ..training.losses import preservation_loss
-from . import Learner, add_words, subject_rows
-from .dreambooth import fresh_pair
+from ..data.augment import Augmentation, Augmented
+from ..data.prompts import class_prompt
+from ..model.model import Model
+from ..model.text import encode, text_module, without_adapters
+from ..settings import Settings
+from .learner import Learner, Pair, fresh_pair
+from .method import Method, SideLoss
 
-if TYPE_CHECKING:
-    from ..model.model import Model
-    from ..settings import Settings
-
-LAYERS = {
-    "v1": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LAYERS = {  # by variant: the layers of each transformer block that get a residual
+    "v1": (*QKV, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
+    "qkv": QKV,
     "causal": ("mlp.fc2",),
     "causal++": ("mlp.fc2",),
 }
-PARTS = ("text_encoder", "text_encoder_2")
+CAUSAL_RANK = 1
+CAPTIONS = 200  # general captions that the preservation loss draws from
 
 
-def setup(model: Model, s: Settings) -> Learner:
-    if s.variant not in LAYERS:
-        raise ValueError(f"textboost has the variants {', '.join(LAYERS)}, not {s.variant!r}")
-    learner = Learner({}, lambda: {}, text_trains=True, hold_first=True)
-    pairs = encoder_residuals(model, s, learner)
+@dataclass(kw_only=True)
+class TextBoost(Settings):
+    """The paper's values."""
+
+    train_token: bool = True
+    init_word: str | None = "{class}"
+    steps: int = 250
+    batch: int = 8
+    learning_rate: float = 1e-4
+    token_learning_rate: float | None = 1e-3
+    timesteps: Literal["uniform", "snr"] = "snr"
+    rank: int = 4
+    init: Literal["zero_up", "both_random"] = "zero_up"
+    variant: Literal["v1", "qkv", "causal", "causal++"] = "v1"
+    augment: bool = True
+    augment_probability: float = 0.8
+    bank: int = 256  # augmented pictures prepared before training; the autoencoder leaves memory after that
+    preservation_weight: float = 0.1  # of the knowledge-preservation loss; 0 is off
+
+    @property
+    def causal(self) -> bool:
+        """Whether residuals act on the tokens from V* on alone."""
+        return self.variant.startswith("causal")
+
+
+def setup(model: Model, s: TextBoost, learner: Learner) -> None:
+    """Residuals on the text encoders, the subject's word, and the words for augmentations."""
+    learner.hold_first = True
+    encoder_residuals(model, s, learner)
     if s.variant == "causal++":
-        pairs |= context_residuals(model, s)
-    learner.undo += [lambda e=encoder: detach_text(e, "learning") for encoder in model.text_encoders]
-    learner.parameters |= pairs
-    add_words(learner, subject_rows(model, s), s.train_token)
+        context_residuals(model, s, learner)
+    learner.add_subject_word(s)
     if s.augment:
-        starts = {augment.word(n): first_rows(model, text, count) for n, (text, count) in augment.WORDS.items()}
-        add_words(learner, starts, s.train_token)
-        learner.seldom = tuple(n for n in learner.parameters if n.startswith("word.") and "<aug-" in n)
-    learner.tensors = lambda: {n: p.detach().clone() for n, p in pairs.items()}
-    return learner
+        for name, (text, count) in augment.WORDS.items():
+            rows = learner.vocabulary.rows(text, count)
+            learner.add_word(augment.word(name), rows, trained=s.train_token, kept=False, seldom=True)
 
 
-def encoder_residuals(model: Model, s: Settings, learner: Learner) -> dict[str, nn.Parameter]:
+def encoder_residuals(model: Model, s: TextBoost, learner: Learner) -> None:
     """A pair on each of the variant's layers; the causal ones reach the tokens from V* on."""
-    generator = torch.Generator().manual_seed(s.seed)
-    causal = s.variant.startswith("causal")
-    pairs = {}
-    for part, encoder in zip(PARTS, model.text_encoders, strict=False):
+    for part, encoder in zip(grammar.TEXT_PARTS, model.text_encoders, strict=False):
         # SDXL reads the states before the last layer; what its pooled text goes through is the second encoder's alone.
         unread = len(model.text_encoders) > 1 and not hasattr(encoder, "text_projection")
         for number in range(encoder.config.num_hidden_layers - unread):
             for layer in LAYERS[s.variant]:
                 name = f"text_model.encoder.layers.{number}.{layer}"
-                down, up = fresh_pair(text_module(encoder, name), 1 if causal else s.rank, s.init, generator)
-                attach_text(encoder, name, TextLowRank(down, up, 1.0, "learning", s.token if causal else ""))
-                prefix = "causal_" if causal else ""
-                pairs |= {f"{part}.{name}.{prefix}down": down, f"{part}.{name}.{prefix}up": up}
-    return pairs
+                rank = CAUSAL_RANK if s.causal else s.rank
+                pair = fresh_pair(text_module(encoder, name), rank, s.init, learner.generator)
+                if s.causal:
+                    learner.attach_from_word_on(part, name, pair, s.token)
+                else:
+                    learner.attach(part, name, pair)
 
 
-def context_residuals(model: Model, s: Settings) -> dict[str, nn.Parameter]:
+def context_residuals(model: Model, s: TextBoost, learner: Learner) -> None:
     """A rank-1 pair on the text states in front of each cross-attention's keys and values."""
-    generator = torch.Generator().manual_seed(s.seed + 1)
-    pairs = {}
+    generator = torch.Generator().manual_seed(s.seed + 1)  # apart from the encoder's pairs, so that both variants share those
+    width = model.unet.settings["cross_attention_dim"]
+    device = model.unet.conv_in.weight.device
     for block in model.unet.attention_names():
-        width = model.unet.settings["cross_attention_dim"]
-        down = nn.Parameter(torch.randn(1, width, generator=generator))
-        up = nn.Parameter(torch.zeros(width, 1))
-        attach_context(model.text_encoder, block, TextLowRank(down, up, 1.0, "learning", s.token))
-        pairs |= {f"context.{block}.down": down, f"context.{block}.up": up}
-    return pairs
+        down = nn.Parameter(torch.randn(1, width, generator=generator).to(device))
+        learner.attach_context(block, Pair(down, nn.Parameter(torch.zeros(width, 1, device=device))), s.token)
 
 
-def augmented(pixels: np.ndarray, size: int, latent: int, s: Settings, generator: torch.Generator) -> augment.Augmented:
-    return augment.textboost(pixels, size, s.augment_probability, generator)
+def augmentation(s: TextBoost) -> Augmentation | None:
+    """One change a picture, named in front of its prompt."""
+
+    def change(pixels: np.ndarray, size: int, _latent: int, generator: torch.Generator) -> Augmented:
+        return augment.textboost(pixels, size, s.augment_probability, generator)
+
+    return Augmentation(change, s.bank) if s.augment else None
 
 
-def bank(model: Model, s: Settings, count: int = 200) -> list[str]:
+def preserved_captions(model: Model, s: TextBoost, count: int = CAPTIONS) -> list[str]:
     """General captions: one in ten empty, one in ten the class prompt."""
     captions = general_captions(model, count)
     return ["" if i % 10 == 0 else class_prompt(s) if i % 10 == 1 else text for i, text in enumerate(captions)]
 
 
-def extra_loss(model: Model, s: Settings, captions: list[str], generator: torch.Generator) -> Tensor:
-    """lambda times the knowledge-preservation loss on some of the bank's captions."""
-    pick = torch.randint(len(captions), (s.batch,), generator=generator).tolist()
-    said = [captions[i] for i in pick]
-    tuned = encode(model, said).states
-    with torch.no_grad():
-        frozen = _frozen_states(model, said)
-    if isinstance(tuned, dict):
-        return s.preservation_weight * torch.stack([preservation_loss(x, frozen) for x in tuned.values()]).mean()
-    return s.preservation_weight * preservation_loss(tuned, frozen)
+def preservation(model: Model, s: TextBoost) -> SideLoss | None:
+    """The weighted knowledge-preservation loss on some of the general captions."""
+    if not s.preservation_weight:
+        return None
+    captions = preserved_captions(model, s)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        pick = torch.randint(len(captions), (s.batch,), generator=generator).tolist()
+        said = [captions[i] for i in pick]
+        tuned = encode(model, said).states
+        with torch.no_grad():
+            frozen = frozen_states(model, said)
+        states = list(tuned.values()) if isinstance(tuned, dict) else [tuned]
+        return s.preservation_weight * torch.stack([preservation_loss(x, frozen) for x in states]).mean()
+
+    return loss
 
 
-def _frozen_states(model: Model, said: list[str]) -> Tensor:
-    from contextlib import ExitStack
+def preservation_loss(tuned: Tensor, frozen: Tensor) -> Tensor:
+    """Mean over prompts and all T positions of 1 - cos between tuned and frozen text states [B, T, C]."""
+    return (1 - F.cosine_similarity(tuned.float(), frozen.float(), dim=-1)).mean()
 
+
+def frozen_states(model: Model, said: Sequence[str]) -> Tensor:
+    """The text states [B, T, C] of the encoders without what is learned."""
     with ExitStack() as stack:
         for encoder in model.text_encoders:
             stack.enter_context(without_adapters(encoder))
-        return encode(model, said).states  # type: ignore[return-value]
+        states = encode(model, said).states
+    assert isinstance(states, Tensor)  # nothing is attached to single blocks while the adapters are off
+    return states
 
 
 @torch.no_grad()
-def after_step(model: Model, words: dict[str, list[Tensor]]) -> None:
-    """Rows no longer than the mean row of the encoder's own table."""
+def limit_norms(model: Model, words: Mapping[str, Sequence[Tensor]]) -> None:
+    """Token embeddings no longer than the mean of the encoder's own table."""
     for e, encoder in enumerate(model.text_encoders):
-        limit = _mean_norm(encoder)
+        limit = mean_row_norm(encoder)
         for rows in words.values():
-            norm = rows[e].norm(dim=1, keepdim=True).clamp_min(1e-12)
+            norm = rows[e].norm(dim=1, keepdim=True).clamp_min(1e-12)  # [n, 1]; a zero row stays zero
             rows[e].mul_((limit / norm).clamp_max(1.0))
 
 
-def _mean_norm(encoder: nn.Module) -> float:
-    found = encoder.__dict__.get("_pcs_mean_norm")
-    if found is None:
-        found = encoder.__dict__["_pcs_mean_norm"] = float(encoder.get_input_embeddings().weight.norm(dim=1).mean())
-    return found
+def several_subjects(s: TextBoost) -> str | None:
+    """Why several subjects cannot be learned together."""
+    if not s.causal:
+        return None
+    return (
+        f"textboost's variant {s.variant!r} is made for one word; learn several subjects with variant='v1', or with "
+        "custom_diffusion"
+    )
+
+
+METHOD = Method(
+    settings=TextBoost,
+    setup=setup,
+    paper="https://arxiv.org/abs/2409.08248",
+    trains="low-rank residuals on the text encoder, and new words",
+    choose="a single photo",
+    # The embedded text encoder of three layers is too small to hold a subject by itself: the second version, which also
+    # moves the text states in front of each cross-attention, can. 64 pixels cannot draw augmentation's collages.
+    tiny={"steps": 800, "batch": 4, "learning_rate": 2e-3, "token_learning_rate": 2e-2, "augment": False,
+          "variant": "causal++"},
+    augment=augmentation,
+    side_loss=preservation,
+    reads_more_text=lambda s: bool(s.preservation_weight),
+    after_step=lambda model, learner: limit_norms(model, learner.rows),
+    one_subject=several_subjects,
+)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from ..unet.unet import UNet
 from .schedule import Schedule
 from .sources import TINY, Folder, SingleFile, find_source, read_json
 from .weights import load_weights, weight_files
+
+if TYPE_CHECKING:
+    from .peers import Autoencoder, TextEncoder
 
 PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule")
 PIPELINES = "StableDiffusion"
@@ -41,12 +44,12 @@ class Model:
         return self._get("unet")
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[TextEncoder]:
         """transformers' CLIP text models: one for SD1.x and SD2.x, two for SDXL."""
         return self._get("text_encoders")
 
     @property
-    def text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> TextEncoder:
         return self.text_encoders[0]
 
     @property
@@ -58,7 +61,7 @@ class Model:
         return self.tokenizers[0]
 
     @property
-    def vae(self) -> nn.Module:
+    def vae(self) -> Autoencoder:
         """diffusers' AutoencoderKL, channels-last."""
         return self._get("vae")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..concept.concept import Concept, attached
 from ..model.sources import SingleFile, read_json
-from ..model.text import Text, Words, encode, tokenize
+from ..model.text import Text, Words, encode
+from ..model.tokens import tokenize
 from ..unet.layers import LowRank
 from .stacked import NOBODY, checked_index, stacked, text_side
 

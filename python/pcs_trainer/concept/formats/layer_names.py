@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...model.text import file_name
+from ...model.text_adapters import file_name
 from ..header import family
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...model.text import file_name
+from ...model.text_adapters import file_name
 from ..concept import Concept
 from ..header import described
 from .layer_names import Layers
