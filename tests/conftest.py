@@ -9,7 +9,7 @@ def pytest_configure(config):
 
 
 def pytest_report_header():
-    from pcs_trainer.cli.doctor import kernels
+    from pcs_trainer.machine import kernels
 
     return f"kernels: {kernels()[0]}"
 

@@ -70,14 +70,14 @@ class Hide:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Hide())
 import torch, pcs_kernels
-from pcs_kernels import __main__
+from pcs_kernels import diagnostics
 x = torch.randn(2, 8, 4, 4, requires_grad=True)
 pcs_kernels.group_norm_silu(x, 4).sum().backward()
 q = torch.randn(1, 2, 8, 8)
 pcs_kernels.self_attention(q, q, q); pcs_kernels.cross_attention(q, q, q)
 p = torch.nn.Parameter(torch.randn(5000)); p.grad = torch.randn(5000)
 pcs_kernels.optim.AdamW8bit([p]).step()
-print({verdict for op, backend, verdict in __main__.rows() if backend == "native"})
+print({verdict.text for verdict in diagnostics.verdicts() if verdict.backend == "native"})
 """
     said = python(code)
     assert "not built" in said and "install g++" in said

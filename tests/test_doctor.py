@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pcs_trainer import machine
 from pcs_trainer.cli import doctor
 from pcs_trainer.report import of_a_run as run_report
 
 import pcs_kernels
-from pcs_kernels._dispatch import OPS
+from pcs_kernels import _native, diagnostics
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def found():
 
 
 def test_every_operation_is_there_and_exact(found):
-    assert {op.name for op in found.ops} == set(OPS)
+    assert {op.name for op in found.ops} == set(diagnostics.op_names())
     for op in found.ops:
         assert not op.wrong, f"{op.name}: {op.error} of {op.allowed}"
         assert (op.error is None) == (op.backend == "reference")
@@ -46,8 +47,6 @@ def test_the_report_says_it_all(found):
 
 def test_a_wrong_kernel_is_named(monkeypatch):
     """A native kernel that is off by a percent is seen, and the advice names it."""
-    import pcs_kernels
-
     monkeypatch.setattr(pcs_kernels, "geglu", _off_by_a_percent(pcs_kernels.geglu))
     error, allowed = doctor.op_error("geglu", torch.float32, "cpu")
     assert error > allowed
@@ -59,9 +58,7 @@ def test_a_wrong_kernel_is_named(monkeypatch):
 
 
 def _off_by_a_percent(op):
-    from pcs_kernels._dispatch import forced_backend
-
-    return lambda x: op(x) * (1.0 if forced_backend() == "reference" else 1.01)
+    return lambda x: op(x) * (1.0 if diagnostics.forced_backend() == "reference" else 1.01)
 
 
 @pytest.mark.parametrize("facts, says", [
@@ -85,10 +82,10 @@ def test_without_the_native_build_the_reference_runs(monkeypatch):
     def none():
         raise ImportError("the C++ kernels were not built (no compiler at install time)")
 
-    monkeypatch.setattr(doctor._native, "library", none)
-    assert doctor._native_build() == ("the C++ kernels were not built (no compiler at install time)", False)
+    monkeypatch.setattr(_native, "library", none)
+    assert machine.native_build() == ("the C++ kernels were not built (no compiler at install time)", False)
     if not torch.cuda.is_available():
-        assert doctor.kernels()[1] and "not built" in doctor.slow_note() and "slower" in doctor.slow_note()
+        assert machine.kernels()[1] and "not built" in machine.slow_note() and "slower" in machine.slow_note()
 
 
 def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
@@ -97,11 +94,11 @@ def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
     photos = str(Path(__file__).parents[1] / "examples" / "photos")
     words = ["train", photos, "--class", "mug", "--steps", "1", "--no-report", "--out"]
     assert cli.main([*words, str(tmp_path / "kernels")]) == 0
-    assert ("slower than it could" in capsys.readouterr().err) == bool(doctor.slow_note())
+    assert ("slower than it could" in capsys.readouterr().err) == bool(machine.slow_note())
     with pcs_kernels.backend("reference"):
         assert cli.main([*words, str(tmp_path / "plain")]) == 0
         assert cli.main(["plan", "--device", "cpu", "--method", "personalized_residuals"]) == 0
-        assert doctor.kernels()[0] in run_report.machine()["kernels"]
+        assert machine.kernels()[0] in run_report.machine()["kernels"]
     said = capsys.readouterr().err
     assert "slower than it could: the operations run on the reference backend" in said and "plain torch" in said
 
@@ -109,5 +106,5 @@ def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_the_precision_of_a_gpu(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    chosen, reason = doctor.training_dtype("cuda")
+    chosen, reason = machine.training_dtype("cuda")
     assert chosen is dtype and f"{capability[0]}.{capability[1]}" in reason

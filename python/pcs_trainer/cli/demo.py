@@ -127,8 +127,8 @@ def run_demo(
     quiet: bool = False,
 ) -> Demo:
     """Everything, into `out`; the result names what failed."""
+    from ..machine import slow_note
     from ..model.model import load_model
-    from .doctor import slow_note
 
     quiet_libraries()
     out.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import pcs_kernels
-from pcs_kernels import _native
-from pcs_kernels.__main__ import device_type, rows
-from pcs_kernels._dispatch import BACKENDS, NEEDS, forced_backend
+from pcs_kernels import diagnostics
 from pcs_kernels.optim import AdamW8bit
+
+from .. import machine
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "bitsandbytes", "xformers")
 FLOOR = 8 * torch.finfo(torch.float32).eps  # what the order of a sum may change
@@ -53,18 +53,6 @@ class Diagnosis:
     @property
     def well(self) -> bool:
         return self.advice.startswith("All good")
-
-
-def training_dtype(kind: str) -> tuple[torch.dtype, str]:
-    """(dtype to train in on this machine, the reason in a phrase)"""
-    if kind == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        if major >= 8:
-            return torch.bfloat16, f"this GPU (compute capability {major}.{minor}) multiplies bfloat16 at full rate"
-        return torch.float32, f"this GPU (compute capability {major}.{minor}) has no bfloat16, and float16 overflows"
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16, "this CPU multiplies bfloat16 directly"
-    return torch.float32, "this CPU would compute bfloat16 by way of float32, more slowly"
 
 
 def _cases() -> dict[str, tuple[Callable[..., Tensor | tuple], list[Tensor]]]:
@@ -139,42 +127,16 @@ def _optimizer_error(kind: str) -> tuple[float, float]:
 
 def _op_states(dtype: torch.dtype, kind: str) -> list[OpState]:
     found: dict[str, OpState] = {}
-    for name, backend, verdict in rows():
-        state = found.setdefault(name, OpState(name, "reference"))
-        if verdict == "runs" and backend in BACKENDS:
-            state.backend = backend
-        elif verdict != "runs":
-            state.others[backend] = verdict.removeprefix("off: ")
+    for verdict in diagnostics.verdicts():
+        state = found.setdefault(verdict.op, OpState(verdict.op, "reference"))
+        if verdict.runs and verdict.backend in diagnostics.BACKENDS:
+            state.backend = verdict.backend
+        elif not verdict.runs:
+            state.others[verdict.backend] = verdict.text.removeprefix("off: ")
     for state in found.values():
         if state.backend != "reference":
             state.error, state.allowed = op_error(state.name, dtype, kind)
     return list(found.values())
-
-
-def _native_build() -> tuple[str, bool]:
-    try:
-        _native.library()
-        return f"native build for {_native.instruction_set()}", True
-    except ImportError as error:
-        return str(error), False
-
-
-def kernels() -> tuple[str, bool]:
-    """(what the operations run on here, in words; whether it is all the plain reference)"""
-    if forced_backend():
-        return f"the {forced_backend()} backend, as PCS_BACKEND says", forced_backend() == "reference"
-    if device_type() == "cuda":
-        triton = importlib.util.find_spec("triton") is not None
-        said = "Triton kernels" if triton else f"plain torch (the reference): {NEEDS['triton']}"
-        return said, not triton
-    said, native = _native_build()
-    return (said, False) if native else (f"plain torch (the reference): {said}", True)
-
-
-def slow_note() -> str:
-    """One line for whoever starts a run on the reference alone; empty where kernels run."""
-    said, plain = kernels()
-    return f"Everything works, but slower than it could: the operations run on {said}" if plain else ""
 
 
 def _advice(kind: str, has_native: bool, ops: list[OpState], nvidia: bool, triton: bool) -> str:
@@ -195,9 +157,9 @@ def _advice(kind: str, has_native: bool, ops: list[OpState], nvidia: bool, trito
 
 def examine() -> Diagnosis:
     """Look at everything; a second or two."""
-    kind = device_type()
-    dtype, reason = training_dtype(kind)
-    native, has_native = _native_build()
+    kind = diagnostics.device_type()
+    dtype, reason = machine.training_dtype(kind)
+    native, has_native = machine.native_build()
     versions = {"pcs": pcs_kernels.__version__, "Python": sys.version.split()[0]}
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
@@ -205,10 +167,9 @@ def examine() -> Diagnosis:
         else:
             versions[package] = torch.__version__ if package == "torch" else _version(package)
     ops = _op_states(dtype, kind)
-    device = torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    triton = importlib.util.find_spec("triton") is not None
+    triton = diagnostics.triton_reason() is None
     advice = _advice(kind, has_native, ops, shutil.which("nvidia-smi") is not None, triton)
-    return Diagnosis(device, kind, dtype, reason, native, has_native, versions, ops, advice)
+    return Diagnosis(machine.device_name(kind), kind, dtype, reason, native, has_native, versions, ops, advice)
 
 
 def _version(package: str) -> str:

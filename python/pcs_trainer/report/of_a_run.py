@@ -58,7 +58,7 @@ def machine() -> dict[str, Any]:
 
     import pcs_kernels
 
-    from ..cli.doctor import kernels
+    from ..machine import kernels
 
     gpu, count = torch.cuda.is_available(), torch.get_num_threads()
     device = torch.cuda.get_device_name() if gpu else f"{processor()}, {count} thread{'s' * (count > 1)}"

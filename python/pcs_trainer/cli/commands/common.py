@@ -93,7 +93,7 @@ def open_model(options: argparse.Namespace) -> Model:
         raise UsageError("--dtype float16: a CPU has no arithmetic in it; mend: --dtype bfloat16 or float32")
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if dtype is None and (kind == "cuda" or where != "tiny"):
-        from ..doctor import training_dtype
+        from ...machine import training_dtype
 
         dtype, reason = training_dtype(kind)
     try:

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 def warn_of_the_reference() -> None:
     """A CPU without our kernels holds more than what is counted."""
-    from ..doctor import slow_note
+    from ...machine import slow_note
 
     if slow_note():
         say("counted for the kernels; plain torch, which runs on this CPU, holds more (attention scores above all)")

@@ -216,8 +216,8 @@ def run(options: argparse.Namespace) -> int:
 
 def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], stop: Interrupt) -> int:
     from ...distributed import join
+    from ...machine import slow_note
     from ...training.trainer import Trainer
-    from ..doctor import slow_note
 
     first = join()[0] == 0
     options.quiet, options.tensorboard = options.quiet or not first, options.tensorboard and first

@@ -1,0 +1,122 @@
+"""What each op runs on here, and why not on another backend; `python -m pcs_kernels` prints it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import __version__, _native
+from ._dispatch import BACKENDS as BACKENDS
+from ._dispatch import NEEDS, OPS, Op
+from ._dispatch import forced_backend as forced_backend
+from .ops.self_attention.op import flash_reason, xformers_reason
+
+
+class Verdict(NamedTuple):
+    """One op on one backend: whether it runs, whether it would when forced, and the reason where it does not run."""
+
+    op: str
+    backend: str
+    runs: bool
+    ready: bool
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """The verdict in words: "runs", "ready when forced: ..." or "off: ..."."""
+        if self.runs:
+            return "runs"
+        return f"{'ready when forced' if self.ready else 'off'}: {self.reason}"
+
+
+class NativeBuild(NamedTuple):
+    """The compiled CPU kernels: their instruction set, or None and the reason."""
+
+    instruction_set: str | None
+    reason: str
+
+
+def device_type() -> str:
+    """The device the ops are asked about: "cuda" where torch sees a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def op_names() -> list[str]:
+    """The names of all ops with backends of their own, sorted."""
+    return sorted(OPS)
+
+
+def native_build() -> NativeBuild:
+    """The native build that this process uses, or why there is none."""
+    try:
+        _native.library()
+        return NativeBuild(_native.instruction_set(), "")
+    except ImportError as error:
+        return NativeBuild(None, str(error))
+
+
+def triton_reason() -> str | None:
+    """Why no Triton kernel can run in this environment, or None where the package is installed."""
+    return None if importlib.util.find_spec("triton") else NEEDS["triton"]
+
+
+def example(op: str, device: str) -> tuple[object, ...]:
+    """Small arguments of an everyday call, as the op's `reason` looks at them.
+
+    Args:
+        op: one of `op_names()`.
+        device: "cuda" and "meta" give bfloat16 tensors, anything else float32.
+    """
+    x = torch.ones(2, 64, device=device, dtype=torch.bfloat16 if device in ("cuda", "meta") else torch.float32)
+    image, heads = x.view(1, 8, 4, 4), x.view(1, 2, 8, 8)
+    adapter: tuple[Tensor | None, ...] = (x, x.new_empty(64, 64), None, x, x.t(), None)
+    return {
+        "geglu": (x,),
+        "group_norm_silu": (image, 4, None, None, 1e-5, True),
+        "cross_attention": (heads, heads, heads, None, 0.3),
+        "self_attention": (heads, heads, heads, 0.3),
+        "lowrank_residual": (*adapter, 1.0, None),
+        "frozen_conv": (image, image.view(2, 4, 4, 4)),
+        "adamw8bit": (x, x),
+    }[op]
+
+
+def verdicts() -> list[Verdict]:
+    """Every op on every backend of this machine, then self_attention's outside providers."""
+    return [verdict for name in op_names() for verdict in _backends_of(OPS[name])] + _providers()
+
+
+def _backends_of(op: Op) -> list[Verdict]:
+    arguments = example(op.name, device_type())
+    reasons = {backend: op.why_not(backend, *arguments) for backend in BACKENDS}
+    order = op.order.get(device_type(), ("reference",))
+    chosen = next(backend for backend in order if reasons[backend] is None)
+    first = f"{chosen} comes first here"
+    return [
+        Verdict(op.name, backend, backend == chosen, reason is None, first if reason is None else reason)
+        for backend, reason in reasons.items()
+    ]
+
+
+def _providers() -> list[Verdict]:
+    flash = flash_reason(torch.bfloat16, 64) if device_type() == "cuda" else "the native kernel comes first on the CPU"
+    xformers = xformers_reason(device_type())
+    return [
+        Verdict("self_attention", "sdpa", flash is None, True, flash or ""),
+        Verdict("self_attention", "xformers", False, xformers is None, xformers or "sdpa comes first here"),
+    ]
+
+
+def table() -> str:
+    """The text of `python -m pcs_kernels`: versions and device, then one line for each op and backend."""
+    build = native_build()
+    native = f"native build {build.instruction_set}" if build.instruction_set else build.reason
+    triton = "triton not installed" if triton_reason() else "triton installed"
+    device = torch.cuda.get_device_name() if device_type() == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    python = sys.version.split()[0]
+    head = f"pcs_kernels {__version__}, torch {torch.__version__}, Python {python}, {device}; {native}; {triton}"
+    return "\n".join([head, "", *(f"{v.op:<18}{v.backend:<11}{v.text}" for v in verdicts())])
