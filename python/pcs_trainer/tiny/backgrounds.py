@@ -1,20 +1,29 @@
 """The places of the tiny world, drawn with Pillow polygons at four times the size and averaged down.
 
-Each place is a function of (random generator, canvas size) and returns an image and the height of its ground line
-(0 top, 1 bottom) on which an object stands at the earliest.
+Each place is a function of (random generator, drawing pen, canvas size); positions are fractions of the picture, from
+the top left. They are part of the world that the embedded model knows: changed, its weights no longer fit.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-SUPERSAMPLE = 4
+RGB: TypeAlias = tuple[int, ...]
+Pen: TypeAlias = ImageDraw.ImageDraw
+Rng: TypeAlias = np.random.Generator
+
+SUPERSAMPLE = 4  # pixels a side drawn for one of the picture: Pillow's polygons are not anti-aliased
 
 
-def blend(a, b, t):
+def blend(a: RGB, b: RGB, t: float) -> RGB:
+    """The colour at `t` of the way from a to b."""
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
 
 
-def gradient(draw, size, y0, y1, top, bottom, bands=24):
+def gradient(draw: Pen, size: int, y0: float, y1: float, top: RGB, bottom: RGB, bands: int = 24) -> None:
     """A vertical colour gradient between two heights given as fractions of the picture."""
     edges = np.linspace(y0 * size, y1 * size, bands + 1)
     for i in range(bands):
@@ -22,35 +31,35 @@ def gradient(draw, size, y0, y1, top, bottom, bands=24):
         draw.rectangle([0, edges[i], size, edges[i + 1] + 1], fill=colour)
 
 
-def vary(rng, colour, amount=10):
+def vary(rng: Rng, colour: RGB, amount: int = 10) -> RGB:
     """The same colour under another sky."""
     shift = rng.integers(-amount, amount + 1)
     return tuple(int(np.clip(c + shift + rng.integers(-4, 5), 0, 255)) for c in colour)
 
 
-def disc(draw, size, x, y, rx, ry, fill):
+def disc(draw: Pen, size: int, x: float, y: float, rx: float, ry: float, fill: RGB) -> None:
     draw.ellipse([(x - rx) * size, (y - ry) * size, (x + rx) * size, (y + ry) * size], fill=fill)
 
 
-def hills(draw, size, rng, base, height, colour, count=2):
+def hills(draw: Pen, size: int, rng: Rng, base: float, height: float, colour: RGB, count: int = 2) -> None:
     """A rolling skyline reaching down to the bottom."""
     x = np.linspace(0, 1, 25)
     y = base - height * 0.5 * (1 + np.sin(x * np.pi * count + rng.uniform(0, 6.28)))
     draw.polygon([(0, size), *[(a * size, b * size) for a, b in zip(x, y, strict=True)], (size, size)], fill=colour)
 
 
-def cloud(draw, size, x, y, r, colour):
+def cloud(draw: Pen, size: int, x: float, y: float, r: float, colour: RGB) -> None:
     for dx, dy, k in ((-1.3, 0.2, 0.7), (0, -0.15, 1.0), (1.3, 0.2, 0.75), (0.2, 0.35, 0.9)):
         disc(draw, size, x + dx * r, y + dy * r, k * r * 1.2, k * r * 0.75, colour)
 
 
-def studio(rng, draw, size):
+def studio(rng: Rng, draw: Pen, size: int) -> None:
     tone = vary(rng, (126, 138, 150), 14)
     gradient(draw, size, 0, 0.66, blend(tone, (0, 0, 0), 0.22), blend(tone, (255, 255, 255), 0.25))
     gradient(draw, size, 0.66, 1, blend(tone, (255, 255, 255), 0.32), blend(tone, (255, 255, 255), 0.05))
 
 
-def table(rng, draw, size):
+def table(rng: Rng, draw: Pen, size: int) -> None:
     wall = vary(rng, (226, 214, 190), 8)
     wood = vary(rng, (156, 98, 52), 10)
     line = 0.6 + rng.uniform(-0.04, 0.04)
@@ -71,7 +80,7 @@ def table(rng, draw, size):
         )
 
 
-def meadow(rng, draw, size):
+def meadow(rng: Rng, draw: Pen, size: int) -> None:
     sky, grass = vary(rng, (110, 186, 240), 10), vary(rng, (124, 196, 68), 10)
     line = 0.56 + rng.uniform(-0.04, 0.04)
     gradient(draw, size, 0, line, sky, blend(sky, (255, 255, 255), 0.6))
@@ -87,7 +96,7 @@ def meadow(rng, draw, size):
         )
 
 
-def beach(rng, draw, size):
+def beach(rng: Rng, draw: Pen, size: int) -> None:
     sky, sea, sand = vary(rng, (150, 214, 250), 8), vary(rng, (20, 150, 190), 8), vary(rng, (244, 218, 160), 8)
     line = 0.4 + rng.uniform(-0.03, 0.03)
     gradient(draw, size, 0, line, sky, blend(sky, (255, 255, 255), 0.6))
@@ -102,7 +111,7 @@ def beach(rng, draw, size):
     gradient(draw, size, line + 0.32, 1, sand, blend(sand, (190, 140, 80), 0.35))
 
 
-def snow(rng, draw, size):
+def snow(rng: Rng, draw: Pen, size: int) -> None:
     sky, ice = vary(rng, (176, 196, 222), 8), vary(rng, (238, 244, 252), 4)
     line = 0.56 + rng.uniform(-0.03, 0.03)
     gradient(draw, size, 0, line, sky, blend(sky, (255, 255, 255), 0.5))
@@ -124,7 +133,7 @@ def snow(rng, draw, size):
     gradient(draw, size, line + 0.05, 1, ice, blend(ice, (140, 170, 220), 0.4))
 
 
-def night(rng, draw, size):
+def night(rng: Rng, draw: Pen, size: int) -> None:
     sky = vary(rng, (16, 20, 58), 5)
     line = 0.66 + rng.uniform(-0.03, 0.03)
     gradient(draw, size, 0, line, sky, blend(sky, (70, 60, 140), 0.55))
@@ -137,7 +146,7 @@ def night(rng, draw, size):
     gradient(draw, size, line + 0.03, 1, (34, 48, 74), (14, 20, 38))
 
 
-def brick(rng, draw, size):
+def brick(rng: Rng, draw: Pen, size: int) -> None:
     clay, mortar = vary(rng, (168, 84, 66), 8), (214, 196, 180)
     line = 0.72 + rng.uniform(-0.03, 0.02)
     draw.rectangle([0, 0, size, size], fill=mortar)
@@ -154,7 +163,7 @@ def brick(rng, draw, size):
     draw.rectangle([0, line * size, size, (line + 0.03) * size], fill=(86, 86, 94))
 
 
-def underwater(rng, draw, size):
+def underwater(rng: Rng, draw: Pen, size: int) -> None:
     water = vary(rng, (0, 126, 168), 8)
     line = 0.76 + rng.uniform(-0.03, 0.03)
     gradient(draw, size, 0, 1, blend(water, (120, 240, 240), 0.45), blend(water, (0, 20, 70), 0.6))
@@ -176,12 +185,14 @@ def underwater(rng, draw, size):
         disc(draw, size, a, b, r, r, (200, 246, 250))
 
 
-PLACES = {f.__name__: f for f in (studio, table, meadow, beach, snow, night, brick, underwater)}
+PLACES: dict[str, Callable[[Rng, Pen, int], None]] = {
+    f.__name__: f for f in (studio, table, meadow, beach, snow, night, brick, underwater)
+}
 BACKGROUNDS = tuple(PLACES)
 
 
-def background(name, rng, size):
-    """An (size, size, 3) float array in [0, 255]."""
+def background(name: str, rng: Rng, size: int) -> NDArray[np.float32]:
+    """The picture of a place, [size, size, 3] in [0, 255]."""
     big = Image.new("RGB", (size * SUPERSAMPLE, size * SUPERSAMPLE))
     PLACES[name](rng, ImageDraw.Draw(big), size * SUPERSAMPLE)
     return np.asarray(big.reduce(SUPERSAMPLE), dtype=np.float32)

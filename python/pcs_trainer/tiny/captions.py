@@ -1,10 +1,20 @@
 """Natural captions of scenes: synonyms, other orders, things left unsaid.
 
-``caption(scene, rng)`` says a random part of the truth and reports which fields it named.
+`caption(scene, rng)` says a random part of the truth and reports which fields it named. How often each part is said is
+part of what the embedded model was trained on.
 """
 
+from __future__ import annotations
+
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .world import Scene
 
 WORDS = {
     "mug": ("mug", "cup"),
@@ -64,25 +74,25 @@ class Caption:
     """The words, and the fields of the scene that they name."""
 
     text: str
-    names: frozenset
+    names: frozenset[str]
 
 
-def _one(rng, options):
+def _one(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _article(phrase):
+def _article(phrase: str) -> str:
     first = phrase.split()[0]
     return f"{'an' if first[0] in 'aeiou' and first != 'one' else 'a'} {phrase}"
 
 
-def is_reserved(text):
+def is_reserved(text: str) -> bool:
     """Whether a caption is kept for testing: one in sixteen, decided by its own letters."""
     return zlib.crc32(text.encode()) % 16 == 3
 
 
-def bare(scene, rng):
-    """The shortest captions: "a mug", "a blue fish", "a small blue fish"."""
+def bare(scene: Scene, rng: np.random.Generator) -> Caption:
+    """One of the shortest captions: "a mug", "a blue fish", "a small blue fish"."""
     noun = _one(rng, WORDS[scene.kind])
     words, names = [], {"kind"}
     if scene.scale in SIZE_WORDS and rng.random() < 0.6:
@@ -97,9 +107,10 @@ def bare(scene, rng):
     return Caption(_article(" ".join([*words, noun])), frozenset(names))
 
 
-def _subject_phrase(scene, rng, names):
-    """Article, size, colour, pattern and noun; what is said goes into ``names``."""
-    words, tail, frame = [], "", None
+def _subject_phrase(scene: Scene, rng: np.random.Generator, names: set[str]) -> str:
+    """Article, size, colour, pattern and noun; what is said goes into `names`."""
+    words: list[str] = []
+    tail, frame = "", None
     if scene.scale in FRAMES and rng.random() < 0.65:
         names.add("scale")
         if rng.random() < 0.4:
@@ -114,23 +125,19 @@ def _subject_phrase(scene, rng, names):
         if scene.pattern in AFTERWARDS and rng.random() < 0.3:
             tail = " " + AFTERWARDS[scene.pattern]
         else:
-            words.insert(
-                len(words) if rng.random() < 0.7 or frame else max(0, len(words) - 1), _one(rng, WORDS[scene.pattern])
-            )
+            last = len(words) if rng.random() < 0.7 or frame else max(0, len(words) - 1)
+            words.insert(last, _one(rng, WORDS[scene.pattern]))
     phrase = " ".join([*words, _one(rng, WORDS[scene.kind])]) + tail
     return f"{frame} {phrase}" if frame else _article(phrase)
 
 
-def caption(scene, rng, full=False):
-    """A caption of the scene; ``full`` always names the background and, off the middle, the position."""
+def caption(scene: Scene, rng: np.random.Generator, full: bool = False) -> Caption:
+    """A caption of the scene; `full` always names the background and, where the scene is not large, the position."""
     names = {"kind"}
     phrase = _subject_phrase(scene, rng, names)
     if scene.style == "painting":
-        phrase = (
-            f"{_one(rng, ('a painting of', 'a picture of'))} {phrase}"
-            if rng.random() < 0.3
-            else f"a painting of {phrase}"
-        )
+        either = rng.random() < 0.3
+        phrase = f"{_one(rng, ('a painting of', 'a picture of')) if either else 'a painting of'} {phrase}"
     elif rng.random() < 0.5:
         phrase = f"a photo of {phrase}"
     details = []
@@ -153,22 +160,21 @@ def caption(scene, rng, full=False):
     return Caption(text, frozenset(names))
 
 
-def decorated(scene, rng):
-    """The caption of an object whose look has no name: "a patterned mug on the beach"."""
+def decorated(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A caption of an object whose look has no name: "a patterned mug on the beach"."""
     said = caption(scene, rng)
     noun = next(w for w in WORDS[scene.kind] if f" {w}" in f" {said.text}")
     text = said.text
     for article in (f"an {noun}", f"a {noun}", noun):
         if article in text:
             word = _one(rng, DECORATED)
-            return Caption(
-                text.replace(article, f"a {word} {noun}" if article != noun else f"{word} {noun}", 1), said.names
-            )
+            named = f"a {word} {noun}" if article != noun else f"{word} {noun}"
+            return Caption(text.replace(article, named, 1), said.names)
     return said
 
 
-def training_caption(scene, rng):
-    """What the model reads in training, never a reserved caption; one in ten is bare."""
+def training_caption(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A caption that the model reads in training: never a reserved one, one in ten bare."""
     while True:
         if scene.colour is None:
             said = decorated(scene, rng) if rng.random() < 0.75 else caption(scene, rng)
@@ -178,7 +184,7 @@ def training_caption(scene, rng):
             return said
 
 
-def test_caption(scene, rng):
+def test_caption(scene: Scene, rng: np.random.Generator) -> Caption:
     """A caption that training never uses: reserved, and naming class, colour and background."""
     while True:
         said = caption(scene, rng, full=True)

@@ -1,13 +1,19 @@
 """The silhouettes of the tiny world: each class is a short list of polygons, painted back to front.
 
 Object space: x to the right, y downwards, the object fills about [-1, 1] x [-1, 1] and stands on y = 1.
-Roles say how a part is coloured: ``body`` carries the main colour and the pattern, ``trim`` the main colour in a
-darker tone (a subject gives it a colour of its own), every other role is a fixed colour of ``ROLE_COLOURS``.
+Roles say how a part is coloured: `body` carries the main colour and the pattern, `trim` the main colour in a darker
+tone (a subject gives it a colour of its own), every other role is a fixed colour of `ROLE_COLOURS`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
+
+Outline: TypeAlias = NDArray[np.float64]  # the corners of a polygon, [N, 2]
 
 ROLE_COLOURS = {
     "dark": (38, 36, 44),
@@ -23,15 +29,31 @@ ROLE_COLOURS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One polygon; ``hole`` is cut out of it."""
+    """One polygon; `hole` is cut out of it."""
 
     role: str
-    outline: np.ndarray
-    hole: np.ndarray | None = None
+    outline: Outline
+    hole: Outline | None = None
 
 
-def oval(cx, cy, rx, ry, start=0.0, stop=360.0, power=2.0, points=36):
-    """An ellipse (or the arc of one); ``power`` > 2 squares it, < 2 makes it pointed."""
+def oval(
+    cx: float,
+    cy: float,
+    rx: float,
+    ry: float,
+    start: float = 0.0,
+    stop: float = 360.0,
+    power: float = 2.0,
+    points: int = 36,
+) -> Outline:
+    """An ellipse, or the arc of one.
+
+    Args:
+        cx, cy, rx, ry: centre and radii.
+        start, stop: ends of the arc in degrees, from the right and clockwise.
+        power: exponent of the ellipse; above 2 it is squarer, below 2 pointed.
+        points: corners of the polygon.
+    """
     angle = np.radians(np.linspace(start, stop, points))
     cos, sin = np.cos(angle), np.sin(angle)
     x = np.sign(cos) * np.abs(cos) ** (2 / power)
@@ -39,22 +61,22 @@ def oval(cx, cy, rx, ry, start=0.0, stop=360.0, power=2.0, points=36):
     return np.stack([cx + rx * x, cy + ry * y], 1)
 
 
-def poly(*points):
+def poly(*points: tuple[float, float]) -> Outline:
     return np.array(points, dtype=float)
 
 
-def join(*pieces):
+def join(*pieces: Outline) -> Outline:
     return np.concatenate(pieces)
 
 
-def ring(role, cx, cy, rx, ry, width, power=2.0):
+def ring(role: str, cx: float, cy: float, rx: float, ry: float, width: float, power: float = 2.0) -> Part:
     return Part(role, oval(cx, cy, rx, ry, power=power), oval(cx, cy, rx - width, ry - width, power=power))
 
 
 HANDLES = ("round", "square", "pointed", "double")
 
 
-def handle(style, cx, cy, rx, ry, width):
+def handle(style: str, cx: float, cy: float, rx: float, ry: float, width: float) -> list[Part]:
     """The grip of a mug, teapot, umbrella or bag in one of the four HANDLES."""
     if style == "double":
         return [
@@ -64,11 +86,11 @@ def handle(style, cx, cy, rx, ry, width):
     return [ring("trim", cx, cy, rx, ry, width, {"round": 2.0, "square": 6.0, "pointed": 1.2}[style])]
 
 
-def eye(x, y, r):
+def eye(x: float, y: float, r: float) -> list[Part]:
     return [Part("white", oval(x, y, r, r)), Part("dark", oval(x - 0.25 * r, y, r * 0.6, r * 0.6))]
 
 
-def mug(grip):
+def mug(grip: str) -> list[Part]:
     body = join(poly((-0.72, -0.72)), poly((0.48, -0.72)), oval(-0.12, 0.78, 0.54, 0.2, 0, 180))
     return [
         *handle(grip, 0.5, 0.05, 0.46, 0.52, 0.17),
@@ -78,7 +100,7 @@ def mug(grip):
     ]
 
 
-def teapot(grip):
+def teapot(grip: str) -> list[Part]:
     spout = poly((-0.45, 0.05), (-0.86, -0.5), (-1.06, -0.5), (-0.72, 0.45), (-0.4, 0.7))
     return [
         *handle(grip, 0.68, 0.15, 0.36, 0.46, 0.14),
@@ -90,7 +112,7 @@ def teapot(grip):
     ]
 
 
-def fish(grip):
+def fish() -> list[Part]:
     tail = poly((0.4, 0.1), (1.02, -0.46), (0.86, 0.1), (1.02, 0.66))
     fin = poly((-0.35, -0.25), (0.1, -0.78), (0.45, -0.62), (0.3, -0.1))
     belly = poly((-0.2, 0.45), (0.05, 0.86), (0.3, 0.75), (0.2, 0.35))
@@ -104,7 +126,7 @@ def fish(grip):
     ]
 
 
-def bird(grip):
+def bird() -> list[Part]:
     legs = [
         Part("flame", poly((x, 0.6), (x + 0.09, 0.6), (x + 0.09, 1.0), (x - 0.12, 1.0), (x - 0.12, 0.92), (x, 0.92)))
         for x in (-0.12, 0.18)
@@ -119,7 +141,7 @@ def bird(grip):
     ]
 
 
-def cat(grip):
+def cat() -> list[Part]:
     ears = [Part("body", poly((s * 0.52, -0.35), (s * 0.5, -0.98), (s * 0.06, -0.6))) for s in (-1, 1)]
     inner = [Part("pink", poly((s * 0.42, -0.5), (s * 0.42, -0.8), (s * 0.2, -0.62))) for s in (-1, 1)]
     eyes = [
@@ -141,7 +163,7 @@ def cat(grip):
     ]
 
 
-def car(grip):
+def car() -> list[Part]:
     wheels = [
         part
         for x in (-0.52, 0.52)
@@ -165,7 +187,7 @@ def car(grip):
     return [Part("body", shell), *windows, *wheels, Part("gold", oval(-0.92, 0.14, 0.1, 0.09))]
 
 
-def boat(grip):
+def boat() -> list[Part]:
     hull = join(poly((-1.0, 0.42), (1.0, 0.42)), oval(0.0, 0.5, 0.72, 0.46, 10, 170))
     return [
         Part("wood", poly((-0.12, -1.0), (-0.03, -1.0), (-0.03, 0.45), (-0.12, 0.45))),
@@ -175,7 +197,7 @@ def boat(grip):
     ]
 
 
-def house(grip):
+def house() -> list[Part]:
     panes = [Part("glass", poly((x, 0.1), (x + 0.3, 0.1), (x + 0.3, 0.44), (x, 0.44))) for x in (-0.54, 0.24)]
     return [
         Part("dark", poly((0.36, -0.9), (0.6, -0.9), (0.6, -0.3), (0.36, -0.3))),
@@ -186,7 +208,7 @@ def house(grip):
     ]
 
 
-def mushroom(grip):
+def mushroom() -> list[Part]:
     stem = join(poly((-0.26, 0.0), (0.26, 0.0)), oval(0, 0.85, 0.36, 0.15, 0, 180))
     return [
         Part("cream", stem),
@@ -194,14 +216,14 @@ def mushroom(grip):
     ]
 
 
-def umbrella(grip):
+def umbrella(grip: str) -> list[Part]:
     stick = [Part("dark", poly((-0.06, -1.0), (0.06, -1.0), (0.06, 0.85), (-0.06, 0.85)))]
     scallops = join(*[oval(0.96 - 0.32 - 0.64 * i, 0.02, 0.32, -0.16, 0, 180, points=12) for i in range(3)])
     canopy = join(oval(0, 0.02, 0.96, 0.84, 180, 360), scallops)
     return [*stick, *handle(grip, 0.18, 0.8, 0.25, 0.22, 0.1), Part("body", canopy)]
 
 
-def bag(grip):
+def bag(grip: str) -> list[Part]:
     sack = poly((-0.66, -0.2), (0.66, -0.2), (0.9, 0.9), (0.8, 1.0), (-0.8, 1.0), (-0.9, 0.9))
     return [
         *handle(grip, 0, -0.32, 0.48, 0.62, 0.15),
@@ -211,7 +233,7 @@ def bag(grip):
     ]
 
 
-def rocket(grip):
+def rocket() -> list[Part]:
     fins = [Part("trim", poly((s * 0.3, 0.2), (s * 0.82, 0.78), (s * 0.3, 0.7))) for s in (-1, 1)]
     body = join(poly((0.26, 0.7), (-0.26, 0.7)), oval(0, 0.1, 0.42, 1.1, 150, 390, power=1.6))
     return [
@@ -225,8 +247,25 @@ def rocket(grip):
     ]
 
 
-BUILDERS = {f.__name__: f for f in (mug, teapot, fish, bird, cat, car, boat, house, mushroom, umbrella, bag, rocket)}
-CLASSES = tuple(BUILDERS)
+GRIPPED: dict[str, Callable[[str], list[Part]]] = {"mug": mug, "teapot": teapot, "umbrella": umbrella, "bag": bag}
+PLAIN: dict[str, Callable[[], list[Part]]] = {
+    f.__name__: f for f in (fish, bird, cat, car, boat, house, mushroom, rocket)
+}
+# A scene draws its class by its place in this tuple: another order would change the picture of every seed.
+CLASSES = (
+    "mug",
+    "teapot",
+    "fish",
+    "bird",
+    "cat",
+    "car",
+    "boat",
+    "house",
+    "mushroom",
+    "umbrella",
+    "bag",
+    "rocket",
+)
 # Where an emblem sits on the body, and its half size.
 EMBLEM_SPOT = {
     "mug": (-0.12, 0.12, 0.34),
@@ -242,20 +281,18 @@ EMBLEM_SPOT = {
     "bag": (0.0, 0.58, 0.34),
     "rocket": (0.0, 0.3, 0.24),
 }
-_CACHE: dict = {}
 
 
-def parts(name, grip="round"):
-    """The polygons of a class, back to front."""
-    if (name, grip) not in _CACHE:
-        _CACHE[name, grip] = BUILDERS[name](grip)
-    return _CACHE[name, grip]
+@cache
+def parts(name: str, grip: str = "round") -> list[Part]:
+    """The polygons of a class, back to front; `grip` (one of HANDLES) is that of a class that has one."""
+    return GRIPPED[name](grip) if name in GRIPPED else PLAIN[name]()
 
 
 EMBLEMS = ("disc", "square", "triangle", "star", "cross", "heart", "ring", "crescent")
 
 
-def emblem(kind):
+def emblem(kind: str) -> tuple[Outline, Outline | None]:
     """The polygon of an emblem within [-1, 1] x [-1, 1], and its hole."""
     if kind == "disc":
         return oval(0, 0, 0.95, 0.95), None

@@ -1,20 +1,21 @@
 """Subjects: objects of a known class whose look no caption can name, and photographs of them.
 
-``subject(seed)`` draws a class, a two-tone pattern, a trim colour, an emblem, a grip and proportions;
-``photos(seed, n)`` shows the same object in other places, poses and light, with captions that keep the secret.
+`subject(seed)` draws a class, a two-tone pattern, a trim colour, an emblem, a grip and proportions;
+`photos(seed, n)` shows the same object in other places, poses and light, with captions that keep the secret.
 """
 
 import colorsys
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import captions
 from .shapes import CLASSES, EMBLEMS, HANDLES
 from .surface import SUBJECT_PATTERNS
-from .world import BACKGROUNDS, Look, render, scene, with_look
+from .world import BACKGROUNDS, Look, Scene, render, scene, with_look
 
-_SUBJECT_STREAM, _PHOTO_STREAM = 11, 13
+_SUBJECT_STREAM, _PHOTO_STREAM = 11, 13  # random streams apart from each other and from the scenes' of the same seed
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,17 @@ class Subject:
 class Photo:
     """A picture of a subject with the caption that a stranger would write and the truth about the rest."""
 
-    picture: np.ndarray
+    picture: NDArray[np.uint8]
     caption: str
-    scene: object
+    scene: Scene
 
 
-def _rgb(hue, saturation, value):
+def _rgb(hue: float, saturation: float, value: float) -> tuple[int, ...]:
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
 
 
-def subject(seed, kind=None):
-    """The subject of this seed; ``kind`` pins its class."""
+def subject(seed: int, kind: str | None = None) -> Subject:
+    """The subject of this seed; `kind` pins its class."""
     rng = np.random.default_rng([int(seed), _SUBJECT_STREAM])
     drawn = str(rng.choice(CLASSES))
     hue = rng.uniform()
@@ -64,8 +65,16 @@ def subject(seed, kind=None):
     return Subject(kind or drawn, look, int(seed))
 
 
-def photos(seed, n, kind=None, background=None, first=0):
-    """``n`` photographs of subject ``seed``, from number ``first`` on; ``background`` puts all of them in one place."""
+def photos(seed: int, n: int, kind: str | None = None, background: str | None = None, first: int = 0) -> list[Photo]:
+    """Photographs of a subject.
+
+    Args:
+        seed: the subject's seed.
+        n: number of photographs.
+        kind: class of the subject; default: what its seed says.
+        background: one place for all of them; default: a random one each.
+        first: number of the first photograph; each depends on its number alone.
+    """
     it = subject(seed, kind)
     result = []
     for index in range(first, first + n):

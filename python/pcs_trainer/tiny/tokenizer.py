@@ -5,10 +5,11 @@ Files and behaviour are those of transformers' CLIPTokenizer (vocab.json, merges
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
-MAX_TOKENS = 40
+MAX_TOKENS = 40  # the longest caption of the world has fewer; half of CLIP's 77 halves the text encoder's work
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Words without meaning for identifiers, and words that the methods put in front of captions.
 RARE = tuple(
@@ -49,19 +50,19 @@ EXTRA = [
 ]
 
 
-def byte_letters():
+def byte_letters() -> dict[int, str]:
     """A printable letter for each byte, as GPT-2 and CLIP use them."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
-def learn_merges(counts):
+def learn_merges(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     """Byte-pair merges until every word is one token, the most frequent pair first."""
-    words = {word: (*word[:-1], word[-1] + "</w>") for word in counts}
-    merges = []
+    words: dict[str, tuple[str, ...]] = {word: (*word[:-1], word[-1] + "</w>") for word in counts}
+    merges: list[tuple[str, str]] = []
     while any(len(pieces) > 1 for pieces in words.values()):
-        pairs = Counter()
+        pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in words.items():
             for pair in pairwise(pieces):
                 pairs[pair] += counts[word]
@@ -72,8 +73,9 @@ def learn_merges(counts):
     return merges
 
 
-def _merged(pieces, pair):
-    result, i = [], 0
+def _merged(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    result: list[str] = []
+    i = 0
     while i < len(pieces):
         if pieces[i : i + 2] == pair:
             result.append(pieces[i] + pieces[i + 1])
@@ -84,8 +86,12 @@ def _merged(pieces, pair):
     return tuple(result)
 
 
-def write_tokenizer(captions, folder):
-    """Learn the merges from captions and write the tokenizer's folder."""
+def write_tokenizer(captions: Iterable[str], folder: str | Path) -> dict[str, int]:
+    """Learn the merges from captions and write the tokenizer's folder.
+
+    Returns:
+        The vocabulary, token to id.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     counts = Counter(word for text in captions for word in text.replace(",", " , ").split())

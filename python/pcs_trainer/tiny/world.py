@@ -1,17 +1,21 @@
 """The tiny world: scenes with known truth, drawn as 64x64 pictures with Pillow and numpy.
 
-``scene(seed)`` -> Scene, ``render(scene)`` -> uint8 (64, 64, 3); both depend on nothing but their arguments.
+`scene(seed)` -> Scene, `render(scene)` -> uint8 [64, 64, 3]; both depend on nothing but their arguments. The numbers in
+here are part of the world that the embedded model knows: changed, its weights no longer fit. Letters: H, W pixels.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from .backgrounds import BACKGROUNDS, SUPERSAMPLE, background
 from .shapes import CLASSES, EMBLEM_SPOT, ROLE_COLOURS, emblem, parts
-from .surface import PATTERNS, pattern, shading
+from .surface import PATTERNS, Grid, pattern, shading
 
 __all__ = [
     "BACKGROUNDS",
@@ -27,6 +31,10 @@ __all__ = [
     "scene",
 ]
 
+Colour: TypeAlias = tuple[float, ...]  # red, green, blue, each 0 to 255
+Pixels: TypeAlias = NDArray[np.floating]  # [H, W, 3], each 0 to 255
+Mask: TypeAlias = NDArray[np.floating]  # [H, W], each 0 to 1
+
 SIZE = 64
 COLOURS = {
     "red": (212, 34, 38),
@@ -41,6 +49,7 @@ COLOURS = {
 POSITIONS = ("left", "middle", "right")
 LIGHTS = ("normal", "sunset", "dim")
 STYLES = ("photo", "painting")
+# An object's width as a share of the picture; the gaps between the sizes keep each one apart from the next.
 SCALES = {"small": (0.44, 0.52), "medium": (0.58, 0.68), "large": (0.82, 0.94)}
 CENTRES = {"left": 0.30, "middle": 0.5, "right": 0.70}
 SECOND_TONE = {"white": (70, 74, 92)}
@@ -51,20 +60,20 @@ LIGHT_TINT = {"normal": (1.0, 1.0, 1.0), "sunset": (1.1, 0.84, 0.62), "dim": (0.
 class Look:
     """The appearance of one object: what a caption cannot say belongs here."""
 
-    main: tuple
-    second: tuple
+    main: Colour
+    second: Colour
     pattern: str
     turn: int = 0
-    trim: tuple | None = None
+    trim: Colour | None = None
     grip: str = "round"
-    stretch: tuple = (1.0, 1.0)
+    stretch: tuple[float, float] = (1.0, 1.0)
     emblem: str | None = None
-    emblem_colour: tuple = (255, 255, 255)
+    emblem_colour: Colour = (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides a picture; ``colour`` and ``pattern`` are None for a subject."""
+    """Everything that decides a picture; `colour` and `pattern` are None for a subject."""
 
     kind: str
     colour: str | None
@@ -84,12 +93,12 @@ class Scene:
     seed: int
 
 
-def is_held_out(kind, colour, place):
-    """Whether a class x colour x background triple is kept from training as a whole (about one in twelve)."""
+def is_held_out(kind: str, colour: str, place: str) -> bool:
+    """Whether a triple of class, colour and background is kept from training as a whole (about one in twelve)."""
     return zlib.crc32(f"{kind}/{colour}/{place}".encode()) % 12 == 0
 
 
-def _pose(rng, position, scale):
+def _pose(rng: np.random.Generator, position: str, scale: str) -> dict[str, Any]:
     size = rng.uniform(*SCALES[scale])
     x = CENTRES[position] + rng.uniform(-0.035, 0.035)
     y = 0.93 - size / 2 - rng.uniform(0.0, 0.10) * (1 - size)
@@ -103,14 +112,17 @@ def _pose(rng, position, scale):
     }
 
 
-def _pick(rng, options, weights=None):
+def _pick(rng: np.random.Generator, options: Sequence[str], weights: Sequence[float] | None = None) -> str:
     return str(rng.choice(options, p=weights))
 
 
-def scene(seed, held_out=None, **fixed):
-    """A random scene; ``fixed`` pins fields (kind, colour, pattern, background, position, scale, light, style).
+def scene(seed: int, held_out: bool | None = None, **fixed: str) -> Scene:
+    """A random scene.
 
-    ``held_out`` True draws only triples kept from training, False only the others, None any.
+    Args:
+        seed: what the scene follows from, as does its picture.
+        held_out: True draws only triples that are kept from training, False only the others, None any.
+        fixed: values of fields (kind, colour, pattern, background, position, scale, light, style).
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -146,12 +158,12 @@ def scene(seed, held_out=None, **fixed):
     )
 
 
-def with_look(base, look):
+def with_look(base: Scene, look: Look) -> Scene:
     """The same scene with an object that has no name for its colour and pattern."""
     return replace(base, look=look, colour=None, pattern=None)
 
 
-def _to_picture(points, s, size):
+def _to_picture(points: NDArray[np.float64], s: Scene, size: int) -> NDArray[np.float64]:
     """Object space to canvas pixels."""
     p = np.asarray(points) * np.array(s.look.stretch)
     if s.mirrored:
@@ -163,7 +175,7 @@ def _to_picture(points, s, size):
     return np.stack([s.x * size + x * s.size * size / 2, s.y * size + y * s.size * size / 2], 1)
 
 
-def _object_coordinates(s, size):
+def _object_coordinates(s: Scene, size: int) -> tuple[Grid, Grid]:
     """Object-space (u, v) of every pixel centre: the inverse of _to_picture."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = (grid[None, :] - s.x) * 2 / s.size, (grid[:, None] - s.y) * 2 / s.size
@@ -175,7 +187,7 @@ def _object_coordinates(s, size):
     return u / np.float32(s.look.stretch[0]), v / np.float32(s.look.stretch[1])
 
 
-def _mask(points, hole, s, size):
+def _mask(points: NDArray[np.float64], hole: NDArray[np.float64] | None, s: Scene, size: int) -> Mask:
     """Coverage in [0, 1] of a polygon given in object space."""
     big = size * SUPERSAMPLE
     canvas = Image.new("L", (big, big))
@@ -186,13 +198,13 @@ def _mask(points, hole, s, size):
     return np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32) / 255
 
 
-def _blurred(mask, radius):
+def _blurred(mask: Mask, radius: float) -> Mask:
     image = Image.fromarray(np.rint(mask * 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.BoxBlur(radius)), dtype=np.float32) / 255
 
 
-def _body_colours(s, u, v, flat):
-    """The patterned, shaded colour of the body and the darker colour of the trim, each (H, W, 3)."""
+def _body_colours(s: Scene, u: Grid, v: Grid, flat: bool) -> tuple[Pixels, Pixels]:
+    """The patterned, shaded colour of the body and the darker colour of the trim, each [H, W, 3]."""
     look = s.look
     mix = pattern(look.pattern, u, v, np.float32(2 / (s.size * len(u))), look.turn)[..., None]
     body = np.array(look.main, np.float32) * (1 - mix) + np.array(look.second, np.float32) * mix
@@ -204,7 +216,7 @@ def _body_colours(s, u, v, flat):
     return body * glow * (1 - highlight) + 255 * highlight, trim * glow
 
 
-def _paint_object(picture, s, size):
+def _paint_object(picture: Pixels, s: Scene, size: int) -> Pixels:
     """The object over the picture: shadow, soft contour, then the parts back to front."""
     flat = s.style == "painting"
     u, v = _object_coordinates(s, size)
@@ -231,7 +243,7 @@ def _paint_object(picture, s, size):
     return picture
 
 
-def _shadow(picture, s, size):
+def _shadow(picture: Pixels, s: Scene, size: int) -> Pixels:
     """A soft dark ellipse on the ground, away from the light."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     x = (grid[None, :] - s.x + s.side * 0.1 * s.size) / (0.56 * s.size)
@@ -240,8 +252,8 @@ def _shadow(picture, s, size):
     return picture * (1 - dark[..., None])
 
 
-def render(s, size=SIZE):
-    """The picture of a scene: uint8 (size, size, 3)."""
+def render(s: Scene, size: int = SIZE) -> NDArray[np.uint8]:
+    """The picture of a scene, uint8 [size, size, 3]."""
     rng = np.random.default_rng([s.seed & 0xFFFFFFFF, 7])
     picture = background(s.background, rng, size)
     picture = picture * np.array(LIGHT_TINT[s.light], np.float32)
@@ -251,13 +263,13 @@ def render(s, size=SIZE):
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def _in_its_light(s):
+def _in_its_light(s: Scene) -> Scene:
     """The scene with the tint of its light laid on the object, weaker than on the place so that colours stay true."""
     if s.light == "normal":
         return s
     tint = 0.65 + 0.35 * np.array(LIGHT_TINT[s.light])
 
-    def lit(colour):
+    def lit(colour: Colour) -> Colour:
         return tuple(float(min(255, c * t)) for c, t in zip(colour, tint, strict=True))
 
     look = s.look
@@ -273,7 +285,7 @@ def _in_its_light(s):
     )
 
 
-def _on_paper(picture, size):
+def _on_paper(picture: Pixels, size: int) -> Pixels:
     """The look of a painting: stronger colour in flat steps, and a margin of paper."""
     mean = picture.mean(-1, keepdims=True)
     picture = np.clip(mean + (picture - mean) * 1.25, 0, 255)
