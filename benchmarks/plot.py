@@ -13,7 +13,8 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import speed_docs
 import timing
-from quality import page as quality_docs
+from quality.jobs import NAMES
+from quality.statistics import cell, column
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -54,11 +55,11 @@ def quality_table() -> str:
         "| method | likeness: share of the gap closed | prompts kept | diversity | subjects |",
         "|---|---|---|---|---|",
     ]
-    for setting, name in quality_docs.NAMES.items():
-        found = [quality_docs.column(rows, ("main", setting), m) for m in ("gap_closed", "prompt_kept", "diversity")]
-        if found[0]:
-            cells = [quality_docs.shown(list(values.values())) for values in found]
-            lines.append(f"| {name} | {' | '.join(cells)} | {len(found[0])} |")
+    for setting, name in NAMES.items():
+        where = ("main", setting)
+        if subjects := column(rows, where, "gap_closed"):
+            cells = [cell(rows, where, m) for m in ("gap_closed", "prompt_kept", "diversity")]
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(subjects)} |")
     said = (
         "Likeness: 0 is the base model's picture of the class, 1 another photo of the subject; 95 % intervals."
         ' TextBoost is its second version here (`variant="causal++"`): the embedded text encoder has three layers.\n'

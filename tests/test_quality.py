@@ -12,51 +12,51 @@ import torch
 from pcs_trainer import load_model
 from pcs_trainer.settings import EMBEDDED
 from pcs_trainer.training.trainer import trainable
-from quality import measure, page, variants
+from quality import claims, jobs, page, statistics, variants
 from quality import pictures as sheets
 
 
 def row(job, setting, subject, **values):
     facts = {"model": "m", "section": job.section, "setting": setting, "subject": str(subject), "date": "d"}
-    return dict.fromkeys(measure.COLUMNS, "") | facts | {"device": "cpu"} | {k: str(v) for k, v in values.items()}
+    return dict.fromkeys(jobs.COLUMNS, "") | facts | {"device": "cpu"} | {k: str(v) for k, v in values.items()}
 
 
 def every_job():
-    return [job for jobs in measure.sections(12).values() for job in jobs]
+    return [job for section in jobs.sections(12).values() for job in section]
 
 
 def test_every_claim_compares_rows_that_the_runs_make():
     made = {(job.section, setting) for job in every_job() for setting in job.settings}
-    for group in page.claims().values():
+    for group in claims.claims().values():
         for claim in group:
-            assert {claim.first, claim.second} <= made and claim.measure in measure.MEASURES
+            assert {claim.first, claim.second} <= made and claim.measure in jobs.MEASURES
             assert claim.better in ("more", "less")
 
 
 def test_the_table_has_twelve_subjects_of_every_method():
-    table = measure.sections(12)["main"]
-    assert {(j.method, j.subject) for j in table} == {(m, s) for m in measure.METHODS for s in range(101, 113)}
+    table = jobs.sections(12)["main"]
+    assert {(j.method, j.subject) for j in table} == {(m, s) for m in jobs.METHODS for s in range(101, 113)}
 
 
 def test_a_job_is_done_when_all_its_rows_are_there(tmp_path):
-    store = measure.Store(tmp_path / "quality.csv", "m")
-    jobs = measure.sections(12)
-    residuals, pair = next(j for j in jobs["main"] if j.lag), jobs["joint"][0]
+    store = jobs.Store(tmp_path / "quality.csv", "m")
+    every = jobs.sections(12)
+    residuals, pair = next(j for j in every["main"] if j.lag), every["joint"][0]
     store.add(row(residuals, residuals.setting, residuals.subject))
-    assert residuals in measure.pending([residuals], store.done())
+    assert residuals in jobs.pending([residuals], store.done())
     store.add(row(residuals, f"{residuals.setting} + LAG", residuals.subject))
-    assert not measure.pending([residuals], store.done())
+    assert not jobs.pending([residuals], store.done())
     for setting in ("joint", "merged"):
         store.add(row(pair, setting, pair.subject))
-    assert measure.pending([pair], store.done())
+    assert jobs.pending([pair], store.done())
     for setting in ("joint", "merged"):
         store.add(row(pair, setting, pair.partner))
-    assert not measure.pending([pair], store.done())
-    assert not measure.Store(tmp_path / "quality.csv", "other weights").done()
+    assert not jobs.pending([pair], store.done())
+    assert not jobs.Store(tmp_path / "quality.csv", "other weights").done()
 
 
 def test_the_interval_is_students():
-    mean, half = page.interval([1.0, 2.0, 3.0, 4.0])
+    mean, half = statistics.interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and half == pytest.approx(3.18 * (5 / 3) ** 0.5 / 2)
 
 
@@ -71,15 +71,15 @@ def test_the_interval_is_students():
     ],
 )
 def test_a_verdict_follows_the_interval(differences, better, says):
-    assert says in page.verdict(differences, better)
+    assert says in statistics.verdict(differences, better)
 
 
 def test_differences_are_of_the_same_subjects_and_less_the_named_share():
     a, b = ("main", "x"), ("main", "y")
-    job = measure.Job("main", "x", "textboost", 1)
+    job = jobs.Job("main", "x", "textboost", 1)
     rows = [row(job, s, n, gap_closed=v) for s, n, v in (("x", 1, 0.9), ("x", 2, 0.8), ("y", 2, 0.5), ("y", 3, 0.1))]
-    claim = page.Claim("", a, b, "gap_closed", "more", 0.5)
-    assert page.paired(rows, claim) == ([0.8], [0.5])
+    claim = claims.Claim("", a, b, "gap_closed", "more", 0.5)
+    assert statistics.paired(rows, claim) == ([0.8], [0.5])
 
 
 def test_the_page_shows_what_the_rows_say(tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_the_page_shows_what_the_rows_say(tmp_path, monkeypatch):
     for job in every_job():
         for setting in job.settings:
             level = 0.4 if setting == "textboost" else 0.9
-            values = {m: round(random.gauss(level, 0.01), 4) for m in measure.MEASURES}
+            values = {m: round(random.gauss(level, 0.01), 4) for m in jobs.MEASURES}
             for subject in [job.subject, *([job.partner] if job.partner else [])]:
                 rows.append(row(job, setting, subject, train_cpu_seconds=20, **values))
     page.write(rows, tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import numpy as np
+
+from .jobs import sections
+from .statistics import column, interval
 
 CELL = 64
 HEADS = ("own prompt", "on the beach", "in the snow", "at night")
@@ -27,8 +29,6 @@ def chart(rows: list[dict[str, str]], path: Path, names: dict[str, str]) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from .page import column, interval
-
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), dpi=110)
     for colour, (setting, name) in enumerate(names.items()):
         x = list(column(rows, ("main", setting), "gap_closed").values())
@@ -36,10 +36,8 @@ def chart(rows: list[dict[str, str]], path: Path, names: dict[str, str]) -> None
         if len(x) < 2:
             continue
         axes.scatter(x, y, s=9, color=f"C{colour}", alpha=0.35)
-        axes.errorbar(
-            statistics.fmean(x), statistics.fmean(y), xerr=interval(x)[1], yerr=interval(y)[1], fmt="o",
-            color=f"C{colour}", label=name, capsize=3,
-        )  # fmt: skip
+        (middle, wide), (height, high) = interval(x), interval(y)
+        axes.errorbar(middle, height, xerr=wide, yerr=high, fmt="o", color=f"C{colour}", label=name, capsize=3)
     axes.axvline(0.6, color="grey", linewidth=0.7, linestyle=":")
     axes.axhline(0.8, color="grey", linewidth=0.7, linestyle=":")
     axes.set_xlabel("share of the gap to real photos that is closed")
@@ -89,8 +87,6 @@ def sheet(
 def learned_from(section: str, subject: int, pictures: Path) -> np.ndarray:
     """The four photos in a row."""
     from pcs_trainer.tiny.subjects import photos
-
-    from .measure import sections
 
     jobs = [job for job in sections(50)["entangled" if section == "entangled" else "main"] if job.subject == subject]
     return np.concatenate([p.picture for p in photos(subject, 4, background=jobs[0].background or None)], axis=1)
