@@ -35,7 +35,7 @@ def test_broken_safetensors(model, tmp_path):
     whole = file.read_bytes()
     for cut in (0, 7, 100, len(whole) - 10):
         file.write_bytes(whole[:cut])
-        refused(file, model, "no whole safetensors file")
+        refused(file, model, "truncated or corrupt safetensors file")
     for bad in (torch.nan, torch.inf):
         up = torch.full((128, 7, 1, 1), 0.1)
         up[3, 2] = bad

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer import load_model
-from pcs_trainer.concept.concept import Concept, fingerprint
+from pcs_trainer.concept.concept import Concept
 from pcs_trainer.evaluation.image_encoders import JudgeEyes, NetworkEyes, kid
 from pcs_trainer.evaluation.scores import (
     ASKS,
@@ -16,6 +16,7 @@ from pcs_trainer.evaluation.scores import (
     filled,
     similarities,
 )
+from pcs_trainer.model.fingerprint import fingerprint
 from pcs_trainer.tiny import world
 from pcs_trainer.tiny.captions import PLACES, WHERE
 from pcs_trainer.tiny.judge import FIELDS

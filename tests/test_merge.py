@@ -6,8 +6,9 @@ import pytest
 import torch
 from pcs_trainer.concept.blending import blend, compress, kept_values
 from pcs_trainer.concept.captions import general_captions
-from pcs_trainer.concept.concept import Concept, attached, fingerprint, predict
+from pcs_trainer.concept.concept import Concept, attached, predict
 from pcs_trainer.concept.merging import Constraint, gram, independent_rows, merge
+from pcs_trainer.model.fingerprint import fingerprint
 from pcs_trainer.model.text import encode
 from pcs_trainer.unet.unet import UNet
 from unet_families import SD15_REAL, relative

@@ -1,15 +1,19 @@
-"""Files that are there whole or not at all: written beside their place, then moved into it."""
+"""Files that are there whole or not at all, and safetensors files read safely. No pickle is ever read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a file, and put it at `path` when it is whole; what fails leaves nothing behind."""
+    """Let `write` fill a file beside `path`, then move it there; a failure leaves nothing behind."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,4 +27,52 @@ def written(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def written_text(path: Path, text: str) -> Path:
+    """`written` for text, in UTF-8."""
     return written(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+    """Write a safetensors file, whole or not at all.
+
+    Raises OSError, one sentence with the fix, where it cannot be written (a full disk, a folder without permission).
+    """
+    from safetensors.torch import save_file
+
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        return written(path, lambda part: save_file(plain, part, dict(header)))
+    except Exception as error:  # safetensors wraps the system's errors in its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(f"{path} could not be written ({reason}); free some space or choose another folder") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file.
+
+    Raises ValueError, one sentence, for a file that is missing, a pickle, truncated, or holds NaN or infinity.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; give the path of a file")
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    # A safetensors file starts with its header's length in eight bytes, any of which may look like a pickle's first.
+    if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        raise ValueError(f"{path} is a pickle, which can run code when it is read; convert it to safetensors first")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is a truncated or corrupt safetensors file ({reason}); get it again") from None
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors, header
+
+
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a tensor read from `path` holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{path}: the tensor {name!r} holds NaN or infinity; the file is unusable")

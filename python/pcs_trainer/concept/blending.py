@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .concept import Concept, check_base, check_fits, same_base
+from ..model.fingerprint import same_base
+from .concept import Concept, check_base, check_fits
 from .formats.layer_names import Layers
 
 if TYPE_CHECKING:

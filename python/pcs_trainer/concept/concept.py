@@ -10,8 +10,6 @@ context.{block}.down / .up for the states that one transformer block reads.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..model.fingerprint import fingerprint, same_base
 from ..model.text import encode
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, file_name
 from ..unet.layers import LowRank, replace_data
@@ -129,30 +128,6 @@ def load_concept(path: str | Path, model: Model | None = None, force: bool = Fal
         if not differs(model, concept):
             raise ValueError(f"{path} changes nothing on this model: its prediction is the base model's, bit for bit")
     return concept
-
-
-def fingerprint(model: Model) -> str:
-    """What tells base models apart: a hash of the UNet's configuration and 32 of its weights.
-
-    The weights are compared within one part in a hundred, so that the same model in another precision is the same.
-    """
-    cached = model.__dict__.get("_fingerprint")
-    if cached is None:
-        settings = json.dumps(model.unet.settings, sort_keys=True, default=str)
-        named = sorted((n, p) for n, p in model.unet.named_parameters() if p.numel() >= 64 and p.dim() > 1)
-        chosen = [p for _, p in named[:: max(1, len(named) // 8)]][:8]
-        values = [float(p.detach().flatten()[k * (p.numel() // 4)]) for p in chosen for k in range(4)]
-        cached = hashlib.sha256(settings.encode()).hexdigest()[:16] + ":" + ",".join(f"{v:.6g}" for v in values)
-        model.__dict__["_fingerprint"] = cached
-    return cached
-
-
-def same_base(a: str, b: str) -> bool:
-    (config_a, _, values_a), (config_b, _, values_b) = a.partition(":"), b.partition(":")
-    if config_a != config_b:
-        return False
-    pairs = zip(values_a.split(","), values_b.split(","), strict=False)
-    return all(abs(float(x) - float(y)) <= 0.01 * max(abs(float(x)), abs(float(y)), 1e-6) for x, y in pairs)
 
 
 def check_base(concept: Concept, model: Model, name: str) -> None:

@@ -15,13 +15,6 @@ FAMILIES = {  # family -> (architecture, the name that kohya's tools use)
 }
 
 
-def family(unet_settings: dict) -> str:
-    """sd1, sd2 or sdxl, by the UNet's configuration."""
-    if unet_settings.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    return "sd2" if unet_settings.get("use_linear_projection") else "sd1"
-
-
 def described(concept: Concept) -> dict[str, str]:
     """Header fields of a concept; what is not known is left out."""
     architecture, short = FAMILIES[concept.meta.get("family", "sd1")]

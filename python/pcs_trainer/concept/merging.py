@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..model.fingerprint import fingerprint
 from ..model.text import encode
 from .blending import SHARED, joined_words
 from .blending import blend as blend
 from .blending import compress as compress
 from .captions import general_captions
-from .concept import Concept, check_base, check_fits, fingerprint
+from .concept import Concept, check_base, check_fits
 from .formats.layer_names import Layers
 
 if TYPE_CHECKING:

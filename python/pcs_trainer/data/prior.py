@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..concept.concept import fingerprint
+from ..model.fingerprint import fingerprint
 from .latents import cache_folder
 from .pictures import Picture, is_blank, load_pictures
 

@@ -17,13 +17,13 @@ FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts",
 
 def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """out/checkpoint-N with the trained tensors, the optimizer's state and what the run is."""
-    from ..concept.file import write_whole
+    from ..files import write_safetensors
 
     folder, part = out / f"checkpoint-{step}", out / f".checkpoint-{step}.{os.getpid()}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        write_whole(part / "trained.safetensors", tensors, {})
+        write_safetensors(part / "trained.safetensors", tensors, {})
         torch.save(state.pop("optimizer"), part / "optimizer.pt")
         (part / "state.json").write_text(json.dumps(state, indent=1, default=str))
         shutil.rmtree(folder, ignore_errors=True)
@@ -43,7 +43,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from ..concept.file import read_safetensors
+    from ..files import read_safetensors
 
     try:
         state = json.loads((folder / "state.json").read_text())

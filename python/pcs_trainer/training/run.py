@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..concept.concept import Concept, fingerprint, load_concept, predict
-from ..concept.header import family
+from ..concept.concept import Concept, load_concept, predict
 from ..data.batches import Batch, data_digest, draw_batch, prior_bank, seeded, subject_bank
-from ..data.latents import own_size
 from ..data.prompts import class_prompt, subject_prompt
 from ..distributed import any_process, fill, first_alone, full_value, rank_and_world, shard
 from ..errors import TrainingStopped
 from ..methods import module_of
 from ..methods.dreambooth import small_picture
+from ..model.autoencoder import own_size
+from ..model.fingerprint import fingerprint
 from ..model.text import Text, encode
+from ..unet.config import family
 from .checkpoint import check_same_run, checkpoints, read_checkpoint, write_checkpoint
 from .events import Event
 from .log import Log
@@ -71,7 +72,7 @@ class Run:
             self.resume()
         movement = Movement(learner.parameters, self.frozen()) if self.step == 0 else None
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
-            while self.step < self.s.steps and not any_process(bool(stop)):
+            while self.step < self.s.steps and not any_process(stop()):
                 self.one_step(log)
                 if movement is not None and self.step == min(PROOF_STEP, self.s.steps):
                     self.say("proof", text=movement.check(learner.seldom))

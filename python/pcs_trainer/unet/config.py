@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UnsupportedModel
+
+Family = Literal["sd1", "sd2", "sdxl"]
 
 # diffusers' defaults of the values that shape the network.
 READ: dict[str, Any] = {
@@ -119,3 +121,10 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
     if c["time_embedding_dim"] is None:
         c["time_embedding_dim"] = 4 * c["block_out_channels"][0]
     return c
+
+
+def family(settings: dict[str, Any]) -> Family:
+    """The model family of a UNet's configuration: "sd1", "sd2" or "sdxl"."""
+    if settings.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd2" if settings.get("use_linear_projection") else "sd1"

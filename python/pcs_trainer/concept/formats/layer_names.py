@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...model.text_adapters import file_name
-from ..header import family
+from ...unet.config import family
 
 if TYPE_CHECKING:
     from ...model.model import Model

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..concept import Concept, check_fits, differs, fingerprint, load_concept
-from ..file import FORMAT, read_safetensors
-from ..header import family
+from ...files import read_safetensors
+from ...model.fingerprint import fingerprint
+from ...unet.config import family
+from ..concept import Concept, check_fits, differs, load_concept
+from ..file import FORMAT
 from .layer_names import Layers
 from .writing import file_part
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...files import write_safetensors
+from ...unet.config import family
 from ..concept import Concept, check_base, check_fits
-from ..file import write_whole
-from ..header import described, family
+from ..header import described
 from .layer_names import Layers, kohya_name
 
 if TYPE_CHECKING:
@@ -310,6 +311,6 @@ def _write(
         raise ValueError(
             f"two of the concept's words make one file name, {file.name}: give one another with .renamed(...)"
         )
-    write_whole(file, tensors, fields)
+    write_safetensors(file, tensors, fields)
     report.files.append(file)
     report.written |= {own: f"{file.name}: {key}" for own, key in names.items()}

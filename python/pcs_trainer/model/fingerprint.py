@@ -1,0 +1,47 @@
+"""What tells base models apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .model import Model
+
+TENSORS, VALUES = 8, 4  # 32 weights from all depths: a header of 300 characters, and no fine-tune leaves all of them
+SMALLEST = 64  # of a tensor that is read; biases and norms are left out, as many fine-tunes leave those as they were
+# bfloat16 keeps 8 bits: a rounded weight is off by at most 1/256 (0.4 %), and both models may have been rounded.
+TOLERANCE = 0.01
+FLOOR = 1e-6  # near zero a relative limit would ask for equal bits
+
+# Kept by network, not on it: a fine-tune that trains it in place goes on saying which model it began with.
+_known: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of the UNet's configuration and 32 of its weights, as the model was when first asked.
+
+    Compare two with `same_base`: the same model in another precision has another string.
+    """
+    unet = model.unet
+    if unet not in _known:
+        settings = json.dumps(unet.settings, sort_keys=True, default=str)
+        named = sorted((n, p) for n, p in unet.named_parameters() if p.numel() >= SMALLEST and p.dim() > 1)
+        chosen = [p for _, p in named[:: max(1, len(named) // TENSORS)]][:TENSORS]
+        values = [float(p.detach().flatten()[k * (p.numel() // VALUES)]) for p in chosen for k in range(VALUES)]
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        _known[unet] = digest + ":" + ",".join(f"{v:.6g}" for v in values)
+    return _known[unet]
+
+
+def same_base(a: str, b: str) -> bool:
+    """Whether two fingerprints are of one model, whatever the precision of either."""
+    (config_a, _, values_a), (config_b, _, values_b) = a.partition(":"), b.partition(":")
+    if config_a != config_b:
+        return False
+    pairs = [(float(x), float(y)) for x, y in zip(values_a.split(","), values_b.split(","), strict=False)]
+    return all(abs(x - y) <= TOLERANCE * max(abs(x), abs(y), FLOOR) for x, y in pairs)
