@@ -10,7 +10,7 @@ import torch
 from pcs_trainer import load_model
 from pcs_trainer.data import augment, prompts
 from pcs_trainer.data.batches import Bank, draw_batch, seeded
-from pcs_trainer.data.latents import Moments
+from pcs_trainer.model.autoencoder import Moments
 from pcs_trainer.methods import custom_diffusion, textboost
 from pcs_trainer.model.schedule import Schedule
 from pcs_trainer.model.text import encode

@@ -11,7 +11,7 @@ _HOME = {
     "load_model": "model",
     "Model": "model",
     "Schedule": "model",
-    "decode": "sampling",
+    "decode": "model",
     "UNet": "unet",
     "LowRank": "unet",
     "Settings": "settings",

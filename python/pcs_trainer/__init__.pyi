@@ -17,10 +17,10 @@ from .memory import Plan as Plan
 from .memory import plan as plan
 from .model import Model as Model
 from .model import Schedule as Schedule
+from .model import decode as decode
 from .model import load_model as load_model
 from .sampling import Lag as Lag
 from .sampling import Maps as Maps
-from .sampling import decode as decode
 from .sampling import sample as sample
 from .settings import Settings as Settings
 from .training import Event as Event

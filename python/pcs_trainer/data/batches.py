@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..methods import module_of
+from ..model.autoencoder import Moments, latent_factor
 from .augment import Augmented, mask_tensor
-from .latents import Moments, cached_moments, latent_factor
+from .latents import cached_moments
 from .pictures import Loaded, Picture, fitted
 from .prior import prior_pictures
 from .prompts import class_prompt, subject_prompt

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic")
 SMALLEST = 16  # pixels a side
@@ -163,11 +161,6 @@ def _mask_of(path: Path, masks: str | Path | None, shape: tuple[int, ...]) -> np
 def is_blank(pixels: np.ndarray) -> bool:
     """A picture with nothing in it, such as the black one a safety checker leaves."""
     return float(pixels.astype(np.float32).std(axis=(0, 1)).max()) < 2.0
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] -> float [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def fitted(pixels: np.ndarray, size: int) -> np.ndarray:

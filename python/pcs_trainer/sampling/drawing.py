@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..concept.concept import Concept
-from ..data.latents import latent_factor, own_size
+from ..model.autoencoder import decode, latent_factor, own_size
 from ..model.text import Text, Words
 from ..unet.unet import UNet
 from .lag import Attention, Lag, Maps, MapTaker, Masker, attention_of
@@ -192,23 +192,3 @@ def _check_finite(x: Tensor, prompts: Sequence[str], pictures: Sequence[int]) ->
     for latents, i in zip(x, pictures, strict=True):
         if not bool(torch.isfinite(latents).all()):
             raise ValueError(f"picture {i} ({prompts[i]!r}) became NaN while it was drawn; load the model in float32")
-
-
-@torch.no_grad()
-def decode(model: Model, latents: Tensor) -> list[Image]:
-    """Pictures of latents [P, C, h, w], by the autoencoder."""
-    from PIL import Image
-
-    vae, factor = model.vae, latent_factor(model)
-    like = next(vae.parameters())
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-    at_once = max(1, 512 * 512 // (latents.shape[2] * latents.shape[3] * factor**2))
-    images = []
-    for part in latents.split(at_once):
-        z = (part.float() / scale + shift).to(like)
-        y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
-        if not bool(torch.isfinite(y).all()):
-            raise ValueError("the autoencoder gives NaN for these latents; load the model in float32 or bfloat16")
-        pixels = ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        images += [Image.fromarray(p) for p in pixels]
-    return images

@@ -71,7 +71,7 @@ def time_method(model: Model, method: str, options: argparse.Namespace, progress
     """Median seconds of a step after two that warm up; drawn pictures of noise stand for photos."""
     import numpy as np
 
-    from ...data.latents import own_size
+    from ...model.autoencoder import own_size
     from ...training.trainer import Trainer
 
     side = options.resolution or min(own_size(model))

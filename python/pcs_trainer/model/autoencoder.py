@@ -1,0 +1,105 @@
+"""Images to latents and back, by a model's autoencoder.
+
+Letters: P images, C latent channels, h x w latent positions, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .model import Model
+    from .peers import Autoencoder
+
+DEFAULT_SIDE = 64  # latents a side where a configuration gives none: those are of the first models, made for 512 pixels
+DECODED_AT_ONCE = 512 * 512  # pixels: bounds the decoder's activations by those of one image of this size
+
+
+@dataclass
+class Moments:
+    """What the autoencoder says of P images: mean and std [P, C, h, w] of their latents, already scaled."""
+
+    mean: Tensor
+    std: Tensor
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Fresh latents of some of the images."""
+        mean, std = self.mean[index], self.std[index]
+        return mean + std * torch.randn(mean.shape, generator=generator)
+
+
+def latent_factor(model: Model) -> int:
+    """Pixels per latent position, along a side."""
+    return 2 ** (len(model.vae.config.block_out_channels) - 1)
+
+
+def own_size(model: Model) -> tuple[int, int]:
+    """The height and width in pixels that the model was made for."""
+    side = model.unet.config.get("sample_size") or DEFAULT_SIDE
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return latent_factor(model) * int(height), latent_factor(model) * int(width)
+
+
+def _scaling(vae: Autoencoder) -> tuple[float, float]:
+    """(shift, scale): the UNet's latents are (the autoencoder's - shift) * scale."""
+    return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> float [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) -> Moments:
+    """Encode images.
+
+    Args:
+        model: its autoencoder is used.
+        images: uint8 [H, W, 3], all of one size.
+        batch: images encoded at once.
+
+    Returns:
+        Their moments, in float32 on the CPU; ValueError where they are not finite.
+    """
+    vae = model.vae
+    like = next(vae.parameters())
+    shift, scale = _scaling(vae)
+    means, stds = [], []
+    for start in range(0, len(images), batch):
+        x = torch.stack([to_tensor(p) for p in images[start : start + batch]]).to(like)  # [P, 3, H, W]
+        posterior = vae.encode(x).latent_dist
+        means.append(((posterior.mean.float() - shift) * scale).cpu())
+        stds.append((posterior.std.float() * scale).cpu())
+    moments = Moments(torch.cat(means), torch.cat(stds))
+    if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.std).all()):
+        raise ValueError("the autoencoder gives NaN for these pictures; load the model in float32")
+    return moments
+
+
+@torch.no_grad()
+def decode(model: Model, latents: Tensor) -> list[Image]:
+    """The images of latents [P, C, h, w]; ValueError where the autoencoder's output is not finite."""
+    from PIL import Image
+
+    vae, factor = model.vae, latent_factor(model)
+    like = next(vae.parameters())
+    shift, scale = _scaling(vae)
+    at_once = max(1, DECODED_AT_ONCE // (latents.shape[2] * latents.shape[3] * factor**2))
+    images = []
+    for part in latents.split(at_once):
+        z = (part.float() / scale + shift).to(like)
+        y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()  # [P, 3, H, W]
+        if not bool(torch.isfinite(y).all()):
+            raise ValueError("the autoencoder gives NaN for these latents; load the model in float32 or bfloat16")
+        pixels = ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        images += [Image.fromarray(p) for p in pixels]
+    return images
