@@ -72,7 +72,7 @@ WRONG = [
     ("train PHOTOS --class mug --steps -3", "the least is 1"),
     ("train PHOTOS --class mug --lr nan", "out of range"),
     ("train PHOTOS --class mug --method dreamboth", "did you mean dreambooth"),
-    ("train PHOTOS --class mug --budget lots", "such as 6GB"),
+    ("train PHOTOS --class mug --budget lots", "write 6GB"),
     ("train PHOTOS --class mug --budget 6GB --plan A", "not both"),
     ("train PHOTOS --class mug --resume --overwrite", "give one of them"),
     ("train PHOTOS --class mug --resume=yes", "takes no value"),

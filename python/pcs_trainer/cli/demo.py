@@ -17,6 +17,7 @@ from ..report.of_a_run import METHOD_NAMES, machine, maps_of, proof_of, read_los
 from ..report.page import write_report
 from ..report.sheets import attention_sheet, contact_sheet, loss_curves, save_picture
 from ..units import bytes_text, time_text
+from .interrupt import Stopped
 from .progress import Progress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ TRAINS = {
     "personalized_residuals": "a low-rank offset on each output projection",
     "textboost": "low-rank offsets on the text, a word",
 }
-
-
-class Stopped(Exception):
-    """Ctrl-C was pressed."""
 
 
 @dataclass

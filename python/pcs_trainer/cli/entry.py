@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from ..errors import DoesNotFit, UsageError
 from .commands import COMMANDS, command
 from .config import effective
+from .exit_codes import DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, WRONG_USAGE
 from .options import help_text, meant, parse
-
-OK, FAILED, WRONG_USAGE, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def overview() -> str:
@@ -39,10 +38,10 @@ def run(words: Sequence[str]) -> int:
     first = words[0] if words else "--help"
     if first in ("-h", "--help", "help"):
         print(help_text(command(words[1])) if first == "help" and len(words) > 1 else overview(), end="")
-        return OK
+        return DONE
     if first in ("-V", "--version", "version"):
         print(f"pcs {own_version()}")
-        return OK
+        return DONE
     if first not in COMMANDS:
         what = "flag" if first.startswith("-") else "command"
         names = ["--help", "--version", *COMMANDS]
@@ -50,7 +49,7 @@ def run(words: Sequence[str]) -> int:
     chosen = command(first)
     if any(word in ("-h", "--help") for word in words[1:]):
         print(help_text(chosen), end="")
-        return OK
+        return DONE
     options = effective(chosen, parse(chosen, words[1:]))
     for note in options.notes:
         print(f"pcs: {note}", file=sys.stderr)
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return OK
+        return DONE
     except Exception as error:
         if debug:
             raise

@@ -1,40 +1,32 @@
-"""Ctrl-C: once asks for a stop at the next safe place, twice leaves at once."""
+"""Ctrl-C on the command line: once stops at the next safe place, twice leaves at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
-INTERRUPTED = 130
+from .exit_codes import INTERRUPTED
+
+if TYPE_CHECKING:
+    from ..training.stop import Stop
 
 
-class Interrupt:
-    """`with Interrupt("...") as stop:`: `stop()` says whether Ctrl-C was pressed; a second press ends the process."""
+class Stopped(Exception):
+    """Ctrl-C was pressed: raised between two steps to end what is running."""
 
-    def __init__(self, message: str) -> None:
-        self.message = message
-        self.pressed = False
-        self._before: Any = None
 
-    def __call__(self) -> bool:
-        return self.pressed
+def stop_on_ctrl_c(doing: str) -> Stop:
+    """A Stop to enter around a command's work; `doing` tells what happens after the first Ctrl-C."""
+    from ..training.stop import Stop  # the room loads torch, which `pcs --help` must not
 
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._press)
-        return self
+    message = f"pcs: {doing}; press again to leave at once"
+    return Stop(signals=(signal.SIGINT,), take_over=True, message=message, leave=leave_at_once)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
 
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            os.write(2, b"\npcs: left at once; nothing more was saved\n")
-            sys.stdout.flush()
-            os._exit(INTERRUPTED)
-        self.pressed = True
-        os.write(2, f"\npcs: {self.message}\n".encode())
+def leave_at_once() -> NoReturn:
+    """End the process here: no `finally` runs, so nothing is left waiting for a kernel or a thread to finish."""
+    os.write(2, b"\npcs: left at once; nothing more was saved\n")
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...files import written_text
+from ..exit_codes import DONE
 from ..options import Command, Option, one_of, whole
 from ..progress import Progress
 from .common import METHODS, MODEL_FLAGS, TRANSLATE, open_model
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{row['name']:<26}{row['seconds']:>10.4f}{row['spread']:>10.0%}  {row['what']}")
     if options.out:
         written_text(Path(options.out), json.dumps(rows, indent=1))
-    return 0
+    return DONE
 
 
 def run_ops() -> int:

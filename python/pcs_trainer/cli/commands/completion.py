@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ...errors import UsageError
+from ..exit_codes import DONE
 from ..options import COMMON, Command, Option, one_of
 
 SHELLS = ("bash", "zsh", "fish")
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     if len(options.shell or []) != 1:
         raise UsageError(f"pcs completion needs one shell: {', '.join(SHELLS)}")
     print({"bash": bash, "zsh": zsh, "fish": fish}[options.shell[0]](), end="")
-    return 0
+    return DONE
 
 
 COMMAND = Command(

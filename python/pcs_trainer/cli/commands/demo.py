@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ...errors import UsageError
-from ..interrupt import INTERRUPTED, Interrupt
+from ..exit_codes import DONE, FAILED, INTERRUPTED
+from ..interrupt import stop_on_ctrl_c
 from ..options import Command, Option, number
 
 OPTIONS = (
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--out: {options.out} is a file; name a folder")
     from ..demo import run_demo
 
-    with Interrupt("stopping after this step; press again to leave at once") as stop:
+    with stop_on_ctrl_c("stopping after this step") as stop:
         result = run_demo(
             Path(options.out),
             options.photos,
@@ -41,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
             should_stop=stop,
             quiet=options.quiet,
         )
-    if stop.pressed:
+    if stop():
         return INTERRUPTED
     print(result.report)
-    return 1 if result.failures else 0
+    return FAILED if result.failures else DONE
 
 
 COMMAND = Command(

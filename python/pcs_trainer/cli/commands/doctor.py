@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..exit_codes import DONE, FAILED
 from ..options import Command
 
 
@@ -12,7 +13,7 @@ def run(options: argparse.Namespace) -> int:
 
     found = examine()
     print(report(found))
-    return 1 if any(op.wrong for op in found.ops) else 0
+    return FAILED if any(op.wrong for op in found.ops) else DONE
 
 
 COMMAND = Command(

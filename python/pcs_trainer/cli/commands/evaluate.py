@@ -6,14 +6,18 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...files import written_text
-from ..interrupt import INTERRUPTED, Interrupt
+from ..exit_codes import DONE, INTERRUPTED
+from ..interrupt import Stopped, stop_on_ctrl_c
 from ..options import Command, Option, number, whole
 from ..progress import Progress
 from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model
+
+if TYPE_CHECKING:
+    from ...training.stop import Stop
 
 OPTIONS = (
     Option("concept", "a run's folder or a concept's file", metavar="CONCEPT", group="words"),
@@ -43,10 +47,6 @@ EXAMPLES = (
 )  # fmt: skip
 
 
-class Stopped(Exception):
-    """Ctrl-C was pressed."""
-
-
 def check(options: argparse.Namespace) -> None:
     if len(options.concept or []) != 1:
         raise UsageError("pcs evaluate needs one concept: pcs evaluate out/mug --photos examples/photos")
@@ -61,14 +61,14 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check(options)
-    with Interrupt("stopping after this step; press again to leave at once") as stop:
+    with stop_on_ctrl_c("stopping after this step") as stop:
         try:
             return measure(options, stop)
         except Stopped:
             return INTERRUPTED
 
 
-def measure(options: argparse.Namespace, stop: Interrupt) -> int:
+def measure(options: argparse.Namespace, stop: Stop) -> int:
     from ...evaluation.scores import evaluate
 
     model = open_model(options)
@@ -83,10 +83,10 @@ def measure(options: argparse.Namespace, stop: Interrupt) -> int:
     print(found)
     if options.out:
         written_text(Path(options.out), json.dumps(found.asdict(), indent=1))
-    return 0
+    return DONE
 
 
-def drawer(model: Any, options: argparse.Namespace, progress: Progress, stop: Interrupt) -> Callable[..., list[Any]]:
+def drawer(model: Any, options: argparse.Namespace, progress: Progress, stop: Stop) -> Callable[..., list[Any]]:
     """Draws for the evaluation, with progress; Ctrl-C ends it."""
     import numpy as np
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ..config import write_config
+from ..exit_codes import DONE
 from ..options import Command, Option, number, one_of
 from .common import CONCEPT_FILE, MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say
 
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     write_config(folder / "run.toml", COMMAND, options)
     for file in files:
         print(file)
-    return 0
+    return DONE
 
 
 COMMAND = Command(

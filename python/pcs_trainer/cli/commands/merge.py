@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ..config import write_config
+from ..exit_codes import DONE
 from ..options import Command, Option, number, one_of
 from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say, subjects_of
 
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     write_config(path.with_suffix(".toml"), COMMAND, options, how=how)
     say(f"it knows {' and '.join(subjects_of(concepts))}")
     print(path)
-    return 0
+    return DONE
 
 
 COMMAND = Command(

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DoesNotFit, UsageError
+from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, one_of, whole
 from .common import DTYPES, HUB_EXAMPLE, METHODS, MODEL, precision, say
 
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cpu":
         warn_of_the_reference()
     print(found)
-    return 0 if found.fits else 3
+    return DONE if found.fits else DOES_NOT_FIT
 
 
 def warn_of_the_reference() -> None:

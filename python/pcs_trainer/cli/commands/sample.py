@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...files import written
 from ..config import write_config
-from ..interrupt import INTERRUPTED, Interrupt
+from ..exit_codes import DONE, INTERRUPTED
+from ..interrupt import stop_on_ctrl_c
 from ..options import Command, Option, number, whole
 from ..progress import Progress
 from .common import (
@@ -23,6 +24,9 @@ from .common import (
     open_model,
     slug,
 )
+
+if TYPE_CHECKING:
+    from ...training.stop import Stop
 
 OPTIONS = (
     Option("prompts", "what to draw; {} stands for the subject's words", metavar="PROMPT", many=True, group="words"),
@@ -85,11 +89,11 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check(options)
-    with Interrupt("stopping after this batch; press again to leave at once") as stop:
+    with stop_on_ctrl_c("stopping after this batch") as stop:
         return draw(options, stop)
 
 
-def draw(options: argparse.Namespace, stop: Interrupt) -> int:
+def draw(options: argparse.Namespace, stop: Stop) -> int:
     model = open_model(options)
     concepts = [open_concept(where, model, options.force) for where in options.concept or ()]
     prompts = [filled(p, concepts) for p in options.prompts for _ in range(options.count)]
@@ -111,7 +115,7 @@ def draw(options: argparse.Namespace, stop: Interrupt) -> int:
             for prompt, picture in zip(part, pictures, strict=True):
                 print(save_picture(picture, free_name(folder, slug(prompt))))
     write_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt"))
-    return 0
+    return DONE
 
 
 def draw_batch(

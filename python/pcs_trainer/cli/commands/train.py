@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ..config import write_config
-from ..interrupt import INTERRUPTED, Interrupt
+from ..exit_codes import DONE, INTERRUPTED
+from ..interrupt import stop_on_ctrl_c
 from ..options import Command, Option, byte_size, meant, number, one_of, whole
 from ..progress import Progress
 from .common import CONCEPT_FILE, HUB_EXAMPLE, METHODS, MODEL_FLAGS, TRANSLATE, open_model, say
@@ -22,6 +23,7 @@ from .other_trainers import class_prompt, concepts_list, instance_prompt, needle
 
 if TYPE_CHECKING:
     from ...model.model import Model
+    from ...training.stop import Stop
 
 PLANS = ("eager", "A", "B", "C", "checkpoint")
 
@@ -210,11 +212,11 @@ def run(options: argparse.Namespace) -> int:
     chosen = overrides(options)
     if options.preview and not options.preview_every:
         chosen["preview_every"] = max(1, (options.steps or 200) // 4)
-    with Interrupt("stopping after this step and saving; press again to leave at once") as stop:
+    with stop_on_ctrl_c("stopping after this step and saving") as stop:
         return learn(options, folder, chosen, stop)
 
 
-def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], stop: Interrupt) -> int:
+def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], stop: Stop) -> int:
     from ...distributed import join
     from ...machine import slow_note
     from ...training.trainer import Trainer
@@ -244,7 +246,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
 
         concept = trainer.train(on_event, stop, options.resume)
     if not first:
-        return 0
+        return DONE
     if stop() or concept.meta.get("finished") == "0":
         say(f"stopped and saved after {concept.meta.get('steps')} steps; go on with: {again(folder)}")
         return INTERRUPTED
@@ -255,7 +257,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         say(f"report: {write_run_report(folder, model, trainer, concept, events, seconds)}")
     say(f'use it: pcs sample "a photo of {{}}" --concept {shlex.quote(str(folder))}{model_flag(options)}')
     print(folder / CONCEPT_FILE)
-    return 0
+    return DONE
 
 
 def forget_checkpoints(folder: Path) -> None:
