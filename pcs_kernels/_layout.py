@@ -12,6 +12,11 @@ def heads_last_empty(x: Tensor) -> Tensor:
     return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
+def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
+    """(B, H, N, M, D) of q [B, H, N, D] and k [B, H, M, D], as the native attention kernels take them."""
+    return (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """x itself where its last dimension is dense, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

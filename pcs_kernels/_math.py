@@ -8,7 +8,10 @@ from torch import Tensor
 
 from ._launch import blocks, launch
 
+MAX_WIDTH = 256  # of a head; wider ones would spill: at 256 the tiles are down to 16 x 32 already
+
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2_E: float = LOG2E.value  # the same number on the host's side
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
@@ -96,8 +99,10 @@ def strides(x: Tensor | None, align: int) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else tuple(s // align for s in x.stride()[:-1])
 
 
-def wide_head(*tensors: Tensor) -> str | None:
-    """Why [B, H, N, D] tensors cannot be addressed inside one head by 32 bits, or None."""
+def head_reason(*tensors: Tensor) -> str | None:
+    """Why the attention kernels cannot take these [B, H, N, D] tensors of one width, or None."""
+    if tensors[0].shape[3] > MAX_WIDTH:
+        return f"head width {tensors[0].shape[3]} is above {MAX_WIDTH}; use the reference"
     for x in tensors:
         if x.shape[2] * abs(x.stride(2)) + x.shape[3] >= 2**31:
             return "the rows of one head lie 2^31 or more elements apart; mend: .contiguous(), or use the reference"
@@ -111,7 +116,7 @@ def wide_head(*tensors: Tensor) -> str | None:
 def load_parts(base, rows, n_rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """The rows' [R, D0] and [R, D1] parts, 0 outside; the second repeats the first where D1 is 0.
 
-    Offsets inside one head are 32 bits, which halves the registers they take: `wide_head` says when they do not fit.
+    Offsets inside one head are 32 bits, which halves the registers they take: `head_reason` says when they do not fit.
     """
     at = base + rows[:, None] * stride
     inside = (rows < n_rows)[:, None]

@@ -13,7 +13,17 @@ MOST_VARIANTS = 2
 _cache: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, dict[Hashable, Any]]]] = {}
 
 
-def _version(weight: Tensor) -> int:
+def weight_version(weight: Tensor) -> tuple[int, int]:
+    """What changes whenever a weight is replaced or written to; equal pairs mean that a copy of it still holds.
+
+    Returns:
+        The identity of the weight's storage, and its version counter. Writes through `weight.data` are not counted,
+        and inference tensors have no counter: they raise.
+    """
+    return weight.untyped_storage()._cdata, weight._version
+
+
+def _writes(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
@@ -26,8 +36,8 @@ def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], varian
     root = weight if weight._base is None else weight._base
     key = id(root)
     entry = _cache.get(key)
-    if entry is None or entry[0]() is not root or entry[1] != _version(root):
-        entry = (weakref.ref(root, lambda _: _cache.pop(key, None)), _version(root), {})
+    if entry is None or entry[0]() is not root or entry[1] != _writes(root):
+        entry = (weakref.ref(root, lambda _: _cache.pop(key, None)), _writes(root), {})
         _cache[key] = entry
     variants = entry[2].setdefault((kind, weight.data_ptr(), tuple(weight.shape), weight.stride()), {})
     if variant not in variants:

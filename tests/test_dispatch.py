@@ -197,3 +197,15 @@ def test_only_one_place_takes_addresses():
         takes = ".data_ptr()" in path.read_text()
         # _packed compares addresses and the optimizer's check looks for overlap; neither hands one to native code.
         assert not takes or path.name in ("_native.py", "_packed.py") or path.parent.name == "adamw8bit", path
+
+
+def test_the_version_of_a_weight_changes_with_each_replacement_and_each_write():
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    seen = [pcs_kernels.weight_version(weight)]
+    assert pcs_kernels.weight_version(weight) == seen[0] == pcs_kernels.weight_version(weight.detach().view(16))
+    with torch.no_grad():
+        weight.mul_(2)
+    seen.append(pcs_kernels.weight_version(weight))
+    before, weight.data = weight.data, torch.randn(4, 4)  # kept alive, so that its storage's place is not taken again
+    seen.append(pcs_kernels.weight_version(weight))
+    assert len(set(seen)) == 3 and before.numel()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..._layout import heads_last_empty, unit_rows
-from ..self_attention.native_impl import _sizes
+from ..._layout import attention_sizes, heads_last_empty, unit_rows
 
 LIBRARY = _native.library()
 
@@ -24,7 +23,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
     maps = q.new_empty((q.shape[0], groups, q.shape[2]), dtype=torch.float32)
     LIBRARY.cross_attention_forward(
         _native.dtype_code(q), *map(_native.heads, (q, k, v, out)), _native.address(capture), _native.address(maps),
-        groups, _sizes(q, k), scale, _native.threads(),
+        groups, attention_sizes(q, k), scale, _native.threads(),
     )  # fmt: skip
     return out, maps
 
@@ -49,7 +48,8 @@ def backward(
     gradients = [heads_last_empty(x) if need else None for x, need in ((q, need_q), (k, need_k), (v, need_v))]
     LIBRARY.cross_attention_backward(
         _native.dtype_code(q), _native.heads(dout), _native.address(dmaps), *map(_native.heads, (q, k, v)),
-        _native.address(capture), groups, *map(_native.heads, gradients), _sizes(q, k), scale, _native.threads(),
+        _native.address(capture), groups, *map(_native.heads, gradients), attention_sizes(q, k), scale,
+        _native.threads(),
     )  # fmt: skip
     empty = q.new_empty(0)
     dq, dk, dv = (empty if g is None else g for g in gradients)

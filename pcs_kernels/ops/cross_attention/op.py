@@ -32,7 +32,7 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: 
     tokens = k.shape[2]
     check.shape("k", k, (batch, heads, tokens, width), "[B, H, T, D]")
     check.shape("v", v, (batch, heads, tokens, width), "[B, H, T, D]")
-    check.require(tokens <= MAX_TOKENS, lambda: f"k has {tokens} tokens; cross_attention takes at most 320")
+    check.require(tokens <= MAX_TOKENS, lambda: f"k has {tokens} tokens; cross_attention takes at most {MAX_TOKENS}")
     check.finite("scale", scale)
     if capture is not None:
         check.floating("capture", capture)

@@ -8,8 +8,6 @@ splits are added in order.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,13 +24,11 @@ from ..._launch import (
     unavailable,
 )
 from ..._layout import heads_last_empty, unit_rows
-from ..._math import common_align, strides, sum_partials, wide_head
+from ..._math import LOG2_E, common_align, head_reason, strides, sum_partials
+from .op import MAX_TOKENS
 from .triton_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel, cross_fwd_kernel
 
-MAX_TOKENS = 320
-MAX_WIDTH = 256
 MAX_BLOCK_G = 4
-LOG2E = math.log2(math.e)
 
 
 def launch_config(
@@ -63,11 +59,9 @@ def launch_config(
 
 def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: object) -> str | None:
     why = unavailable(q, dots=True)
-    if why is None and q.shape[-1] > MAX_WIDTH:
-        why = f"head width {q.shape[-1]} is above {MAX_WIDTH}; use the reference"
     if why is None and k.shape[2] > MAX_TOKENS:
         why = f"{k.shape[2]} tokens are above {MAX_TOKENS}; use self_attention, which takes any number of keys"
-    return why or wide_head(q, k, v)
+    return why or head_reason(q, k, v)
 
 
 def _config(q: Tensor, k: Tensor, kernel: str, align: int) -> dict[str, int]:
@@ -96,7 +90,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
         if count > 0:
             launch(
                 cross_fwd_kernel, (programs, count), q, k, v, weights, out, maps,
-                queries, tokens, heads, groups, first, tiles, scale * LOG2E,
+                queries, tokens, heads, groups, first, tiles, scale * LOG2_E,
                 *strides(q, align), *strides(k, align), *strides(v, align),
                 CAPTURE=capture is not None, BLOCK_G=block_g, WRITE_OUT=write_out, **config,
             )  # fmt: skip
@@ -128,7 +122,7 @@ def backward(
     if need_q or rows is not None:
         launch(
             cross_bwd_rows_kernel, (batch * heads * tiles,), *inputs, dq, lse, delta,
-            queries, tokens, heads, groups, tiles, float(scale), scale * LOG2E, *layout,
+            queries, tokens, heads, groups, tiles, float(scale), scale * LOG2_E, *layout,
             NEED_Q=need_q, SAVE_ROWS=rows is not None, **given, **config,
         )  # fmt: skip
     if rows is None:
@@ -142,7 +136,7 @@ def backward(
     dv = q.new_empty(shape, dtype=dtype) if need_v else None
     launch(
         cross_bwd_tokens_kernel, (batch * heads * splits, columns), *inputs, lse, delta, dk, dv,
-        queries, tokens, heads, batch, groups, splits, per_split, float(scale), scale * LOG2E, *layout,
+        queries, tokens, heads, batch, groups, splits, per_split, float(scale), scale * LOG2_E, *layout,
         NEED_K=need_k, NEED_V=need_v, **given, **config,
     )  # fmt: skip
     return dq, _add_splits(dk, k), _add_splits(dv, v)

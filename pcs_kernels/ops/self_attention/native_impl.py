@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..._layout import heads_last_empty, unit_rows
+from ..._layout import attention_sizes, heads_last_empty, unit_rows
 
 LIBRARY = _native.library()
 
@@ -15,16 +15,12 @@ def reason(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return _native.reason(q, k, v)
 
 
-def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
-    return (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = map(unit_rows, (q, k, v))
     out = heads_last_empty(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     LIBRARY.self_attention_forward(
-        _native.dtype_code(q), *map(_native.heads, (q, k, v, out)), _native.address(lse), _sizes(q, k), scale,
+        _native.dtype_code(q), *map(_native.heads, (q, k, v, out)), _native.address(lse), attention_sizes(q, k), scale,
         _native.threads(),
     )  # fmt: skip
     return out, lse
@@ -37,6 +33,6 @@ def backward(
     dq, dk, dv = map(heads_last_empty, (q, k, v))
     LIBRARY.self_attention_backward(
         _native.dtype_code(q), *map(_native.heads, (dout, q, k, v, out)), _native.address(lse.contiguous()),
-        *map(_native.heads, (dq, dk, dv)), _sizes(q, k), scale, _native.threads(),
+        *map(_native.heads, (dq, dk, dv)), attention_sizes(q, k), scale, _native.threads(),
     )  # fmt: skip
     return dq, dk, dv

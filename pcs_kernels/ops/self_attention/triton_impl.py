@@ -6,8 +6,6 @@ computed as 32 + 16, 80 as 64 + 16, 160 as 128 + 32.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -23,11 +21,8 @@ from ..._launch import (
     unavailable,
 )
 from ..._layout import heads_last_empty, unit_rows
-from ..._math import common_align, strides, wide_head
+from ..._math import LOG2_E, common_align, head_reason, strides
 from .triton_kernels import self_bwd_kv_kernel, self_bwd_q_kernel, self_fwd_kernel
-
-MAX_WIDTH = 256
-LOG2E = math.log2(math.e)
 
 # kernel -> (widest D, own tile, inner tile, warps, stages), the first row that is wide enough
 TILES = {
@@ -54,10 +49,7 @@ def launch_config(batch: int, heads: int, rows: int, width: int, arch: int, kern
 
 
 def reason(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *_: object) -> str | None:
-    why = unavailable(q, dots=True)
-    if why is None and q.shape[-1] > MAX_WIDTH:
-        why = f"head width {q.shape[-1]} is above {MAX_WIDTH}; use the reference"
-    return why or wide_head(q, k, v)
+    return unavailable(q, dots=True) or head_reason(q, k, v)
 
 
 def _config(q: Tensor, rows: int, kernel: str, align: int) -> dict:
@@ -76,7 +68,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     out = heads_last_empty(q)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     launch(
-        self_fwd_kernel, (batch * heads * tiles,), q, k, v, out, lse, queries, keys, heads, tiles, scale * LOG2E,
+        self_fwd_kernel, (batch * heads * tiles,), q, k, v, out, lse, queries, keys, heads, tiles, scale * LOG2_E,
         *strides(q, align), *strides(k, align), *strides(v, align), EVEN=keys % config["BLOCK_M"] == 0, **config,
     )  # fmt: skip
     return out, lse
@@ -97,14 +89,14 @@ def backward(
     tiles = blocks(queries, config["BLOCK_N"])
     launch(
         self_bwd_q_kernel, (batch * heads * tiles,), q, k, v, dout, out, lse, delta, dq,
-        queries, keys, heads, tiles, float(scale), scale * LOG2E, *layout, *strides(out, align),
+        queries, keys, heads, tiles, float(scale), scale * LOG2_E, *layout, *strides(out, align),
         EVEN=keys % config["BLOCK_M"] == 0, **config,
     )  # fmt: skip
     config = _config(q, keys, "bwd_kv", align)
     tiles = blocks(keys, config["BLOCK_M"])
     launch(
         self_bwd_kv_kernel, (batch * heads * tiles,), q, k, v, dout, lse, delta, dk, dv,
-        queries, keys, heads, tiles, float(scale), scale * LOG2E, *layout, **config,
+        queries, keys, heads, tiles, float(scale), scale * LOG2_E, *layout, **config,
     )  # fmt: skip
     return dq, dk, dv
 

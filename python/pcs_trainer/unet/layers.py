@@ -115,7 +115,7 @@ class Conv2d(nn.Conv2d):
     def matrix(self) -> Tensor:
         """A frozen 1x1 weight as [C_out, C_in]: one tensor for as long as the weight is the same, so it packs once."""
         weight = self.weight
-        seen = (weight.untyped_storage()._cdata, weight._version)
+        seen = pcs_kernels.weight_version(weight)
         if self._matrix is None or self._matrix[0] != seen:
             self._matrix = (seen, weight.detach().flatten(1))
         return self._matrix[1]
@@ -158,12 +158,12 @@ class Stack:
 
     def _refresh(self) -> None:
         tensors = [p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None]
-        seen = [(p.untyped_storage()._cdata, p._version) for p in tensors]
+        seen = [pcs_kernels.weight_version(p) for p in tensors]
         if seen == self._seen:
             return
         self._weight = _joined([layer.weight for layer in self.layers])
         self._bias = _joined([layer.bias for layer in self.layers]) if self.layers[0].bias is not None else None
-        self._seen = [(p.untyped_storage()._cdata, p._version) for p in tensors]
+        self._seen = [pcs_kernels.weight_version(p) for p in tensors]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Each layer's product with x, in the order of the layers."""
