@@ -10,11 +10,11 @@ import torch
 from pcs_trainer import load_model
 from pcs_trainer.data import augment, prompts
 from pcs_trainer.data.batches import Bank, draw_batch, seeded
+from pcs_trainer.methods import custom_diffusion, settings_for, textboost
+from pcs_trainer.methods.learner import learner_for
 from pcs_trainer.model.autoencoder import Moments
-from pcs_trainer.methods import custom_diffusion, textboost
 from pcs_trainer.model.schedule import Schedule
 from pcs_trainer.model.text import encode
-from pcs_trainer.settings import settings_for
 from pcs_trainer.training import losses
 from pcs_trainer.training.trainer import Trainer, trainable
 from pcs_trainer.unet.unet import UNet
@@ -136,13 +136,9 @@ def test_prior_weight_and_snr_weight_reach_both_halves(tiny):
         tiny, "dreambooth_lora", pictures, class_word="mug", prior_weight=0.7, snr_gamma=2.0, prior_images=2,
         prior_steps=2, batch=2, init="both_random",
     )  # fmt: skip
-    from pcs_trainer.training.run import Run
-
-    run = Run(trainer, lambda e: None, lambda: False)
-    run.prepare()
-    run.learner = trainer.learner
+    run = trainer.objective()
     batch = run.batch(0, 0)
-    total, parts = run.loss(batch)
+    total, parts = run.loss(batch, 0)
     a = tiny.schedule.abar[batch.t].view(-1, 1, 1, 1)
     noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * batch.noise
     target = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.latents  # the tiny model predicts velocity
@@ -188,11 +184,11 @@ def test_the_snr_law_has_the_published_figures():
 def test_knowledge_preservation_is_one_minus_cosine_over_all_positions():
     tuned, frozen = torch.randn(3, 77, 8), torch.randn(3, 77, 8)
     cosine = (tuned * frozen).sum(-1) / (tuned.norm(dim=-1) * frozen.norm(dim=-1))
-    torch.testing.assert_close(losses.preservation_loss(tuned, frozen), (1 - cosine).sum() / (3 * 77))
+    torch.testing.assert_close(textboost.preservation_loss(tuned, frozen), (1 - cosine).sum() / (3 * 77))
 
 
 def test_the_bank_of_general_captions(tiny):
-    bank = textboost.bank(tiny, settings_for(tiny, "textboost", class_word="mug"), 200)
+    bank = textboost.preserved_captions(tiny, settings_for(tiny, "textboost", class_word="mug"), 200)
     assert bank.count("") == 20 and bank.count("a photo of a mug") == 20 and len(set(bank)) > 120
 
 
@@ -260,9 +256,9 @@ def test_every_augmentation_word_is_reached_and_named_for_what_was_done():
 def test_every_augmentation_row_gets_a_gradient(tiny):
     chosen = dict(class_word="mug", token="<v>", augment=True, augment_probability=0.8, variant="v1")
     settings = settings_for(tiny, "textboost", **chosen)
-    learner = textboost.setup(tiny, settings)
+    learner = learner_for(tiny, [settings])
     said = [augment.textboost(picture(), 64, 0.8, seeded(i)).prefix + "a photo of a <v> mug" for i in range(120)]
-    encode(tiny, said, learner.words, hold_first=True).states.square().sum().backward()
+    encode(tiny, said, learner.rows, hold_first=True).states.square().sum().backward()
     rows = {n: p for n, p in learner.parameters.items() if n.startswith("word.")}
     assert len(rows) == 9 and all(p.grad is not None and bool((p.grad != 0).any(1).all()) for p in rows.values())
     learner.restore()
@@ -274,12 +270,12 @@ def test_held_text_and_the_causal_form(tiny):
         frozen = encode(tiny, ["a photo of a <v> mug on a table", ""], {"<v>": prompts.first_rows(tiny, "mug")}).states
     for variant in ("v1", "causal"):
         s = settings_for(tiny, "textboost", class_word="mug", token="<v>", variant=variant, init="both_random")
-        learner = textboost.setup(tiny, s)
+        learner = learner_for(tiny, [s])
         with torch.no_grad():
             for p in learner.parameters.values():
                 p.add_(torch.randn(p.shape, generator=seeded(1)) * 0.1)
-            learner.words["<v>"] = prompts.first_rows(tiny, "mug")
-            text = encode(tiny, ["a photo of a <v> mug on a table", ""], learner.words, hold_first=True)
+            learner.add_word("<v>", prompts.first_rows(tiny, "mug"), trained=False)
+            text = encode(tiny, ["a photo of a <v> mug on a table", ""], learner.rows, hold_first=True)
         place = text.places(0, "<v>")[0]
         torch.testing.assert_close(text.states[0, 0], frozen[0, 0])
         torch.testing.assert_close(text.states[1], frozen[1])
@@ -292,13 +288,13 @@ def test_held_text_and_the_causal_form(tiny):
 def test_the_blocks_own_text_from_the_word_on(tiny):
     """causal++: each block reads states of its own, changed from V* on alone."""
     s = settings_for(tiny, "textboost", class_word="mug", token="<v>", variant="causal++", init="both_random")
-    learner = textboost.setup(tiny, s)
+    learner = learner_for(tiny, [s])
     generator = seeded(2)
     with torch.no_grad():
         for name, p in learner.parameters.items():
             if name.startswith("context."):
                 p.normal_(0, 0.3, generator=generator)
-    text = encode(tiny, ["a photo of a <v> mug", "a <v>"], learner.words, hold_first=True)
+    text = encode(tiny, ["a photo of a <v> mug", "a <v>"], learner.rows, hold_first=True)
     place = text.places(0, "<v>")[0]
     first, second = (text.states[name] for name in tiny.unet.attention_names()[:2])
     assert torch.equal(first[0, :place], second[0, :place])
@@ -311,7 +307,7 @@ def test_the_blocks_own_text_from_the_word_on(tiny):
 
 def test_rows_stay_within_the_tables_mean_norm(tiny):
     rows = torch.randn(2, 128) * 50
-    textboost.after_step(tiny, {"<v>": [rows]})
+    textboost.limit_norms(tiny, {"<v>": [rows]})
     limit = tiny.text_encoder.get_input_embeddings().weight.norm(dim=1).mean()
     assert bool((rows.norm(dim=1) <= limit * 1.0001).all())
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from pcs_trainer import load_model
-from pcs_trainer.settings import EMBEDDED
+from pcs_trainer.methods import method_named
 from pcs_trainer.training.trainer import trainable
 from quality import claims, jobs, page, statistics, variants
 from quality import pictures as sheets
@@ -102,7 +102,7 @@ def test_the_page_shows_what_the_rows_say(tmp_path, monkeypatch):
 
 def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
     model = load_model("tiny")
-    rank = EMBEDDED["personalized_residuals"]["rank"]
+    rank = method_named("personalized_residuals").tiny["rank"]
     ours = sum(p.numel() for p in trainable(model, "personalized_residuals", "mug", rank=rank).values())
     with variants.keys_and_values():
         theirs = trainable(model, "personalized_residuals", "mug", rank=rank)
@@ -114,7 +114,7 @@ def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
 def test_untold_augmentation_changes_pictures_and_names_nothing():
     from pcs_trainer.data.batches import seeded
     from pcs_trainer.methods import textboost
-    from pcs_trainer.settings import settings_for
+    from pcs_trainer.methods import settings_for
     from pcs_trainer.tiny.subjects import photos
 
     pixels, s = photos(21, 1)[0].picture, settings_for(None, "textboost", class_word="mug")

@@ -222,9 +222,8 @@ def test_masks_weight_the_loss(model, tmp_path):
         mask.save(tmp_path / f"{i}-mask.png")
     t = Trainer(model, "personalized_residuals", tmp_path, class_word="mug", **SMALL, steps=1)
     assert len(t.subjects[0].pictures) == 2
-    run = Run(t, lambda e: None, lambda: False)
-    run.prepare()
-    assert run.bank.masks.shape == (2, 1, 16, 16) and float(run.bank.masks.mean()) == pytest.approx(0.25, abs=0.02)
+    masks = t.objective().data.bank.masks
+    assert masks.shape == (2, 1, 16, 16) and float(masks.mean()) == pytest.approx(0.25, abs=0.02)
 
 
 def test_the_probe_tells_the_held_out_loss_and_the_drift_and_changes_nothing(model, tmp_path):
@@ -248,10 +247,6 @@ def test_the_probe_tells_the_held_out_loss_and_the_drift_and_changes_nothing(mod
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_probe_starts_at_no_drift(model, method):
-    run = Run(trainer(model, method), lambda event: None, bool)
-    run.prepare()
-    run.learner = run.trainer.learner
-    if not run.learner.text_trains:
-        run.freeze_text()
-    assert Probe(run).measure()[1] == 0
-    run.learner.restore()
+    objective = trainer(model, method).objective()
+    assert Probe(objective).measure()[1] == 0
+    objective.learner.restore()

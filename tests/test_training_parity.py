@@ -13,19 +13,15 @@ import torch.nn.functional as F
 from pcs_trainer import load_model
 from pcs_trainer.model.sources import TINY
 from pcs_trainer.tiny.subjects import photos
-from pcs_trainer.training.run import Run
 from pcs_trainer.training.trainer import Trainer
+from trainer_cases import small_for
 
 
 def started(method, **settings):
     model = load_model("tiny")
     pictures = [p.picture for p in photos(41, 3)]
-    trainer = Trainer(
-        model, method, pictures, class_word="mug", prior_images=3, prior_steps=2, batch=2, bank=8, **settings
-    )
-    run = Run(trainer, lambda e: None, lambda: False)
-    run.prepare()
-    run.learner = trainer.learner
+    small = small_for(method, prior_images=3, prior_steps=2, batch=2, bank=8)
+    run = Trainer(model, method, pictures, class_word="mug", **small | settings).objective()
     return run, run.batch(3, 0)
 
 
@@ -73,7 +69,7 @@ def halves_loss(prediction, target, weight=1.0):
 
 def test_dreambooth():
     run, batch = started("dreambooth", prior_weight=1.0)
-    loss, _ = run.loss(batch)
+    loss, _ = run.loss(batch, 0)
     loss.backward()
     peer = Peer()
     peer.unet.requires_grad_(True)
@@ -90,7 +86,7 @@ def test_dreambooth_lora():
     from peft import LoraConfig
 
     run, batch = started("dreambooth_lora", rank=4, init="both_random")
-    loss, _ = run.loss(batch)
+    loss, _ = run.loss(batch, 0)
     loss.backward()
     peer = Peer()
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -118,7 +114,7 @@ def test_custom_diffusion():
     """Keys and values of the text with the first token detached, the masked loss, and the word's row."""
     run, batch = started("custom_diffusion", prior_weight=1.0, augment=True)
     assert batch.masks is not None and not bool((batch.masks == 1).all())
-    loss, _ = run.loss(batch)
+    loss, _ = run.loss(batch, 0)
     loss.backward()
     peer = Peer()
     word = run.s.token
@@ -127,7 +123,7 @@ def test_custom_diffusion():
     table = peer.text.get_input_embeddings().weight
     row = peer.tokenizer.convert_tokens_to_ids(word)
     with torch.no_grad():
-        table[row] = run.learner.words[word][0][0]
+        table[row] = run.learner.words[word].rows[0][0]
     table.requires_grad_(True)
     for name, p in peer.unet.named_parameters():
         p.requires_grad_("attn2.to_k" in name or "attn2.to_v" in name)
@@ -157,9 +153,13 @@ def test_latents_are_the_autoencoders():
 
     run, _ = started("personalized_residuals")
     vae = AutoencoderKL.from_pretrained(TINY, subfolder="vae").float()
-    pixels = np.stack([p.pixels for p in run.trainer.subjects[0].pictures])
+    pixels = np.stack([p.pixels for p in run.task.subjects[0].pictures])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         posterior = vae.encode(x).latent_dist
-    torch.testing.assert_close(run.bank.moments.mean, posterior.mean * vae.config.scaling_factor, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(run.bank.moments.std, posterior.std * vae.config.scaling_factor, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        run.data.bank.moments.mean, posterior.mean * vae.config.scaling_factor, rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(
+        run.data.bank.moments.std, posterior.std * vae.config.scaling_factor, rtol=1e-3, atol=1e-3
+    )

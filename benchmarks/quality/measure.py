@@ -126,10 +126,10 @@ class Bench:
         """Two subjects by Custom Diffusion: learned together, and learned alone and merged."""
         from pcs_trainer import Trainer, load_concept
         from pcs_trainer.concept.merging import merge
-        from pcs_trainer.settings import EMBEDDED
+        from pcs_trainer.methods import method_named
         from pcs_trainer.tiny.subjects import photos, subject
 
-        pair, steps = (job.subject, job.partner), 2 * EMBEDDED["custom_diffusion"]["steps"]
+        pair, steps = (job.subject, job.partner), 2 * method_named("custom_diffusion").tiny["steps"]
         given = [
             dict(images=[p.picture for p in photos(s, job.photos)], class_word=subject(s).kind, token=f"<{s}>")
             for s in pair

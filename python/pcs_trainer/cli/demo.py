@@ -152,7 +152,7 @@ def run_demo(
 def learn(demo: Demo, method: str, number: int) -> None:
     """One method: training, pictures, and for Personalized Residuals the same with LAG."""
     from ..model.model import load_model
-    from ..settings import settings_for
+    from ..methods import settings_for
     from ..training.trainer import Trainer
 
     name = METHOD_NAMES[method]

@@ -6,6 +6,7 @@ collages, grayscale, each with words of its own that are learned too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,14 @@ class Augmented:
     pixels: np.ndarray
     prefix: str = ""
     mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a method varies its photos: `count` pictures are prepared before training."""
+
+    change: Callable[[np.ndarray, int, int, torch.Generator], Augmented]  # (pixels, size, latent size, generator)
+    count: int
 
 
 def word(name: str) -> str:
@@ -127,7 +136,7 @@ def _moved(picture: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray,
     return np.pad(picture[:, :-by], ((0, 0), (by, 0), (0, 0)), mode="edge"), "right"
 
 
-def _flipped(picture: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, str]:
+def _flipped(picture: np.ndarray, _generator: torch.Generator) -> tuple[np.ndarray, str]:
     return np.ascontiguousarray(picture[:, ::-1]), "flip"
 
 

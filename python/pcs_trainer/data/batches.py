@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..methods import module_of
 from ..model.autoencoder import Moments, latent_factor
-from .augment import Augmented, mask_tensor
+from .augment import Augmentation, Augmented, mask_tensor
 from .latents import cached_moments
 from .pictures import Loaded, Picture, fitted
 from .prior import prior_pictures
@@ -62,25 +62,44 @@ class Batch:
     names: list[str] = field(default_factory=list)
 
 
+class Stream(IntEnum):
+    """Which random numbers of a run: each use draws from a stream of its own, so that none moves another."""
+
+    AUGMENT = 1
+    BATCH = 2
+    SIDE_LOSS = 3
+    EXTRA_INPUT = 4
+    PROBE = 5
+
+
 def seeded(*parts: int) -> torch.Generator:
     """A generator that depends on nothing but these numbers."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    digest = hashlib.sha256(repr(tuple(int(part) for part in parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))  # 56 bits: a seed is below 2^63
 
 
-def subject_bank(model: Model, subjects: list[Subject], s: Settings, size: int) -> tuple[Bank, list[str]]:
-    """The subjects' pictures at size x size (a bank of augmented ones, where the method asks for it)."""
+def subject_bank(
+    model: Model, subjects: Sequence[Subject], size: int, augmentation: Augmentation | None = None
+) -> tuple[Bank, list[str]]:
+    """The subjects' pictures at size x size as latents, and their names.
+
+    Args:
+        model: its autoencoder encodes them.
+        subjects: what is learned; the first one's seed decides what augmentation does.
+        size: pixels a side.
+        augmentation: how many varied pictures to prepare, and how; None takes the photos as they are.
+    """
+    seed = subjects[0].settings.seed
     latent = size // latent_factor(model)
     pixels, prompts, masks, owners, names = [], [], [], [], []
-    augments = getattr(module_of(s.method), "augmented", None) if s.augment else None
-    count = s.bank if augments else 0  # not fewer for a short run: a resumed one must draw from the same
+    count = augmentation.count if augmentation else 0  # not fewer for a short run: a resumed one draws from the same
     for owner, subject in enumerate(subjects):
         pictures = subject.pictures
-        for i in range(max(count // len(subjects), len(pictures)) if augments else len(pictures)):
+        for i in range(max(count // len(subjects), len(pictures))):
             picture = pictures[i % len(pictures)]
             shown = Augmented(fitted(picture.pixels, size))
-            if augments:
-                shown = augments(picture.pixels, size, latent, s, seeded(s.seed, 1, owner, i))
+            if augmentation:
+                shown = augmentation.change(picture.pixels, size, latent, seeded(seed, Stream.AUGMENT, owner, i))
             own = mask_tensor(picture.mask, latent) if picture.mask is not None and not shown.prefix else None
             placed = mask_tensor(shown.mask, latent)
             pixels.append(shown.pixels)
@@ -94,14 +113,14 @@ def subject_bank(model: Model, subjects: list[Subject], s: Settings, size: int) 
 
 
 def prior_bank(
-    model: Model, subjects: list[Subject], s: Settings, size: int, report: Callable[[str], Any]
+    model: Model, subjects: Sequence[Subject], s: Settings, size: int, report: Callable[[str], Any]
 ) -> Bank | None:
     """Pictures of the classes with their captions, or None where the method has no such loss."""
     if not s.prior_weight:
         return None
     pixels, prompts = [], []
     classes = {class_prompt(subject.settings): subject.settings for subject in subjects}
-    share = -(-s.prior_images // len(classes))
+    share = -(-s.prior_images // len(classes))  # rounded up: no class has fewer images than were asked for
     for prompt, own in list(classes.items())[: 1 if s.prior_folder else None]:
         pictures = prior_pictures(model, prompt, replace(own, prior_images=share, resolution=size), report)
         bare = [p.name for p in pictures if not p.caption] if s.prior_folder and len(classes) > 1 else []
@@ -121,7 +140,7 @@ def draw_batch(
 ) -> Batch:  # fmt: skip
     """The examples of one micro-batch; of `share` = (rank, world) processes each takes its part of world x batch."""
     rank, world = share
-    generator = seeded(s.seed, 2, step, micro)
+    generator = seeded(s.seed, Stream.BATCH, step, micro)
     count = s.batch * world
     pick = torch.randint(len(subject), (count,), generator=generator)
     x = subject.moments.draw(pick, generator)
@@ -145,7 +164,7 @@ def draw_batch(
     )  # fmt: skip
 
 
-def data_digest(subjects: list[Subject], prior: Bank | None) -> str:
+def data_digest(subjects: Sequence[Subject], prior: Bank | None) -> str:
     """What tells one data set from another."""
     content = hashlib.sha256()
     for subject in subjects:

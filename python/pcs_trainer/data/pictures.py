@@ -81,10 +81,10 @@ def _read(item: Any, masks: str | Path | None) -> tuple[Picture, list[str]]:
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
             raise ValueError(f"an array must be uint8 [H, W, 3]; this one is {item.dtype} {list(item.shape)}")
-        return _checked(Picture(item, "array"), []), []
+        return _checked(Picture(item, "array")), []
     if not isinstance(item, (str, Path)):
         picture, notes = _pixels(item, getattr(item, "filename", "") or "picture")
-        return _checked(picture, notes), notes
+        return _checked(picture), notes
     path = Path(item)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
@@ -102,7 +102,7 @@ def _read(item: Any, masks: str | Path | None) -> tuple[Picture, list[str]]:
         if picture.caption is None:
             raise ValueError(f"{caption} is empty: write the caption of {path.name} in it, or remove it")
     picture.mask = _mask_of(path, masks, picture.pixels.shape[:2])
-    return _checked(picture, notes), notes
+    return _checked(picture), notes
 
 
 def _pixels(image: Any, name: str) -> tuple[Picture, list[str]]:
@@ -130,7 +130,7 @@ def _pixels(image: Any, name: str) -> tuple[Picture, list[str]]:
     return Picture(np.asarray(image.convert("RGB")), str(name)), notes
 
 
-def _checked(picture: Picture, notes: list[str]) -> Picture:
+def _checked(picture: Picture) -> Picture:
     height, width = picture.pixels.shape[:2]
     if min(height, width) < SMALLEST:
         raise ValueError(f"{picture.name} has {width} x {height} pixels; at least {SMALLEST} a side are needed")

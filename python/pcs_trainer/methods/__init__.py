@@ -1,93 +1,72 @@
-"""The methods: each a module with `setup`, which puts what trains on the model, and what else its paper asks for."""
+"""The methods: one file each. A method is its file and its line in TITLES; everything else reads from there.
+
+Importing this package imports no torch, so that `pcs --help` stays light.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import difflib
+from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor, nn
-
-from ..unet.layers import replace_data
 
 if TYPE_CHECKING:
     from ..model.model import Model
     from ..settings import Settings
+    from .method import Method
 
-MODULES = {
-    "dreambooth": "dreambooth",
-    "dreambooth_lora": "dreambooth",
-    "custom_diffusion": "custom_diffusion",
-    "personalized_residuals": "personalized_residuals",
-    "textboost": "textboost",
-    "textual_inversion": "textual_inversion",
+TITLES = {
+    "personalized_residuals": "Personalized Residuals",
+    "dreambooth": "DreamBooth",
+    "dreambooth_lora": "DreamBooth-LoRA",
+    "custom_diffusion": "Custom Diffusion",
+    "textboost": "TextBoost",
+    "textual_inversion": "Textual Inversion",
 }
 
 
-@dataclass
-class Learner:
-    """What a method's setup returns: what trains, what a concept takes from it, how to take it off the model.
+def method_named(name: str) -> Method:
+    """The method of this name, its file imported; ValueError with the nearest name where there is none."""
+    if name not in TITLES:
+        near = difflib.get_close_matches(name, TITLES, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the methods are {', '.join(TITLES)}"
+        raise ValueError(f"there is no method {name!r}; {hint}")
+    found: Method = import_module(f".{name}", __name__).METHOD
+    return found
 
-    parameters: by the names that the concept file gives them; a learned word's rows are "word.{encoder}.{word}".
+
+def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings:
+    """A method's settings: its paper's values, adapted to the embedded model where it is that, then the overrides.
+
+    Args:
+        model: what will be trained; None for a real checkpoint.
+        method: a name in TITLES.
+        overrides: settings by name; a setting that only another method has is refused with that method's name.
+
+    Raises:
+        ValueError: one sentence about a wrong name or value.
     """
+    from ..settings import with_none_for_unset
 
-    parameters: dict[str, nn.Parameter]
-    tensors: Callable[[], dict[str, Tensor]]
-    words: dict[str, list[Tensor]] = field(default_factory=dict)
-    undo: list[Callable[[], Any]] = field(default_factory=list)
-    text_trains: bool = False  # the text states have a gradient, so they are computed in every step
-    hold_first: bool = False
-    whole: bool = False  # a whole network trains: several processes share it instead of each holding all
-    seldom: tuple[str, ...] = ()  # parameters that a short run may never reach
-
-    def restore(self) -> None:
-        """The model as it was before setup."""
-        for undo in reversed(self.undo):
-            undo()
-        self.undo.clear()
+    chosen = method_named(method)
+    known = [field.name for field in fields(chosen.settings)]
+    for name in overrides:
+        if name not in known:
+            raise ValueError(_unknown(method, name, known))
+    values = dict(chosen.tiny if model is not None and model.embedded else {}) | overrides
+    settings = chosen.settings(method=method, **with_none_for_unset(chosen.settings, values))
+    settings.check()
+    return settings
 
 
-def module_of(method: str) -> Any:
-    return import_module(f".{MODULES[method]}", __name__)
+def methods_with(setting: str) -> list[str]:
+    """The names of the methods that have a setting."""
+    return [name for name in TITLES if setting in {field.name for field in fields(method_named(name).settings)}]
 
 
-def setup(model: Model, settings: Settings) -> Learner:
-    return module_of(settings.method).setup(model, settings)
-
-
-def add_words(learner: Learner, rows: dict[str, list[Tensor]], train: bool) -> None:
-    """Give the learner words with first rows; trained ones are parameters of their own, apart from any table."""
-    for word, parts in rows.items():
-        if train:
-            parts = [nn.Parameter(part) for part in parts]
-            learner.parameters.update({f"word.{e}.{word}": p for e, p in enumerate(parts)})
-            learner.text_trains = True
-        learner.words[word] = list(parts)
-
-
-def subject_rows(model: Model, s: Settings) -> dict[str, list[Tensor]]:
-    """The subject's word, if it is a learned one, and what it starts from: a rare word, or the words of init_word."""
-    from ..data.prompts import first_rows, rare_token
-
-    if s.identifier != "learned":
-        return {}
-    if s.init_word:
-        return {s.token: first_rows(model, s.init_word.replace("{class}", s.class_word))}
-    return {s.token: first_rows(model, rare_token(model.tokenizers[0], s.seed), s.token_vectors)}
-
-
-def train_weights(names: dict[str, nn.Parameter], learner: Learner, masters: bool) -> None:
-    """Let parameters of the model itself train (in float32 where `masters`), and know how to put them back."""
-    for name, parameter in names.items():
-        original = parameter.data
-        replace_data(parameter, original.float().clone() if masters else original.clone())
-        parameter.requires_grad_(True)
-        learner.parameters[name] = parameter
-
-        def undo(parameter: nn.Parameter = parameter, original: Tensor = original) -> None:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-            replace_data(parameter, original)
-
-        learner.undo.append(undo)
+def _unknown(method: str, setting: str, known: list[str]) -> str:
+    others = methods_with(setting)
+    if others:
+        return f"{method} has no setting {setting!r} ({', '.join(others)} {'has' if len(others) == 1 else 'have'} it)"
+    near = difflib.get_close_matches(setting, known, 1)
+    return f"there is no setting {setting!r}{f'; did you mean {near[0]!r}?' if near else ''}"

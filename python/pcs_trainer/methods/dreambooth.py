@@ -21,7 +21,7 @@ from torch import Tensor
 from ..concept import grammar
 from ..distributed import rank_and_world
 from ..model.model import Model
-from ..model.text import file_name
+from ..model.text_adapters import file_name
 from ..settings import Identifier, Settings
 from ..unet.layers import replace_data
 from .learner import Learner
@@ -66,7 +66,7 @@ def train_text_encoders(model: Model, s: DreamBooth, learner: Learner) -> None:
 
 
 def small_picture(s: DreamBooth) -> ExtraInput | None:
-    """What an up-scaler is told: the picture at a quarter of its size, enlarged, with noise of variance `noise_level`."""
+    """What an up-scaler is told: the picture at a quarter of its size, upsampled, with noise of variance noise_level."""
     if s.stage == "base":
         return None
 

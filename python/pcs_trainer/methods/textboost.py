@@ -31,7 +31,8 @@ from ..data import augment
 from ..data.augment import Augmentation, Augmented
 from ..data.prompts import class_prompt
 from ..model.model import Model
-from ..model.text import encode, text_module, without_adapters
+from ..model.text import encode
+from ..model.text_adapters import mean_row_norm, text_module, without_adapters
 from ..settings import Settings
 from .learner import Learner, Pair, fresh_pair
 from .method import Method, SideLoss
@@ -103,7 +104,7 @@ def encoder_residuals(model: Model, s: TextBoost, learner: Learner) -> None:
 
 def context_residuals(model: Model, s: TextBoost, learner: Learner) -> None:
     """A rank-1 pair on the text states in front of each cross-attention's keys and values."""
-    generator = torch.Generator().manual_seed(s.seed + 1)  # apart from the encoder's pairs, so that both variants share those
+    generator = torch.Generator().manual_seed(s.seed + 1)  # apart from the encoder's pairs: both variants start alike
     width = model.unet.settings["cross_attention_dim"]
     device = model.unet.conv_in.weight.device
     for block in model.unet.attention_names():

@@ -1,4 +1,4 @@
-"""Textual Inversion (arXiv 2208.01618): the row of a new word is all that trains.
+"""Textual Inversion (arXiv 2208.01618): the embedding of a new word is all that trains.
 
 Loss     plain noise MSE on "a photo of a V*"; V* starts from the class word.
 Default  1000 steps, batch 4, 5e-3, no weight decay.
@@ -6,18 +6,44 @@ Default  1000 steps, batch 4, 5e-3, no weight decay.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from . import Learner, add_words, subject_rows
+from ..model.model import Model
+from ..settings import Settings
+from .learner import Learner
+from .method import Method
 
-if TYPE_CHECKING:
-    from ..model.model import Model
-    from ..settings import Settings
+
+@dataclass(kw_only=True)
+class TextualInversion(Settings):
+    """The paper's values."""
+
+    train_token: bool = True
+    init_word: str | None = "{class}"
+    steps: int = 1000
+    batch: int = 4
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.0
+
+    def check(self) -> None:
+        """Refuse a run in which nothing would train."""
+        super().check()
+        if self.identifier != "learned":
+            raise ValueError(f"textual_inversion learns a word: identifier must be 'learned', not {self.identifier!r}")
+        if not self.train_token:
+            raise ValueError("textual_inversion trains its word and nothing else: train_token must be true")
 
 
-def setup(model: Model, s: Settings) -> Learner:
-    if s.identifier != "learned":
-        raise ValueError(f"textual_inversion learns a word: identifier must be 'learned', not {s.identifier!r}")
-    learner = Learner({}, lambda: {})
-    add_words(learner, subject_rows(model, s), train=True)
-    return learner
+def setup(_model: Model, s: TextualInversion, learner: Learner) -> None:
+    """The subject's word."""
+    learner.add_subject_word(s)
+
+
+METHOD = Method(
+    settings=TextualInversion,
+    setup=setup,
+    paper="https://arxiv.org/abs/2208.01618",
+    trains="the embedding of a new word alone",
+    choose="the smallest file there is",
+    tiny={"steps": 300, "batch": 8, "learning_rate": 2e-2},
+)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..settings import with_none_for_unset
+
 # What may change between a run and its resume.
 FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts", "probe_every", "plan", "check_backend")
 
@@ -55,13 +57,20 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_safetensors(folder / "trained.safetensors")[0], state
 
 
-def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with other settings, pictures or another base model, and say what differs."""
+def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], settings: type) -> None:
+    """Refuse to go on with other settings, pictures or another base model, and say what differs.
+
+    Args:
+        folder: the checkpoint, for the sentence.
+        was: the checkpoint's identity; one of version 0.1.0 also holds the settings of every other method.
+        now: the run's.
+        settings: the method's settings class.
+    """
     if was["base"].partition(":")[0] != now["base"].partition(":")[0]:
         raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
     if was["data"] != now["data"]:
         raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
-    old, new = was["settings"], now["settings"]
+    old, new = with_none_for_unset(settings, was["settings"]), now["settings"]
     constant = new["lr_schedule"] == "constant"
     differing = [
         f"{name} was {old.get(name)!r} and is {value!r}"

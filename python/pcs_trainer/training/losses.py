@@ -6,7 +6,6 @@ Letters: B pictures, C latent channels, h x w latent size, T tokens.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.schedule import Schedule
@@ -39,8 +38,3 @@ def drawn_timesteps(schedule: Schedule, law: str, count: int, generator: torch.G
     if law == "snr":
         return torch.multinomial(snr_law(schedule), count, replacement=True, generator=generator)
     return torch.randint(len(schedule), (count,), generator=generator)
-
-
-def preservation_loss(tuned: Tensor, frozen: Tensor) -> Tensor:
-    """Mean over prompts and all T positions of 1 - cos between tuned and frozen text states [B, T, C]."""
-    return (1 - F.cosine_similarity(tuned.float(), frozen.float(), dim=-1)).mean()

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pcs_kernels.optim import AdamW8bit, step_in_backward
 
 from ..distributed import any_process, gathered_states, is_part, norm_of, rank_and_world, share_gradients
+from ..methods.learner import Learner
 from ..settings import Settings
 
 GOOD_EVERY = 10  # steps between copies of a good state
 LARGEST_COPY = 50_000_000  # parameters: above it, checkpoints on disk are the only way back
 
 
+class _NotFinite(Exception):
+    """A loss is NaN or infinite, seen before its backward."""
+
+
 class Stepper:
     """The optimizer of a run and all that surrounds its step."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], s: Settings) -> None:
-        self.parameters, self.s = parameters, s
+    def __init__(self, learner: Learner, s: Settings) -> None:
+        self.s = s
+        weights, rows = learner.groups()
+        self.parameters = weights | rows
         self.world = rank_and_world()[1]
-        rows = [p for n, p in parameters.items() if n.startswith("word.")]
-        others = [p for n, p in parameters.items() if not n.startswith("word.")]
-        groups = [{"params": others, "lr": s.learning_rate, "weight_decay": s.weight_decay}] if others else []
+        groups: list[dict[str, Any]] = []
+        if weights:
+            groups.append({"params": list(weights.values()), "lr": s.learning_rate, "weight_decay": s.weight_decay})
         if rows:
             rate = s.token_learning_rate or s.learning_rate
-            groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
+            groups.append({"params": list(rows.values()), "lr": rate, "weight_decay": 0.0})
         kind = AdamW8bit if s.optimizer == "adamw8bit" else torch.optim.AdamW
-        parts = any(is_part(p) for p in parameters.values())  # torch's loops over lists take no mixture with whole ones
+        parts = any(
+            is_part(p) for p in self.parameters.values()
+        )  # torch's loops over lists take no mixture with whole ones
         extra = {"seed": s.seed} if s.optimizer == "adamw8bit" else {"foreach": False} if parts else {}
         self.optimizer = kind(groups, betas=(0.9, 0.999), **extra)
         self.rates = [group["lr"] for group in groups]
@@ -55,37 +65,39 @@ class Stepper:
             return 0.5 * (1 + math.cos(math.pi * share))
         return 1 - share if s.lr_schedule == "linear" else 1.0
 
-    def step(self, losses: list[Callable[[], Tensor]], step: int) -> bool:
-        """Run the micro-batches and update; False where a number was not finite: nothing was updated then, or, with the
-        step in the backward and clip="previous", everything but the tensors whose gradient it was."""
+    def step(self, loss_of: Callable[[int], Tensor], step: int) -> bool:
+        """Run the micro-batches and update.
+
+        Args:
+            loss_of: the loss of a micro-batch by its number, its share of the mean over all of them.
+            step: how many steps came before.
+
+        Returns:
+            False where a number was not finite: nothing was updated then or, with the step in the backward and
+            clip="previous", everything but the tensors whose gradient it was.
+        """
         factor = self.factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         before = self._copy(step) if step and step % GOOD_EVERY == 0 else None
-        good = self._in_backward(losses) if self.handle is not None else self._after_backward(losses)
+        good = self._in_backward(loss_of) if self.handle is not None else self._after_backward(loss_of)
         if good and before is not None:  # the loss of this state is known to be finite
             self._good = before
         return good
 
-    def _in_backward(self, losses: list[Callable[[], Tensor]]) -> bool:
+    def _in_backward(self, loss_of: Callable[[int], Tensor]) -> bool:
         """The optimizer runs inside the backward; a loss that is not finite ends the step before any backward."""
         assert self.handle is not None
 
-        class NotFinite(Exception):
-            pass
-
-        def guarded(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            def run() -> Tensor:
-                loss = compute()
-                if not bool(torch.isfinite(loss)):
-                    raise NotFinite
-                return loss
-
-            return run
+        def guarded(micro: int) -> Tensor:
+            loss = loss_of(micro)
+            if not bool(torch.isfinite(loss)):
+                raise _NotFinite
+            return loss
 
         try:
-            self.handle.backward(*(guarded(compute) for compute in losses))
-        except NotFinite:
+            self.handle.backward(*(partial(guarded, micro) for micro in range(self.s.accumulate)))
+        except _NotFinite:
             self.handle.forget()
             self.reason = "the loss is not finite"
             return False
@@ -94,11 +106,11 @@ class Stepper:
             return False
         return True
 
-    def _after_backward(self, losses: list[Callable[[], Tensor]]) -> bool:
+    def _after_backward(self, loss_of: Callable[[int], Tensor]) -> bool:
         trained = list(self.parameters.values())
         finite = True
-        for compute in losses:
-            loss = compute()
+        for micro in range(self.s.accumulate):
+            loss = loss_of(micro)
             finite = finite and bool(torch.isfinite(loss))
             loss.backward()
         if self.world > 1:

@@ -1,4 +1,4 @@
-"""The trainer: what to learn, from which pictures, by which method; `run.py` does it and proves that it was done."""
+"""The trainer: what to learn, from which pictures, by which method. `run.py` does it and proves that it was done."""
 
 from __future__ import annotations
 
@@ -7,51 +7,82 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..concept.concept import Concept
 from ..data.batches import Subject
 from ..data.pictures import load_pictures
 from ..data.prompts import choose_token
-from ..distributed import join
-from ..methods import Learner, add_words, setup, subject_rows
+from ..distributed import join, rank_and_world
+from ..methods import settings_for
+from ..methods.learner import Learner, learner_for
 from ..model.model import Model, load_model
-from ..settings import Settings, settings_for
+from ..settings import Settings
 from .events import Event
+from .objective import Objective, compute_dtype
+from .proof import compare_gradients
 from .run import Run
+from .task import Say, Task, prepare
+
+
+def _silent(*_args: Any, **_data: Any) -> None:
+    """Nobody is told."""
 
 
 class Trainer:
     """Learn a subject from a few pictures.
 
-    images: a folder, or a list of files, PIL pictures or uint8 arrays; with `concepts` (dicts with images, class_word
-    and token) several subjects are learned together. masks: a folder of masks of the pictures' names; without it a
-    "-mask" file beside a picture is used. out: the folder for checkpoints, log, samples and the concept. overrides:
-    any field of Settings.
+    Args:
+        model: a Model, or what `load_model` takes.
+        method: a name in `pcs_trainer.methods.TITLES`.
+        images: a folder, or a list of files, PIL pictures or uint8 arrays.
+        class_word: one word for what the pictures show, such as "dog".
+        token: the word that will name the subject; "" lets the method choose one.
+        out: the folder for checkpoints, log, samples and the concept; None keeps everything in memory.
+        masks: a folder of masks of the pictures' names; without it a "-mask" file beside a picture is used.
+        concepts: dicts with images, class_word and token: several subjects that are learned together.
+        overrides: any of the method's settings.
     """
 
     def __init__(
-        self, model: Model | str | Path, method: str = "personalized_residuals", images: Any = None,
-        class_word: str = "", token: str = "", *, out: str | Path | None = None, masks: str | Path | None = None,
-        concepts: list[dict[str, Any]] | None = None, **overrides: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: Model | str | Path,
+        method: str = "personalized_residuals",
+        images: Any = None,
+        class_word: str = "",
+        token: str = "",
+        *,
+        out: str | Path | None = None,
+        masks: str | Path | None = None,
+        concepts: list[dict[str, Any]] | None = None,
+        **overrides: Any,
+    ) -> None:
         self.model = load_model(model) if isinstance(model, (str, Path)) else model
         rank, _ = join()
         self.out = None if out is None else _writable(Path(out)) if rank == 0 else Path(out)
         given = concepts or [{"images": images, "class_word": class_word, "token": token}]
         if images is None and not concepts:
             raise ValueError("images is missing: give a folder of pictures, or a list of them")
-        self.subjects = [self._subject(method, one, masks, overrides, number) for number, one in enumerate(given)]
-        tokens = [subject.settings.token for subject in self.subjects]
+        subjects = [self._subject(method, one, masks, overrides, number) for number, one in enumerate(given)]
+        tokens = [subject.settings.token for subject in subjects]
         if len(set(tokens)) < len(tokens):
             raise ValueError(f"the concepts share the token {tokens[0]!r}: give each a token of its own")
-        self.settings: Settings = self.subjects[0].settings
-        if len(tokens) > 1 and self.settings.variant.startswith("causal"):
-            raise ValueError(
-                f"textboost's variant {self.settings.variant!r} is made for one word; learn several subjects with "
-                "variant='v1', or with custom_diffusion"
-            )
+        self.task = Task(self.model, subjects[0].settings, tuple(subjects), self.out)
+        refused = self.task.method.one_subject(self.settings) if len(subjects) > 1 else None
+        if refused:
+            raise ValueError(refused)
         self._learner: Learner | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The first subject's settings, with the token that was chosen: they decide the run."""
+        return self.task.settings
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """What is learned: its pictures, and the settings with its own class word and token."""
+        return self.task.subjects
 
     def _subject(self, method: str, one: dict[str, Any], masks: Any, overrides: dict[str, Any], number: int) -> Subject:
         chosen = {"class_word": one.get("class_word") or "", "token": one.get("token") or ""} | overrides
@@ -65,36 +96,80 @@ class Trainer:
     def learner(self) -> Learner:
         """What trains, put on the model when first asked for."""
         if self._learner is None:
-            self._learner = setup(self.model, self.settings)
-            for other in self.subjects[1:]:
-                add_words(self._learner, subject_rows(self.model, other.settings), other.settings.train_token)
+            self._learner = learner_for(self.model, [subject.settings for subject in self.subjects])
         return self._learner
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by the name that the concept file gives it."""
         return self.learner.parameters
 
+    def objective(self, say: Say = _silent) -> Objective:
+        """The loss of this training: pictures as latents, what trains on the model, frozen texts encoded."""
+        data = prepare(self.task, say)
+        learner = self.learner
+        self.model.unet.set_plan(self.settings.plan)
+        return Objective(self.task, data, learner)
+
     def train(
-        self, on_event: Callable[[Event], Any] | None = None, should_stop: Callable[[], bool] | None = None,
+        self,
+        on_event: Callable[[Event], Any] | None = None,
+        should_stop: Callable[[], bool] | None = None,
         resume: bool = False,
-    ) -> Concept:  # fmt: skip
-        """Run all steps and return the concept. resume: go on from the last checkpoint in `out`."""
-        run = Run(self, on_event or (lambda event: None), should_stop or (lambda: False))
+    ) -> Concept:
+        """Run all steps.
+
+        Args:
+            on_event: called with every Event: steps, warnings, proofs, previews, files.
+            should_stop: asked between steps; the run is saved and ends where it answers True.
+            resume: go on from the last checkpoint in `out`.
+
+        Returns:
+            what was learned; also in `out`.
+
+        Raises:
+            TrainingStopped: three steps in a row were not finite; the error holds the last good concept.
+            NotTrained: a proof failed.
+        """
+        tell = on_event or _silent
+        first = rank_and_world()[0] == 0  # of several processes one tells
+
+        def say(kind: str, **data: Any) -> None:
+            if first:
+                tell(Event(kind, 0, self.settings.steps, data))
+
         try:
-            return run.train(resume)
+            objective = self.objective(say)
+            if self.settings.check_backend and not resume:
+                say("proof", text=self._gradients_agree(objective))
+            return Run(objective, tell, should_stop or _never).train(resume)
         finally:
             if self._learner is not None:
                 self._learner.restore()
                 self._learner = None
 
+    def _gradients_agree(self, objective: Objective) -> str:
+        exact = compute_dtype(self.model.unet) == torch.float32
+        batch = objective.batch(0, 0)
+        return compare_gradients(self.learner.parameters, lambda: objective.loss(batch, 0)[0], exact)
 
-def trainable(model: Model, method: str, class_word: str = "dog", token: str = "", **overrides: Any) -> dict[str, Any]:
-    """name -> parameter of what a method trains on a model; works on the meta device, needs no picture."""
+
+def trainable(
+    model: Model, method: str, class_word: str = "dog", token: str = "", **overrides: Any
+) -> dict[str, nn.Parameter]:
+    """What a method trains on a model; works on the meta device and needs no picture.
+
+    Returns:
+        the parameters by the names that the concept file gives them.
+    """
     chosen = settings_for(model, method, class_word=class_word, token=token, **overrides)
-    learner = setup(model, choose_token(model, chosen))
-    found = dict(learner.parameters)
+    learner = learner_for(model, [choose_token(model, chosen)])
+    found = learner.parameters
     learner.restore()
     return found
+
+
+def _never() -> bool:
+    return False
 
 
 def _writable(out: Path) -> Path:

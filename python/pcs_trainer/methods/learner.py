@@ -1,0 +1,221 @@
+"""What a run learns: a method's setup says what trains; the learner names it, attaches it and takes it off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..concept import grammar
+from ..concept.grammar import Kind, Slot
+from ..data.prompts import Vocabulary
+from ..distributed import full_value
+from ..model.model import Model
+from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text
+from ..settings import Settings
+from ..unet.layers import LowRank, replace_data
+from . import method_named
+
+KEY = "learning"  # the residuals of the running training, among those of concepts on the same model
+
+# "both_random": the product's entries start at a hundredth of a projection's own (about C_in ** -0.5).
+SMALL_START = 0.01
+
+
+class Pair(NamedTuple):
+    """A low-rank residual's parameters: down [R, C_in], up [C_out, R]."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+
+
+@dataclass
+class Word:
+    """A learned word: its token embeddings, one tensor [n, width] for each text encoder."""
+
+    rows: list[Tensor]
+    trained: bool
+    kept: bool = True  # part of the concept; a word that only serves training is not
+    seldom: bool = False  # a short run may never reach it, so the proof of movement does not insist
+
+
+class Learner:
+    """Everything that trains, by the names that the concept's file gives it.
+
+    Args:
+        model: what the method's setup works on.
+        seed: of the random starts.
+        vocabulary: what learned words start from; None is the model's own tokenizers and embedding tables.
+    """
+
+    def __init__(self, model: Model, seed: int = 0, vocabulary: Vocabulary | None = None) -> None:
+        self.model = model
+        self.vocabulary = vocabulary or Vocabulary(model)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.weights: dict[str, nn.Parameter] = {}
+        self.words: dict[str, Word] = {}
+        self.hold_first = False  # the first token, and the empty prompt, stay as the frozen text encoder makes them
+        self.trains_whole_network = False  # several processes share it instead of each holding all
+        self._undo: list[Callable[[], Any]] = []
+        self._sides: set[str] = set()  # where residuals have been attached
+
+    # told by a method's setup
+
+    def attach(self, part: grammar.Part, layer: str, pair: Pair) -> None:
+        """Train a low-rank residual on one projection of the UNet or of a text encoder."""
+        self._attach(Slot(part, layer, Kind.PAIR), pair)
+
+    def attach_from_word_on(self, part: grammar.Part, layer: str, pair: Pair, word: str) -> None:
+        """Train a residual on a text encoder's layer that acts on the tokens from `word` on."""
+        self._attach(Slot(part, layer, Kind.CAUSAL), pair, word)
+
+    def attach_context(self, block: str, pair: Pair, word: str) -> None:
+        """Train a residual on the text states that one transformer block of the UNet reads, from `word` on."""
+        self._attach(Slot(grammar.UNET, block, Kind.CONTEXT), pair, word)
+
+    def train_value(self, name: str, parameter: nn.Parameter, *, master: bool) -> None:
+        """Train a parameter of the model itself; `master` holds it in float32 while it trains."""
+        original = parameter.data
+        replace_data(parameter, original.float().clone() if master else original.clone())
+        self.weights[name] = parameter.requires_grad_(True)
+
+        def undo() -> None:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            replace_data(parameter, original)
+
+        self._undo.append(undo)
+
+    def train_whole_unet(self) -> None:
+        """Train every parameter of the UNet in place: no copy is kept, the model's files are read again afterwards."""
+        for name, parameter in self.model.unet.named_parameters():
+            self.weights[grammar.value_name("unet", name)] = parameter.requires_grad_(True)
+        self.trains_whole_network = True
+        self._undo.append(lambda: self.model.release("unet"))
+
+    def add_word(
+        self, word: str, rows: Sequence[Tensor], *, trained: bool, kept: bool = True, seldom: bool = False
+    ) -> None:
+        """Give the run a word of its own; its trained rows are parameters apart from any embedding table."""
+        self.words[word] = Word([nn.Parameter(r) for r in rows] if trained else list(rows), trained, kept, seldom)
+
+    def add_subject_word(self, s: Settings) -> None:
+        """The subject's word, if it is a learned one, from what it starts from: `init_word`, or a rare word."""
+        if s.identifier != "learned":
+            return
+        if s.init_word:
+            rows = self.vocabulary.rows(s.init_word.replace("{class}", s.class_word))
+        else:
+            rows = self.vocabulary.rows(self.vocabulary.rare(s.seed), s.token_vectors)
+        self.add_word(s.token, rows, trained=s.train_token)
+
+    # asked by what runs it
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every tensor that trains: the weights, then the words' rows."""
+        return self.weights | self.groups()[1]
+
+    def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """(weights, token embeddings): two learning rates."""
+        rows = {
+            grammar.word_name(e, name): row
+            for name, word in self.words.items()
+            for e, row in enumerate(word.rows)
+            if isinstance(row, nn.Parameter)
+        }
+        return dict(self.weights), rows
+
+    @property
+    def rows(self) -> dict[str, list[Tensor]]:
+        """Word -> its token embeddings, as `encode` takes them."""
+        return {name: word.rows for name, word in self.words.items()}
+
+    @property
+    def text_trains(self) -> bool:
+        """Whether the text states have a gradient, so that they are computed in every step."""
+        outside = any(not name.startswith("unet.") for name in self.weights)
+        return outside or any(word.trained for word in self.words.values())
+
+    @property
+    def seldom(self) -> tuple[str, ...]:
+        """The tensors that a short run may never reach."""
+        found = [(e, name) for name, word in self.words.items() if word.seldom for e in range(len(word.rows))]
+        return tuple(grammar.word_name(e, name) for e, name in found)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the concept takes beside its words; whole values also where several processes hold the parts."""
+        return {
+            name: full_value(p.detach()).cpu().clone(memory_format=torch.contiguous_format)
+            for name, p in self.weights.items()
+        }
+
+    def kept_rows(self) -> dict[str, list[Tensor]]:
+        """The token embeddings that belong to the concept, on the CPU."""
+        return {n: [r.detach().clone().cpu() for r in w.rows] for n, w in self.words.items() if w.kept}
+
+    def take_parts(self, parts: dict[str, nn.Parameter]) -> None:
+        """Train these parts of tensors in place of the whole ones (several processes share a network)."""
+        self.weights |= parts
+
+    def restore(self) -> None:
+        """The model as it was before setup."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._sides.clear()
+
+    def _attach(self, slot: Slot, pair: Pair, word: str = "") -> None:
+        model = self.model
+        if slot.kind is Kind.CONTEXT:
+            attach_context(model.text_encoder, slot.layer, TextLowRank(*pair, 1.0, KEY, word))
+        elif slot.part == grammar.UNET:
+            model.unet.attach(slot.layer, LowRank(*pair, key=KEY))
+        else:
+            encoder = model.text_encoders[grammar.TEXT_PARTS.index(slot.part)]
+            attach_text(encoder, slot.layer, TextLowRank(*pair, 1.0, KEY, word))
+        self._detach_at_the_end("unet" if slot.kind is Kind.PAIR and slot.part == grammar.UNET else "text")
+        self.weights |= dict(zip(grammar.names(slot), pair, strict=True))
+
+    def _detach_at_the_end(self, side: Literal["unet", "text"]) -> None:
+        if side in self._sides:
+            return
+        self._sides.add(side)
+        model = self.model
+        if side == "unet":
+            self._undo.append(lambda: model.unet.detach(KEY))
+        else:
+            self._undo += [lambda e=encoder: detach_text(e, KEY) for encoder in model.text_encoders]
+
+
+def fresh_pair(
+    layer: nn.Module, rank: int, init: Literal["zero_up", "both_random"], generator: torch.Generator
+) -> Pair:
+    """A residual for a projection: down ~ N(0, 1 / rank), up = 0 ("zero_up") or small ("both_random")."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    c_out, c_in = weight.shape[:2]
+    down = torch.randn(rank, c_in, generator=generator) * rank**-0.5
+    up = torch.zeros(c_out, rank)
+    if init == "both_random":
+        up = torch.randn(c_out, rank, generator=generator) * SMALL_START * c_in**-0.5
+    return Pair(nn.Parameter(down.to(weight.device)), nn.Parameter(up.to(weight.device)))
+
+
+def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabulary | None = None) -> Learner:
+    """A method's setup done on a model: what trains, on it, with the words of every subject.
+
+    Args:
+        model: what is changed in place until `Learner.restore`.
+        subjects: the settings of each subject; they differ in token and class word, and the first one's decide.
+        vocabulary: what learned words start from, where it is not the model's own.
+    """
+    first = subjects[0]
+    learner = Learner(model, first.seed, vocabulary)
+    method_named(first.method).setup(model, first, learner)
+    for other in subjects[1:]:
+        learner.add_subject_word(other)
+    return learner

@@ -1,0 +1,50 @@
+"""What a method is: the contract between a method's file and all that runs, plans, reports and documents methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.augment import Augmentation
+from ..model.model import Model
+from ..settings import Settings
+from ..unet.blocks import TextKV
+from .learner import Learner
+
+SideLoss = Callable[[torch.Generator], Tensor]  # called once a micro-batch
+ExtraInput = Callable[[Tensor, int, torch.Generator], Tensor]  # (latents, channels, generator) -> [B, channels, h, w]
+
+
+def _nothing(*_: Any) -> None:
+    """The neutral hook."""
+
+
+def _unchanged(kv: TextKV) -> TextKV:
+    return kv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A personalization method. Everything but the first five has a neutral default.
+
+    `s` below is an instance of the method's own `settings`.
+    """
+
+    settings: type[Settings]  # its defaults are the paper's values
+    setup: Callable[[Model, Any, Learner], None]  # (model, s, learner): put what trains on the model, tell the learner
+    paper: str  # its address
+    trains: str  # what trains, in a few words
+    choose: str  # when to choose it
+
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # other defaults on the embedded model, 1000 times smaller
+    augment: Callable[[Any], Augmentation | None] = _nothing  # (s): how photos are varied before training
+    hold_text: Callable[[TextKV], TextKV] = _unchanged  # such as no gradient through the first token
+    side_loss: Callable[[Model, Any], SideLoss | None] = _nothing  # (model, s): built once a run
+    reads_more_text: Callable[[Any], bool] = lambda s: False  # whether that loss encodes further prompts in each step
+    after_step: Callable[[Model, Learner], None] = _nothing  # such as limiting the norm of token embeddings
+    extra_input: Callable[[Any], ExtraInput | None] = _nothing  # (s): what further input channels of a UNet hold
+    one_subject: Callable[[Any], str | None] = _nothing  # (s): why several subjects cannot be learned together

@@ -1,0 +1,54 @@
+"""What a run leaves: the concept, its file, and the proof that the file is what was learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from torch import Tensor
+
+from ..concept.concept import Concept, load_concept, predict
+from ..methods.learner import Learner
+from ..unet.config import family
+from .proof import check_file
+from .task import Prepared, Task
+
+
+def learned(task: Task, data: Prepared, learner: Learner, step: int, finished: bool) -> Concept:
+    """What has been learned so far, on the CPU, with how it was made."""
+    s, model = task.settings, task.model
+    meta = {
+        "method": s.method,
+        "token": s.token,
+        "class_word": s.class_word,
+        "identifier": s.identifier,
+        "instance_prompt": task.prompt,
+        "steps": str(step),
+        "seed": str(s.seed),
+        "learning_rate": f"{s.learning_rate:g}",
+        "resolution": f"{data.size}x{data.size}",
+        "hold_first": "1" if learner.hold_first else "0",
+        "base_name": model.name,
+        "prediction": model.schedule.prediction,
+        "family": family(model.unet.settings),
+        "settings": json.dumps(s.asdict()),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "finished": "1" if finished else "0",
+        "subjects": json.dumps([[x.settings.token, x.settings.class_word] for x in task.subjects]),
+    }
+    return Concept(s.method, learner.tensors(), learner.kept_rows(), meta, data.base)
+
+
+def memory_predicts(task: Task, learner: Learner) -> Tensor:
+    """The model's prediction for fixed noise with what was learned still on it."""
+    return predict(task.model, [], task.prompt, words=learner.rows, hold_first=learner.hold_first)
+
+
+def file_proof(task: Task, in_memory: Tensor, concept: Concept, path: Path | None) -> str:
+    """That the saved file (path None: the concept itself) predicts what memory predicted; NotTrained if it does not."""
+    model, prompt = task.model, task.prompt
+    again = concept if path is None else load_concept(path)
+    base = predict(model, [replace(again, words={})], prompt, strength=0.0)
+    return check_file(in_memory, predict(model, [again], prompt), base, path or "the concept")
