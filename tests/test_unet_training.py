@@ -8,7 +8,7 @@ import pytest
 import torch
 from pcs_trainer.unet.blocks import Resample
 from pcs_trainer.unet.layers import LowRank
-from pcs_trainer.unet.recompute import PLANS
+from pcs_trainer.unet.plans import PLAN_NAMES, PLANS
 from torch.utils._python_dispatch import TorchDispatchMode
 from unet_families import FAMILIES, inputs, ours_like, peer, relative
 
@@ -59,6 +59,20 @@ def test_every_plan_gives_the_eager_gradients(model, subset):
         assert torch.equal(actual, expected)
         for name, g in found.items():
             assert relative(g, eager[name]) < 1e-6, (plan, name)
+
+
+def test_a_plan_may_be_given_by_its_long_name_and_is_kept_by_its_short_one(model):
+    unet, _ = model
+    for short, long in PLAN_NAMES.items():
+        for name in (short, long):
+            assert {layer.plan for layer in unet.set_plan(name).layers().values()} == {short}
+    unet.set_plan({"": "keep_all", "down_blocks": "C", "mid_block": "rebuild_all"})
+    assert {name.split(".")[0]: layer.plan for name, layer in unet.layers().items()} == {
+        "down_blocks": "C", "mid_block": "checkpoint", "up_blocks": "eager",
+    }  # fmt: skip
+    count = len(unet.layers())
+    assert [layer.plan for layer in unet.set_plan(["rebuild_norms"] * count).layers().values()] == ["A"] * count
+    unet.set_plan("eager")
 
 
 def projections(unet) -> list[str]:
@@ -313,8 +327,12 @@ def test_bad_calls_are_refused_in_one_sentence(model):
         unet(x, t, context[..., :5], added)
     with pytest.raises(ValueError, match=r"x must be \[B, 4, H, W\]"):
         unet(x[:, :3], t, context, added)
-    with pytest.raises(ValueError, match="'D' is unknown; choose one of eager, A, B, C, checkpoint"):
+    names = r"keep_all \(eager\), rebuild_norms \(A\), rebuild_feedforward \(B\), rebuild_around_attention \(C\), "
+    names += r"rebuild_all \(checkpoint\)"
+    with pytest.raises(ValueError, match=f"'D' is unknown; choose one of {names}"):
         unet.set_plan("D")
+    with pytest.raises(ValueError, match="'rebuild-al' is unknown; did you mean 'rebuild_all'"):
+        unet.set_plan({"mid_block": "rebuild-al"})
     with pytest.raises(ValueError, match="'nowhere'"):
         unet.set_plan({"nowhere": "A"})
     with pytest.raises(ValueError, match="lists 1 layers"):

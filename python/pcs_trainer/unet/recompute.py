@@ -1,15 +1,16 @@
-"""What a training step keeps, and what it computes once more: the mechanism under the memory plans.
+"""Selective activation recomputation: the mechanism under the memory plans.
 
 `rebuilt(fn, *inputs, then=use)` is `use(fn(*inputs))`, exactly, with other memory: what `use` would keep of fn's
 results is computed again from fn's inputs when the backward asks for it. With `whole=True` so is everything fn itself
-keeps. One second run serves every tensor asked for; what is kept in its stead are the inputs.
+keeps. One second run serves every tensor asked for; what is kept instead are the inputs.
 
 Units of C x N kept by a transformer block with frozen weights:
 
-    eager, A   17   what the ops keep; A rebuilds normalised and gated values where a trained weight needs them
-    B           9   A, and the feed-forward's projection is computed again
-    C           3   the block's input, its hidden state and the self-attention's output; the rest is computed again
-    checkpoint  1   the block's input; all of it is computed again
+    keep_all, eager               17   what the ops keep
+    rebuild_norms, A              17   the same; where weights train, normalized and gated values are computed again
+    rebuild_feedforward, B         9   rebuild_norms, and the feed-forward's first projection is computed again
+    rebuild_around_attention, C    3   the block's input, its hidden state and the self-attention's output
+    rebuild_all, checkpoint        1   the input alone
 """
 
 from __future__ import annotations
@@ -21,14 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-PLANS = ("eager", "A", "B", "C", "checkpoint")
-
-
-def checked_plan(plan: object) -> str:
-    """The plan's name, or one sentence saying which there are."""
-    if plan not in PLANS:
-        raise ValueError(f"the memory plan {plan!r} is unknown; choose one of {', '.join(PLANS)}")
-    return str(plan)
+from .plans import PLAN_NAMES as PLAN_NAMES
+from .plans import PLANS as PLANS
+from .plans import short_plan as short_plan
 
 
 class _Keep(torch.autograd.Function):
@@ -155,6 +151,6 @@ def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], w
     return answer
 
 
-def direct(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], whole: bool = False) -> Any:
-    """then(fn(*inputs)), keeping whatever the ops keep: the eager plan's `rebuilt`."""
+def direct(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any]) -> Any:
+    """then(fn(*inputs)), keeping whatever the ops keep: `rebuilt` for the plan that keeps all."""
     return then(*_as_list(fn(*inputs)))

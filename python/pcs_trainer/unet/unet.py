@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .blocks import Call, Level, Look, Resample, ResnetBlock, TextKV, Transformer, TransformerBlock
 from .config import checked_config
 from .layers import Conv2d, GroupNorm, Linear, LowRank, Stack, TimestepEmbedding, sinusoid
-from .recompute import checked_plan, direct, rebuilt
+from .plans import short_plan
+from .recompute import direct, rebuilt
 
 
 class UNet(nn.Module):
@@ -98,7 +99,15 @@ class UNet(nn.Module):
         return [block.name for block in self._blocks]
 
     def set_plan(self, plan: str | Sequence[str] | dict[str, str]) -> UNet:
-        """One plan for all layers, one for each of `layers()`, or by leading part of their names ("" is the rest)."""
+        """Set the memory plan of the layers.
+
+        Args:
+            plan: one name for all layers, one per layer of `layers()`, or names by leading part of the layers' names
+                (the longest part counts; "" is all others). Names as in plans.PLAN_NAMES, short or long.
+
+        Returns:
+            The UNet itself.
+        """
         layers = self.layers()
         if isinstance(plan, dict):
             unknown = [key for key in plan if not any(name.startswith(key) for name in layers)]
@@ -112,7 +121,7 @@ class UNet(nn.Module):
             chosen = [plan] * len(layers) if isinstance(plan, str) else list(plan)
             if len(chosen) != len(layers):
                 raise ValueError(f"the memory plan lists {len(chosen)} layers; this UNet has {len(layers)}")
-        for layer, name in zip(layers.values(), [checked_plan(p) for p in chosen], strict=True):
+        for layer, name in zip(layers.values(), [short_plan(p) for p in chosen], strict=True):
             layer.plan = name
         return self
 
