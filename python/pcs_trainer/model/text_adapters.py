@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+import pcs_kernels
+
 if TYPE_CHECKING:
     from .peers import TextEncoder
 
@@ -51,7 +53,9 @@ class Adapters:
 
 # Kept beside the encoders and not as their attributes: transformers' modules would save, copy and move them as theirs.
 _ADAPTERS: WeakKeyDictionary[nn.Module, Adapters] = WeakKeyDictionary()
-_MEAN_NORMS: WeakKeyDictionary[nn.Module, tuple[int, float]] = WeakKeyDictionary()  # with the table's version
+_MEAN_NORMS: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], float]] = (
+    WeakKeyDictionary()
+)  # with the table's version
 
 
 def token_table(encoder: nn.Module) -> nn.Embedding:
@@ -62,9 +66,9 @@ def token_table(encoder: nn.Module) -> nn.Embedding:
 def mean_row_norm(encoder: nn.Module) -> float:
     """The mean norm of the token embeddings in the encoder's own table, computed once per version of the table."""
     weight = token_table(encoder).weight
-    found = _MEAN_NORMS.get(encoder)
-    if found is None or found[0] != weight._version:
-        found = _MEAN_NORMS[encoder] = (weight._version, float(weight.detach().norm(dim=1).mean()))
+    version, found = pcs_kernels.weight_version(weight), _MEAN_NORMS.get(encoder)
+    if found is None or found[0] != version:
+        found = _MEAN_NORMS[encoder] = (version, float(weight.detach().norm(dim=1).mean()))
     return found[1]
 
 
