@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer.tiny import common
-from pcs_trainer.tiny.make import train, train_unet, train_vae
+from pcs_trainer.tiny.make import budget, networks, train, train_unet, train_vae
 from pcs_trainer.tiny.tokenizer import learn_merges, write_tokenizer
 
 
@@ -18,10 +18,10 @@ def test_help_and_unknown_stages(capsys):
 
 
 def test_the_learning_rate_warms_up_stays_flat_and_ends_low():
-    budget = common.Budget(1.0, warmup_steps=10, flat_until=0.5)
-    assert budget.factor(0) == pytest.approx(0.1) and budget.factor(100) == 1.0
-    budget.spent = 60.0
-    assert budget.over and budget.factor(100) == pytest.approx(0.01)
+    minute = budget.Budget(1.0, warmup_steps=10, flat_until=0.5)
+    assert minute.factor(0) == pytest.approx(0.1) and minute.factor(100) == 1.0
+    minute.spent = 60.0
+    assert minute.over and minute.factor(100) == pytest.approx(0.01)
 
 
 def test_merges_make_each_word_one_token_most_frequent_first():
@@ -48,8 +48,8 @@ def test_whitening_keeps_the_pictures_and_makes_latents_white():
 def test_the_schedule_ends_in_noise_and_is_diffusers_own():
     from diffusers import DDIMScheduler
 
-    abar = train_unet.alphas()
-    assert torch.allclose(abar, DDIMScheduler(**train_unet.SCHEDULE).alphas_cumprod, rtol=1e-4)
+    abar = networks.alphas()
+    assert torch.allclose(abar, DDIMScheduler(**networks.SCHEDULE).alphas_cumprod, rtol=1e-4)
     assert abar[0] > 0.999 and abar[-1] < 3e-4
 
 
@@ -76,7 +76,7 @@ def test_a_second_run_resumes_where_the_first_stopped(small_set):
     def run(minutes):
         files = (small_set / name for name in ("tokenizer", "captions.json", "latents.npy"))
         train_unet.train_unet(small_set, *files, minutes, batch=4, workers=1)
-        return common.load_checkpoint(small_set / "unet.ckpt")
+        return budget.load_checkpoint(small_set / "unet.ckpt")
 
     first = run(0.005)
     second = run(0.01)

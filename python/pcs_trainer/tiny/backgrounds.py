@@ -38,6 +38,7 @@ def vary(rng: Rng, colour: RGB, amount: int = 10) -> RGB:
 
 
 def disc(draw: Pen, size: int, x: float, y: float, rx: float, ry: float, fill: RGB) -> None:
+    """A filled ellipse."""
     draw.ellipse([(x - rx) * size, (y - ry) * size, (x + rx) * size, (y + ry) * size], fill=fill)
 
 
@@ -49,6 +50,7 @@ def hills(draw: Pen, size: int, rng: Rng, base: float, height: float, colour: RG
 
 
 def cloud(draw: Pen, size: int, x: float, y: float, r: float, colour: RGB) -> None:
+    """A cloud of four discs."""
     for dx, dy, k in ((-1.3, 0.2, 0.7), (0, -0.15, 1.0), (1.3, 0.2, 0.75), (0.2, 0.35, 0.9)):
         disc(draw, size, x + dx * r, y + dy * r, k * r * 1.2, k * r * 0.75, colour)
 

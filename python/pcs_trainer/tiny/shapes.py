@@ -62,14 +62,17 @@ def oval(
 
 
 def poly(*points: tuple[float, float]) -> Outline:
+    """A polygon from its corners."""
     return np.array(points, dtype=float)
 
 
 def join(*pieces: Outline) -> Outline:
+    """One polygon from pieces that follow each other."""
     return np.concatenate(pieces)
 
 
 def ring(role: str, cx: float, cy: float, rx: float, ry: float, width: float, power: float = 2.0) -> Part:
+    """An oval with a hole that leaves a band of `width`."""
     return Part(role, oval(cx, cy, rx, ry, power=power), oval(cx, cy, rx - width, ry - width, power=power))
 
 
@@ -87,6 +90,7 @@ def handle(style: str, cx: float, cy: float, rx: float, ry: float, width: float)
 
 
 def eye(x: float, y: float, r: float) -> list[Part]:
+    """An eye that looks to the left."""
     return [Part("white", oval(x, y, r, r)), Part("dark", oval(x - 0.25 * r, y, r * 0.6, r * 0.6))]
 
 

@@ -1,20 +1,24 @@
-"""Writes the model card, weights/README.md, from results.json and training.json, so that no number is typed by hand."""
+"""Write the model card, weights/README.md, from results.json and training.json: no number is typed by hand."""
+
+from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+from ...files import written_text
 from ..common import WEIGHTS
 
 PAGE = Path(__file__).with_name("card_template.md")
 
 
-def percent(value):
+def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def card(results, training, size):
-    """The page as text."""
+def card(results: dict[str, Any], training: dict[str, Any], size: int) -> str:
+    """The page as text; `size` is that of the folder in bytes."""
     columns = ("kind", "colour", "background", "triple", "pattern", "position")
     rows = [
         f"| {name} | " + " | ".join(percent(results[key][c]) for c in columns) + " |"
@@ -46,12 +50,12 @@ def card(results, training, size):
     )
 
 
-def write_card(folder=WEIGHTS):
-    """Beside the weights; results.json and training.json lie one folder above."""
+def write_card(folder: Path = WEIGHTS) -> None:
+    """Write the card beside the weights; results.json and training.json lie one folder above."""
     results = json.loads((folder.parent / "results.json").read_text())
     training = json.loads((folder.parent / "training.json").read_text())
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.name != "README.md")
-    (folder / "README.md").write_text(card(results, training, size))
+    written_text(folder / "README.md", card(results, training, size))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,54 @@
 """Measure the tiny model:  python -m pcs_trainer.tiny.make.evaluate [--weights FOLDER] [--count 1000]
 
-Writes results.json and contact_sheet.png beside the weights. Every caption here is one that training never used.
+Writes results.json and contact_sheet.png beside the weights. Captions are ones that training never used,
+but for the bare ones ("a mug").
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import os
 import textwrap
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from ...files import written_text
 from .. import captions, world
 from ..common import WEIGHTS, to_pictures, to_tensor
-from ..judge import agreement, frechet, load_judge
+from ..judge import Judge, agreement, frechet, load_judge
 from ..subjects import photos
 from ..training_set import TEST_SEEDS, training_captions, training_scene
 from .folder import GUIDANCE, STEPS, Parts
 
-NOVEL_OFFSET, BARE_OFFSET, SHEET_OFFSET, SUBJECT_OFFSET, REAL_OFFSET = (
-    10_000_000,
-    20_000_000,
-    30_000_000,
-    40_000_000,
-    50_000_000,
-)
+Pictures: TypeAlias = NDArray[np.uint8]  # [N, H, W, 3]
+Names: TypeAlias = list[frozenset[str]]  # the fields of a scene that its caption names
+
+# Seeds apart from each other, from TEST_SEEDS on.
+NOVEL_OFFSET, BARE_OFFSET, SHEET_OFFSET = 10_000_000, 20_000_000, 30_000_000
+SUBJECT_OFFSET, REAL_OFFSET = 40_000_000, 50_000_000
 
 
-def test_set(count, offset=0, held_out=False, bare=False):
-    """Scenes with captions that training never used; ``held_out`` takes triples that it never saw either."""
+def test_set(
+    count: int, offset: int = 0, held_out: bool = False, bare: bool = False
+) -> tuple[list[world.Scene], list[str], Names]:
+    """Scenes with captions that training never used.
+
+    Args:
+        count: number of scenes.
+        offset: first seed, from TEST_SEEDS on.
+        held_out: take triples of class, colour and background that training never saw either.
+        bare: give them the shortest captions, which training may have used.
+
+    Returns:
+        Scenes, captions, and what each caption names.
+    """
     pairs = []
     for i in range(count):
         scene = world.scene(TEST_SEEDS + offset + i, held_out=held_out)
@@ -39,16 +57,16 @@ def test_set(count, offset=0, held_out=False, bare=False):
     return [s for s, _ in pairs], [c.text for _, c in pairs], [c.names for _, c in pairs]
 
 
-def draw_all(parts, texts, block=50, first_seed=0, guidance=GUIDANCE, steps=STEPS):
-    blocks = [
-        parts.draw(texts[i : i + block], seed=first_seed + i, guidance=guidance, steps=steps, bf16=True)
-        for i in range(0, len(texts), block)
-    ]
+def draw_all(parts: Parts, texts: Sequence[str], block: int = 50, first_seed: int = 0) -> Pictures:
+    """A picture of every caption, `block` of them at once."""
+    starts = range(0, len(texts), block)
+    blocks = [parts.draw(texts[i : i + block], seed=first_seed + i, bf16=True) for i in starts]
     return np.concatenate(blocks)
 
 
 @torch.no_grad()
-def reconstruct(vae, pictures):
+def reconstruct(vae: Any, pictures: Pictures) -> Pictures:
+    """The pictures through the autoencoder and back."""
     return np.concatenate(
         [
             to_pictures(vae.decode(vae.encode(to_tensor(pictures[i : i + 100])).latent_dist.mean).sample)
@@ -57,14 +75,16 @@ def reconstruct(vae, pictures):
     )
 
 
-def psnr(a, b):
-    """Mean over pictures of the peak signal-to-noise ratio in dB."""
+def psnr(a: Pictures, b: Pictures) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio, in dB."""
     error = ((a.astype(np.float32) - b.astype(np.float32)) ** 2).mean((1, 2, 3))
     return float((10 * np.log10(255**2 / error)).mean())
 
 
-def ceilings(parts, judge, scenes, names):
-    """What the judge reads in real renderings and in their reconstructions."""
+def ceilings(
+    parts: Parts, judge: Judge, scenes: Sequence[world.Scene], names: Names
+) -> tuple[Pictures, dict[str, Any]]:
+    """Real renderings of the scenes, and what the judge reads in them and in their reconstructions."""
     real = np.stack([world.render(s) for s in scenes])
     again = reconstruct(parts.vae, real)
     return real, {
@@ -74,20 +94,30 @@ def ceilings(parts, judge, scenes, names):
     }
 
 
-def thumbnails(pictures):
-    """8x8 colour thumbnails as rows, for distances between pictures."""
+def thumbnails(pictures: Pictures) -> Tensor:
+    """8x8 colour thumbnails as rows [N, 192], for distances between pictures."""
     p = np.asarray(pictures, np.float32)
     return torch.from_numpy(p.reshape(len(p), 8, 8, 8, 8, 3).mean((2, 4)).reshape(len(p), -1)) / 255
 
 
-def nearest(rows, others, block=200):
+def nearest(rows: Tensor, others: Tensor, block: int = 200) -> tuple[Tensor, Tensor]:
     """Distance from each row to its nearest other, root mean square per entry, and which one it is."""
     found = [torch.cdist(rows[i : i + block], others).min(1) for i in range(0, len(rows), block)]
     return torch.cat([f.values for f in found]) / rows.shape[1] ** 0.5, torch.cat([f.indices for f in found])
 
 
-def distances(judge, texts, drawn, real, count):
-    """Frechet distances to fresh real pictures in the judge's features, two baselines, the memorisation check."""
+def distances(
+    judge: Judge, texts: Sequence[str], drawn: Pictures, real: Pictures, count: int
+) -> dict[str, dict[str, float]]:
+    """Frechet distances in the judge's features, the memorisation check, and cosines of pictures and captions.
+
+    Args:
+        judge: what compares pictures.
+        texts: captions of the pictures.
+        drawn: by the model.
+        real: renderings of the captions' scenes.
+        count: number of fresh renderings to compare with; ten times as many training pictures are searched.
+    """
     fresh = np.stack([world.render(world.scene(TEST_SEEDS + REAL_OFFSET + i, held_out=False)) for i in range(count)])
     target = judge.features(fresh)
     flat = np.broadcast_to(drawn.mean((1, 2), keepdims=True).astype(np.uint8), drawn.shape).copy()
@@ -119,7 +149,7 @@ def distances(judge, texts, drawn, real, count):
     }
 
 
-def retrieval(judge, count=200):
+def retrieval(judge: Judge, count: int = 200) -> dict[str, float]:
     """Rank-1 retrieval of subjects of unseen seeds, photographed in two different places."""
     pairs = [
         (
@@ -142,7 +172,7 @@ def retrieval(judge, count=200):
     }
 
 
-def speed(folder):
+def speed(folder: str | Path) -> dict[str, float]:
     """Seconds to load and to draw four pictures, on the threads that torch uses here."""
     started = time.perf_counter()
     parts = Parts.load(folder)
@@ -161,7 +191,7 @@ def speed(folder):
     }
 
 
-def diffusers_difference(folder, count=24):
+def diffusers_difference(folder: str | Path, count: int = 24) -> dict[str, float]:
     """Differences in grey levels to diffusers' own pipeline, same noise, fp32: the largest, and the share above 2."""
     from diffusers import StableDiffusionPipeline
 
@@ -182,7 +212,7 @@ def diffusers_difference(folder, count=24):
     return {"pictures": count, "largest": int(difference.max()), "share_above_2": float((difference > 2).mean())}
 
 
-def contact_sheet(parts, path, count=48, columns=12):
+def contact_sheet(parts: Parts, path: Path, count: int = 48, columns: int = 12) -> None:
     """Drawn pictures above real renderings of the same captions, in pairs of rows, with the captions under them."""
     from PIL import Image, ImageDraw
 
@@ -194,16 +224,24 @@ def contact_sheet(parts, path, count=48, columns=12):
     for i, text in enumerate(texts):
         x, y = (i % columns) * cell, (i // columns) * (2 * cell + label)
         for row, picture in enumerate((drawn[i], real[i])):
-            sheet.paste(Image.fromarray(picture).resize((side, side), Image.BICUBIC), (x + 2, y + 2 + row * cell))
+            shown = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(shown, (x + 2, y + 2 + row * cell))
         lines = textwrap.wrap(text, 19)[:5]
         pen.multiline_text((x + 3, y + 2 * cell - 1), "\n".join(lines), fill=(40, 40, 40), spacing=0, font_size=9)
     sheet.save(path, optimize=True)
 
 
-def evaluate(folder=WEIGHTS, count=1000, report=print):
-    """Every number of the model card."""
+def measure(folder: Path = WEIGHTS, count: int = 1000, report: Callable[[str], object] = print) -> dict[str, Any]:
+    """Every number of the model card.
+
+    Args:
+        folder: the model.
+        count: number of captions.
+        report: told of the first results.
+    """
     parts, judge = Parts.load(folder), load_judge()
     scenes, texts, names = test_set(count)
+    results: dict[str, Any]
     real, results = ceilings(parts, judge, scenes, names)
     report(json.dumps(results))
     drawn = draw_all(parts, texts)
@@ -223,23 +261,19 @@ def evaluate(folder=WEIGHTS, count=1000, report=print):
     return results
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pcs_trainer.tiny.make.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the model's folder (default: the package's own)")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="where the results go (default: beside the weights folder)"
-    )
-    parser.add_argument("--count", type=int, default=1000, help="number of held-out captions (default 1000)")
+    parser.add_argument("--out", type=Path, help="where the results go (default: beside the weights folder)")
+    parser.add_argument("--count", type=int, default=1000, help="number of held-out captions (default: 1000)")
     o = parser.parse_args(argv)
     out = o.out or o.weights.parent
-    results = evaluate(o.weights, o.count)
-    part = out / "results.json.part"
-    part.write_text(json.dumps(results, indent=1))
-    os.replace(part, out / "results.json")
+    results = measure(o.weights, o.count)
+    written_text(out / "results.json", json.dumps(results, indent=1))
     contact_sheet(Parts.load(o.weights), out / "contact_sheet.png")
     print(json.dumps(results, indent=1))
 

@@ -5,84 +5,35 @@ one caption in ten empty. Several processes of one thread each share the work: g
 that a busy core costs its own share and no more.
 """
 
+from __future__ import annotations
+
 import json
 import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ..captions import AFTERWARDS, DECORATED, WORDS
-from ..common import Budget, Progress, device, load_checkpoint, save_whole
 from ..tokenizer import MAX_TOKENS, RARE
+from .budget import Budget, Progress, device, load_checkpoint, save_checkpoint
+from .networks import alphas, build_own_unet, build_text_encoder, build_unet
 
-TEXT_WIDTH = 128
-UNET = {
-    "sample_size": 16,
-    "in_channels": 8,
-    "out_channels": 8,
-    "block_out_channels": (64, 96, 128),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": TEXT_WIDTH,
-    "attention_head_dim": 4,
-    "norm_num_groups": 16,
-}
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.02,
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-    "steps_offset": 1,
-}
-EMPTY_SHARE, RARE_SHARE = 0.1, 0.3
+EMPTY_SHARE = 0.1  # of the captions are empty, for classifier-free guidance
+RARE_SHARE = 0.3  # of "patterned", "decorated" and "fancy" become a rare word: such words then mean an unusual look
 PATTERNED_SHARE = 0.6  # of the samples come from pictures with a named pattern: the last thing that the model learns
-
-
-def build_text_encoder(tokenizer):
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=384,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act="quick_gelu",
-            bos_token_id=start,
-            eos_token_id=end,
-            pad_token_id=end,
-            attn_implementation="eager",
-        )
-    )
-
-
-def build_unet():
-    """diffusers' UNet: the first weights come from it, and the finished folder is written by it."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(**UNET)
-
-
-def build_own_unet():
-    """The package's UNet on its own kernels, with diffusers' first weights: a fifth faster to train here."""
-    from ...unet.unet import UNet
-
-    peer = build_unet()
-    unet = UNet.from_config(dict(peer.config))
-    unet.load_state_dict(peer.state_dict())
-    return unet
+TOKENISE_AT_ONCE = 4096
+WARMUP_STEPS = 200
+SAVE_EVERY = 90.0  # seconds of training that a kill may lose
+REPORT_EVERY = 30.0  # seconds
 
 
 class Average:
@@ -90,19 +41,20 @@ class Average:
 
     EVERY = 4  # steps between updates: one pass over all weights costs as much as a sample
 
-    def __init__(self, parameters, decay=0.996):
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.996) -> None:
         self.parameters, self.decay = list(parameters), decay
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
-    def update(self, step):
+    def update(self, step: int) -> None:
+        """Take the parameters of `step` into the average, every EVERY steps."""
         if step % self.EVERY:
             return
         keep = min(self.decay**self.EVERY, (1 + step) / (10 * self.EVERY + step))
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - keep)
 
     @torch.no_grad()
-    def swap(self):
+    def swap(self) -> None:
         """Exchange the averaged and the current weights."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             kept = parameter.detach().clone()
@@ -110,26 +62,47 @@ class Average:
             value.copy_(kept)
 
 
-def tokenise(tokenizer, captions, cache):
-    """int16 (N, K, T) token ids of every caption, written once; the last row of all is the empty caption."""
+def tokenise(
+    tokenizer: Any, captions: Sequence[Sequence[str]], cache: str | Path
+) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """Token ids of every caption and of the empty one; written to the cache once.
+
+    Returns:
+        int16 [N, K, T] for N pictures of K captions each, and int16 [T].
+    """
     file = Path(cache) / f"tokens-{len(captions)}.npy"
     if not file.exists():
         flat = [text for said in captions for text in said] + [""]
+        blocks = (flat[i : i + TOKENISE_AT_ONCE] for i in range(0, len(flat), TOKENISE_AT_ONCE))
         ids = [
-            tokenizer(flat[i : i + 4096], padding="max_length", truncation=True, max_length=MAX_TOKENS).input_ids
-            for i in range(0, len(flat), 4096)
+            tokenizer(block, padding="max_length", truncation=True, max_length=MAX_TOKENS).input_ids for block in blocks
         ]
         part = file.with_suffix(f".{os.getpid()}.npy")  # every worker may write it
         np.save(part, np.concatenate([np.array(block, np.int16) for block in ids]))
         os.replace(part, file)
-    ids = np.load(file)
-    return ids[:-1].reshape(len(captions), -1, MAX_TOKENS), ids[-1]
+    rows = np.load(file)
+    return rows[:-1].reshape(len(captions), -1, MAX_TOKENS), rows[-1]
 
 
 class Batches:
-    """Random latents with one of their captions; a decorated object is sometimes called by a rare word instead."""
+    """Random latents with one of their captions; a decorated object is sometimes called by a rare word instead.
 
-    def __init__(self, latents, tokens, empty, tokenizer, seed):
+    Args:
+        latents: [N, C, h, w] of the training set.
+        tokens: [N, K, T] of its captions.
+        empty: [T] of the empty caption.
+        tokenizer: what made them.
+        seed: of what is drawn.
+    """
+
+    def __init__(
+        self,
+        latents: NDArray[np.float16],
+        tokens: NDArray[np.int16],
+        empty: NDArray[np.int16],
+        tokenizer: Any,
+        seed: int,
+    ) -> None:
         self.latents, self.tokens, self.empty = latents, tokens, empty
         self.decorated = tokenizer.convert_tokens_to_ids([f"{w}</w>" for w in DECORATED])
         self.rare = np.array(tokenizer.convert_tokens_to_ids([f"{w}</w>" for w in RARE]))
@@ -138,7 +111,8 @@ class Batches:
         self.patterned = np.flatnonzero(named.any((1, 2)))
         self.rng = np.random.default_rng(seed)
 
-    def draw(self, size):
+    def draw(self, size: int) -> tuple[Tensor, Tensor]:
+        """Latents [size, C, h, w] and token ids [size, T]."""
         rng = self.rng
         pick = rng.integers(0, len(self.latents), size)
         pick = np.sort(np.where(rng.random(size) < PATTERNED_SHARE, rng.choice(self.patterned, size), pick))
@@ -150,17 +124,16 @@ class Batches:
         return z, torch.from_numpy(ids)
 
 
-def alphas(schedule=None):
-    """The cumulative product of (1 - beta) of the scaled-linear schedule."""
-    s = schedule or SCHEDULE
-    betas = (
-        torch.linspace(s["beta_start"] ** 0.5, s["beta_end"] ** 0.5, s["num_train_timesteps"], dtype=torch.float64) ** 2
-    )
-    return torch.cumprod(1 - betas, 0).float()
+def velocity_loss(unet: nn.Module, text: Any, z: Tensor, ids: Tensor, abar: Tensor) -> Tensor:
+    """Mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) z, timesteps spread evenly over the batch.
 
-
-def velocity_loss(unet, text, z, ids, abar):
-    """Mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) z, timesteps spread evenly over the batch."""
+    Args:
+        unet: predicts v from noisy latents, timesteps and text states.
+        text: text encoder.
+        z: latents [B, C, h, w].
+        ids: token ids [B, T].
+        abar: `alphas()`.
+    """
     t = ((torch.arange(len(z)) + torch.rand(len(z))) * (len(abar) / len(z))).long().clamp_max(len(abar) - 1)
     t = t[torch.randperm(len(z))]
     t = t.to(z.device)
@@ -172,154 +145,181 @@ def velocity_loss(unet, text, z, ids, abar):
     return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * z)
 
 
-def free_port():
-    import socket
-
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
-def share_gradients(parameters, extra):
-    """Average the gradients and a few numbers over all processes in one message."""
+def share_gradients(parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
+    """Average the gradients, and the numbers of `extra`, over all processes in one message; return those numbers."""
     if dist.get_world_size() == 1:
         return extra
-    flat = torch.cat([extra, *(p.grad.flatten() for p in parameters)])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([extra, *(g.flatten() for g in gradients)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     offset = len(extra)
-    for p in parameters:
-        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-        offset += p.numel()
+    for g in gradients:
+        g.copy_(flat[offset : offset + g.numel()].view_as(g))
+        offset += g.numel()
     return flat[: len(extra)]
 
 
-def _worker(rank, world, port, job):
+def in_order(text: nn.Module, unet: nn.Module) -> list[nn.Parameter]:
+    """Every parameter, sorted by name, so that checkpoints do not depend on the order in which layers are made."""
+    return [p for module in (text, unet) for _, p in sorted(module.named_parameters())]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of the training is told."""
+
+    cache: str
+    tokenizer: str
+    captions: str
+    latents: str
+    minutes: float
+    batch: int
+    threads: int
+    lr: float
+    flat_until: float
+    seed: int
+
+
+class State:
+    """What trains and what a checkpoint holds of it: both networks, the optimizer, the average, and how far it is."""
+
+    def __init__(self, text: nn.Module, unet: nn.Module, lr: float) -> None:
+        from pcs_kernels.optim import AdamW8bit
+
+        self.text, self.unet = text, unet
+        self.parameters = in_order(text, unet)
+        embedding = {id(p) for n, p in text.named_parameters() if "embedding" in n}
+        plain = [p for p in self.parameters if p.ndim < 2 or id(p) in embedding]  # norms, biases, embeddings
+        decayed = [p for p in self.parameters if not (p.ndim < 2 or id(p) in embedding)]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = AdamW8bit(groups, lr=lr, betas=(0.9, 0.99))
+        self.average = Average(self.parameters)
+        self.step, self.seen, self.spent = 0, 0, 0.0
+
+    def load(self, file: Path) -> None:
+        """Go on from a checkpoint, where there is one."""
+        state = load_checkpoint(file)
+        if state is None:
+            return
+        self.text.load_state_dict(state["text"])
+        self.unet.load_state_dict(state["unet"])
+        if state["optimizer"]:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.average.values = [v.to(p.device) for v, p in zip(state["average"], self.parameters, strict=True)]
+        self.step, self.spent, self.seen = state["step"], state["spent"], state["seen"]
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint that `load` goes on from."""
+        state = {
+            "text": self.text.state_dict(),
+            "unet": self.unet.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values,
+            "step": self.step,
+            "spent": self.spent,
+            "seen": self.seen,
+        }
+        save_checkpoint(state, file)
+
+
+def _worker(rank: int, world: int, port: int, job: Job) -> None:
     """One process of the training: the same weights everywhere, its own samples."""
-    torch.set_num_threads(job["threads"])
+    torch.set_num_threads(job.threads)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(job["tokenizer"])
-    latents = np.load(job["latents"], mmap_mode="r")
-    tokens, empty = tokenise(tokenizer, json.loads(Path(job["captions"]).read_text()), job["cache"])
-    torch.manual_seed(job["seed"])
+    tokenizer = CLIPTokenizer.from_pretrained(job.tokenizer)
+    latents = np.load(job.latents, mmap_mode="r")
+    tokens, empty = tokenise(tokenizer, json.loads(Path(job.captions).read_text()), job.cache)
+    torch.manual_seed(job.seed)
     text, unet = build_text_encoder(tokenizer).train(), build_own_unet().train()
     _train_loop(rank, world, job, text, unet, Batches(latents, tokens, empty, tokenizer, 0))
     dist.destroy_process_group()
 
 
-def in_order(text, unet):
-    """Every parameter, sorted by name, so that checkpoints do not depend on the order in which layers are made."""
-    return [p for module in (text, unet) for _, p in sorted(module.named_parameters())]
-
-
-def _optimizer(text, unet, lr):
-    """AdamW with 8-bit states; no decay on norms, biases and embeddings."""
-    from pcs_kernels.optim import AdamW8bit
-
-    parameters = in_order(text, unet)
-    embedding = {id(p) for n, p in text.named_parameters() if "embedding" in n}
-    plain = [p for p in parameters if p.ndim < 2 or id(p) in embedding]
-    decayed = [p for p in parameters if not (p.ndim < 2 or id(p) in embedding)]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    return parameters, AdamW8bit(groups, lr=lr, betas=(0.9, 0.99))
-
-
-def _train_loop(rank, world, job, text, unet, batches):
-    where = device()
-    text.to(where)
-    unet.to(where)
-    parameters, optimizer = _optimizer(text, unet, job["lr"])
-    average, file = Average(parameters), Path(job["cache"]) / "unet.ckpt"
-    step, spent, seen, state = 0, 0.0, 0, load_checkpoint(file)
-    if state:
-        text.load_state_dict(state["text"])
-        unet.load_state_dict(state["unet"])
-        if state["optimizer"]:
-            optimizer.load_state_dict(state["optimizer"])
-        average.values = [v.to(where) for v in state["average"]]
-        step, spent, seen = state["step"], state["spent"], state["seen"]
-        del state
-    budget = Budget(job["minutes"], spent, warmup_steps=200, flat_until=job["flat_until"])
-    progress, saved = Progress("unet", budget, every=30, report=lambda line: print(line, flush=True)), spent
-    batches.rng = np.random.default_rng([job["seed"], rank, step])
-    torch.manual_seed(job["seed"] + 1000 * step + rank)
+def _train_loop(rank: int, world: int, job: Job, text: nn.Module, unet: nn.Module, batches: Batches) -> None:
+    where, file = device(), Path(job.cache) / "unet.ckpt"
+    state = State(text.to(where), unet.to(where), job.lr)
+    state.load(file)
+    budget = Budget(job.minutes, state.spent, warmup_steps=WARMUP_STEPS, flat_until=job.flat_until)
+    progress, saved = Progress("unet", budget, REPORT_EVERY, lambda line: print(line, flush=True)), state.spent
+    batches.rng = np.random.default_rng([job.seed, rank, state.step])
+    torch.manual_seed(job.seed + 1000 * state.step + rank)
     abar, parent = alphas().to(where), os.getppid()
     while True:
-        loss = velocity_loss(unet, text, *(x.to(where) for x in batches.draw(job["batch"] // world)), abar)
+        z, ids = batches.draw(job.batch // world)
+        loss = velocity_loss(unet, text, z.to(where), ids.to(where), abar)
         loss.backward()
         # The first process's clock decides for all: the others add nothing to that number.
         clock = torch.tensor([loss.item(), world * budget.spent if rank == 0 else 0.0])
-        mean_loss, budget.spent = share_gradients(parameters, clock).tolist()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = job["lr"] * budget.factor(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update(step)
-        step, seen, over = step + 1, seen + job["batch"], budget.over
+        mean_loss, budget.spent = share_gradients(state.parameters, clock).tolist()
+        torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)
+        rate = job.lr * budget.factor(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.average.update(state.step)
+        state.step, state.seen, state.spent = state.step + 1, state.seen + job.batch, budget.spent
         if rank == 0:
-            if budget.spent - saved > 90 or over:
+            if budget.spent - saved > SAVE_EVERY or budget.over:
                 saved = budget.spent
-                save_whole(
-                    {
-                        "text": text.state_dict(),
-                        "unet": unet.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "average": average.values,
-                        "step": step,
-                        "spent": budget.spent,
-                        "seen": seen,
-                    },
-                    file,
-                )
-            progress.update(step, job["batch"], loss=mean_loss, lr=optimizer.param_groups[0]["lr"])
-        if over or os.getppid() != parent:  # the end, or a launcher that was killed
+                state.save(file)
+            progress.update(state.step, job.batch, loss=mean_loss, lr=rate)
+        if budget.over or os.getppid() != parent:  # the end, or a launcher that was killed
             return
         budget.tick()
 
 
 def train_unet(
-    cache, tokenizer, captions, latents, minutes, batch=64, workers=2, threads=1, lr=1e-3, flat_until=0.5, seed=0
-):
-    """Train (or resume) for ``minutes`` in all with ``workers`` processes (one stays in this process).
+    cache: str | Path,
+    tokenizer: str | Path,
+    captions: str | Path,
+    latents: str | Path,
+    minutes: float,
+    batch: int = 64,
+    workers: int = 2,
+    threads: int = 1,
+    lr: float = 1e-3,
+    flat_until: float = 0.5,
+    seed: int = 0,
+) -> None:
+    """Train UNet and text encoder, or resume them; a GPU, when one is at hand, does the work of one worker.
 
-    A GPU, when one is at hand, does the work of one worker.
+    Args:
+        cache: folder of the checkpoint.
+        tokenizer: folder of the tokenizer.
+        captions: JSON file of the training set's captions.
+        latents: file of its latents.
+        minutes: training time, that of earlier runs included.
+        batch: samples per step, over all workers.
+        workers: processes that share the work; one stays in this process.
+        threads: threads of each process.
+        lr: learning rate after the warm-up.
+        flat_until: share of the minutes up to which it stays there.
+        seed: of the first weights and of the batches.
     """
-    job = {
-        "cache": str(cache),
-        "tokenizer": str(tokenizer),
-        "captions": str(captions),
-        "latents": str(latents),
-        "batch": batch,
-        "minutes": minutes,
-        "threads": threads,
-        "lr": lr,
-        "flat_until": flat_until,
-        "seed": seed,
-    }
+    job = Job(str(cache), str(tokenizer), str(captions), str(latents), minutes, batch, threads, lr, flat_until, seed)
     if workers == 1 or torch.cuda.is_available():
         _worker(0, 1, free_port(), job)
     else:
         torch.multiprocessing.spawn(_worker, (workers, free_port(), job), nprocs=workers)
 
 
-def loaded_parts(folder):
-    """Text encoder, UNet and autoencoder of a finished folder, as diffusers' modules in fp32."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    kinds = ((CLIPTextModel, "text_encoder"), (UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-    return [kind.from_pretrained(folder, subfolder=name).float().eval() for kind, name in kinds]
-
-
-def trained_parts(cache, tokenizer):
-    """The averaged text encoder and UNet of the last checkpoint, and how far it had come."""
+def trained_parts(cache: str | Path, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The averaged text encoder and UNet of the last checkpoint, and how far it had come (step, spent, seen)."""
     state = load_checkpoint(Path(cache) / "unet.ckpt")
     if state is None:
-        raise FileNotFoundError(f"no UNet checkpoint in {cache}: run the unet stage first")
+        raise FileNotFoundError(f"no UNet checkpoint in {cache}. Fix: run the unet stage first")
     text, unet = build_text_encoder(tokenizer).eval(), build_unet().eval()
     text.load_state_dict(state["text"])
     unet.load_state_dict(state["unet"])

@@ -4,18 +4,33 @@ Loss: L1 + 4 MSE + 0.5 L1 of the picture gradients + 5e-4 KL. Most of the time i
 convolutional, so four crops teach more than one whole picture), the end on whole pictures.
 """
 
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 
-from ..common import Budget, Progress, device, load_checkpoint, save_whole, to_tensor
+from ..common import to_tensor
+from .budget import Budget, Progress, device, load_checkpoint, save_checkpoint
+
+Bytes: TypeAlias = NDArray[np.uint8]
 
 WIDTHS, LATENT = (16, 48, 96), 8
 FLOOR = 0.5  # the smallest standard deviation of a latent channel; the largest is 1
+# Crops of CROP pixels a side until WHOLE_AFTER of the budget, whole pictures after it.
 CROP, CROP_BATCH, WHOLE_BATCH, WHOLE_AFTER = 32, 32, 12, 0.7
+SAVE_EVERY = 60.0  # seconds of training that a kill may lose
 
 
-def build_vae():
+def build_vae() -> Any:
+    """diffusers' AutoencoderKL with first weights."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -33,19 +48,27 @@ def build_vae():
     )
 
 
-def gradients(x):
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, down and across."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def vae_loss(y, x, posterior):
-    """Returns the loss and the plain squared error on [-1, 1]."""
+def vae_loss(y: Tensor, x: Tensor, posterior: Any) -> tuple[Tensor, Tensor]:
+    """The loss, and the plain squared error on [-1, 1].
+
+    Args:
+        y: reconstruction of x.
+        x: pictures [B, 3, H, W].
+        posterior: diffusers' distribution of their latents.
+    """
     mse = F.mse_loss(y, x)
-    edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True))
+    (down, across), (x_down, x_across) = gradients(y), gradients(x)
+    edges = F.l1_loss(down, x_down) + F.l1_loss(across, x_across)
     kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
     return F.l1_loss(y, x) + 4 * mse + 0.5 * edges + 5e-4 * kl, mse
 
 
-def draw_batch(pictures, rng, whole):
+def draw_batch(pictures: Bytes, rng: np.random.Generator, whole: bool) -> Tensor:
     """Random whole pictures, or one random crop from each of more pictures."""
     pick = np.sort(rng.integers(0, len(pictures), WHOLE_BATCH if whole else CROP_BATCH))
     if whole:
@@ -55,8 +78,27 @@ def draw_batch(pictures, rng, whole):
     return to_tensor(np.stack(crops))
 
 
-def train_vae(pictures, cache, minutes, lr=2e-3, seed=0, report=print):
-    """Train (or resume) for ``minutes`` in all; returns the autoencoder with whitened latents."""
+def train_vae(
+    pictures: Bytes,
+    cache: str | Path,
+    minutes: float,
+    lr: float = 2e-3,
+    seed: int = 0,
+    report: Callable[[str], object] = print,
+) -> Any:
+    """Train the autoencoder, or resume it.
+
+    Args:
+        pictures: the training set [N, H, W, 3].
+        cache: folder of the checkpoint.
+        minutes: training time, that of earlier runs included.
+        lr: learning rate after the warm-up.
+        seed: of the first weights and of the batches.
+        report: told of the progress.
+
+    Returns:
+        diffusers' AutoencoderKL with whitened latents.
+    """
     torch.manual_seed(seed)
     where, file = device(), f"{cache}/vae.ckpt"
     vae = build_vae().train().to(where)
@@ -85,18 +127,18 @@ def train_vae(pictures, cache, minutes, lr=2e-3, seed=0, report=print):
         step += 1
         budget.tick()
         progress.update(step, len(x), loss=loss.item(), psnr=10 * np.log10(4 / mse.item()))
-        if budget.spent - saved > 60 or budget.over:
+        if budget.spent - saved > SAVE_EVERY or budget.over:
             saved = budget.spent
-            save_whole(
-                {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": budget.spent},
-                file,
-            )
+            kept = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint({**kept, "step": step, "spent": budget.spent}, file)
     return whiten(vae.eval().cpu(), pictures)
 
 
 @torch.no_grad()
-def whiten(vae, pictures, count=2048):
-    """Fold a PCA of the latents into quant_conv and its inverse into post_quant_conv: same pictures, no correlations.
+def whiten(vae: Any, pictures: Bytes, count: int = 2048) -> Any:
+    """Fold a PCA of `count` pictures' latents into quant_conv and its inverse into post_quant_conv; return the VAE.
+
+    The reconstructions stay, the latents' channels lose their correlations.
 
     The first channel gets deviation 1; fainter ones keep some of their faintness (the fourth root of their share of the
     variance, at least FLOOR), so that fine detail is drawn last and does not compete with shape in the loss.
@@ -130,10 +172,10 @@ def whiten(vae, pictures, count=2048):
 
 
 @torch.no_grad()
-def encode_set(vae, pictures, path, report=print):
-    """The latent means of every picture, float16 (N, C, 16, 16), written once."""
-    import os
-
+def encode_set(
+    vae: Any, pictures: Bytes, path: str | Path, report: Callable[[str], object] = print
+) -> NDArray[np.float16]:
+    """Write the latent means of every picture, float16 [N, C, 16, 16], and return them as a memory map."""
     latents = np.lib.format.open_memmap(
         f"{path}.part", mode="w+", dtype=np.float16, shape=(len(pictures), LATENT, 16, 16)
     )
