@@ -96,8 +96,8 @@ def test_the_page_shows_what_the_rows_say(tmp_path, monkeypatch):
     page.write(rows, tmp_path)
     text = (tmp_path / "quality.md").read_text()
     assert "12 subjects" in text and "not measured" not in text and "nan" not in text
-    reached = [line for line in text.splitlines() if line.startswith("| TextBoost") and "short" in line]
-    assert len(reached) == 1 and reached[0].count("**short**") == 2
+    reached = [line for line in text.splitlines() if line.startswith("| TextBoost") and "not met" in line]
+    assert len(reached) == 1 and reached[0].count("**not met**") == 2
 
 
 def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
@@ -113,14 +113,14 @@ def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
 
 def test_untold_augmentation_changes_pictures_and_names_nothing():
     from pcs_trainer.data.batches import seeded
-    from pcs_trainer.methods import textboost
     from pcs_trainer.methods import settings_for
     from pcs_trainer.tiny.subjects import photos
 
     pixels, s = photos(21, 1)[0].picture, settings_for(None, "textboost", class_word="mug")
-    told = [textboost.augmented(pixels, 64, 16, s, seeded(i)) for i in range(8)]
+    change = method_named("textboost").augment(s).change
+    told = [change(pixels, 64, 16, seeded(i)) for i in range(8)]
     with variants.untold():
-        silent = [textboost.augmented(pixels, 64, 16, s, seeded(i)) for i in range(8)]
+        silent = [change(pixels, 64, 16, seeded(i)) for i in range(8)]
     assert any(a.prefix for a in told) and not any(a.prefix for a in silent)
     assert all(torch.equal(torch.from_numpy(a.pixels), torch.from_numpy(b.pixels)) for a, b in zip(told, silent))
 

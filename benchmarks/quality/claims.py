@@ -30,17 +30,21 @@ class Claim:
 
 
 PRIOR = (
-    ("the class drifts less towards the subject", "drift_to_subject", "less"),
-    ("the class's pictures change less", "drift_distance", "less"),
-    ("prompts are kept better", "prompt_kept", "more"),
+    ("class drift towards the subject is smaller", "drift_to_subject", "less"),
+    ("class images change less", "drift_distance", "less"),
+    ("prompt fidelity is higher", "prompt_kept", "more"),
 )
 TEXTBOOST = (
-    ("augmentation that names itself against none", AUGMENTED, ONE_PHOTO),
-    ("augmentation with words for it against without", AUGMENTED, ("textboost", "augmentation without words")),
-    ("knowledge preservation against none", ("textboost", "knowledge preservation"), ONE_PHOTO),
-    ("SNR timesteps against uniform ones", ONE_PHOTO, ("textboost", "uniform timesteps")),
+    ("augmentation with words for it, compared with no augmentation", AUGMENTED, ONE_PHOTO),
+    (
+        "augmentation with words for it, compared with augmentation without them",
+        AUGMENTED,
+        ("textboost", "augmentation without words"),
+    ),
+    ("knowledge preservation, compared with none", ("textboost", "knowledge preservation"), ONE_PHOTO),
+    ("SNR timesteps, compared with uniform ones", ONE_PHOTO, ("textboost", "uniform timesteps")),
 )
-BOTH_AIMS = (("closer to the subject", "gap_closed"), ("prompts kept better", "prompt_kept"))
+BOTH_AIMS = (("subject fidelity is higher", "gap_closed"), ("prompt fidelity is higher", "prompt_kept"))
 
 
 def claims() -> dict[str, list[Claim]]:
@@ -66,43 +70,46 @@ def claims() -> dict[str, list[Claim]]:
 def of_custom_diffusion() -> dict[str, list[Claim]]:
     plain, augmented = ("custom", "no regularization"), ("custom", "augmentation")
     joint, merged = ("joint", "joint"), ("joint", "merged")
-    alone = "a merged subject keeps 85 % of its similarity alone"
+    alone = "merging keeps 85 % of the subject similarity of separate training"
     return {
         "Custom Diffusion: regularization and augmentation": [
-            Claim("regularization pictures hold back drift", CUSTOM, plain, "drift_to_subject", "less"),
-            Claim("regularization pictures keep prompts", CUSTOM, plain, "prompt_kept", "more"),
-            Claim("augmentation brings the subject closer", augmented, CUSTOM, "gap_closed", "more"),
+            Claim("regularization images reduce class drift", CUSTOM, plain, "drift_to_subject", "less"),
+            Claim("regularization images raise prompt fidelity", CUSTOM, plain, "prompt_kept", "more"),
+            Claim("augmentation raises subject fidelity", augmented, CUSTOM, "gap_closed", "more"),
         ],
         "Custom Diffusion: two subjects": [
-            Claim("learned together they are closer than merged", joint, merged, "gap_closed", "more"),
+            Claim("joint training has higher subject fidelity than merging", joint, merged, "gap_closed", "more"),
             Claim(alone, merged, CUSTOM, "subject_similarity", "more", 0.85),
         ],
     }
 
 
 def of_personalized_residuals() -> dict[str, list[Claim]]:
-    closer = "on proj_out they are closer than on keys and values of as many parameters"
-    kept = "on proj_out prompts are kept better than on keys and values"
-    subject = "LAG keeps 95 % of the subject"
+    closer = "residuals on proj_out have higher subject fidelity than on keys and values, same parameter count"
+    kept = "residuals on proj_out have higher prompt fidelity than on keys and values"
+    subject = "LAG keeps 95 % of the subject similarity"
     return {
         "Personalized Residuals: where and how much": [
             Claim(closer, RESIDUALS, ON_TEXT, "gap_closed", "more"),
             Claim(kept, RESIDUALS, ON_TEXT, "prompt_kept", "more"),
             *(
-                Claim(f"rank 8 is closer than rank {r}", RESIDUALS, ("rank", f"rank {r}"), "gap_closed", "more")
+                Claim(
+                    f"rank 8 has higher subject fidelity than rank {r}",
+                    RESIDUALS,
+                    ("rank", f"rank {r}"),
+                    "gap_closed",
+                    "more",
+                )
                 for r in (1, 24)
             ),
         ],
         "LAG, by what the prompt asks for": [
-            *(
-                Claim(f"LAG keeps {kind} prompts better", WITH_LAG, RESIDUALS, f"accuracy_{kind}", "more")
-                for kind in KINDS
-            ),
+            *(Claim(f"LAG raises {kind} accuracy", WITH_LAG, RESIDUALS, f"accuracy_{kind}", "more") for kind in KINDS),
             Claim(subject, WITH_LAG, RESIDUALS, "subject_similarity", "more", 0.95),
         ],
         "LAG where all photos share one place": [
             Claim("LAG raises background accuracy", *ONE_PLACE, "accuracy_background", "more"),
-            Claim("LAG draws the photos' place less often in other prompts", *ONE_PLACE, "same_place", "less"),
+            Claim("LAG shows the photos' place less often in other prompts", *ONE_PLACE, "same_place", "less"),
             Claim(subject, *ONE_PLACE, "subject_similarity", "more", 0.95),
         ],
     }

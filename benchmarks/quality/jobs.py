@@ -12,16 +12,19 @@ from typing import Any
 
 import timing
 
+from pcs_trainer.methods import TITLES
+
 RESULTS = timing.RESULTS / "quality.csv"
 SUBJECTS = tuple(range(101, 151))  # seeds that no preset was chosen on
-METHODS = ("dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost")
 PR, LAG = "personalized_residuals", "personalized_residuals + LAG"  # the settings of its rows, plain and with LAG
-NAMES = {
-    "dreambooth": "DreamBooth", "dreambooth_lora": "DreamBooth-LoRA", "custom_diffusion": "Custom Diffusion",
-    PR: "Personalized Residuals", LAG: "Personalized Residuals + LAG", "textboost": "TextBoost",
-}  # fmt: skip
+SETTINGS = ("dreambooth", "dreambooth_lora", "custom_diffusion", PR, LAG, "textboost")  # the main table's rows
+METHODS = tuple(setting for setting in SETTINGS if setting != LAG)
+NOT_MEASURED = {
+    "textual_inversion": "the results hold no rows of it yet, and none of the papers' claims compared here is about it",
+}
+NAMES = {setting: f"{TITLES[PR]} + LAG" if setting == LAG else TITLES[setting] for setting in SETTINGS}
 PLACES = ("studio", "table", "meadow", "beach", "snow", "night", "brick", "underwater")
-# What a prompt can ask for, as the judge tells it apart.
+# What a prompt can ask for, by the names that the judge uses.
 KINDS = ("background", "position", "size", "painting", "light")
 KEY = ("model", "section", "setting", "subject")
 FACTS = (*KEY, "method", "class", "photos", "train_seconds", "train_cpu_seconds", "steps")
@@ -47,7 +50,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Job:
-    """One training and what is measured of it."""
+    """One training run, and what is measured on it."""
 
     section: str
     setting: str
@@ -56,20 +59,20 @@ class Job:
     overrides: dict[str, Any] = field(default_factory=dict, hash=False)
     photos: int = 4
     background: str = ""  # all photos in this one place
-    lag: bool = False  # measured a second time, drawn with LAG
-    variant: str = ""  # a change that no setting makes, by its name in variants.py
-    partner: int = 0  # a second subject, learned together with the first
+    lag: bool = False  # measured a second time, sampled with LAG
+    variant: str = ""  # a change that no setting makes: a name in variants.py
+    partner: int = 0  # a second subject, trained together with the first
 
     @property
     def settings(self) -> list[str]:
-        """The rows it makes."""
+        """The settings of the rows it makes."""
         if self.partner:
             return ["joint", "merged"]
         return [self.setting, *([f"{self.setting} + LAG"] if self.lag else [])]
 
 
 def sections(count: int) -> dict[str, list[Job]]:
-    """Every section's jobs: the table on `count` subjects, the ablations on the first of them."""
+    """Every section's jobs: the main table on `count` subjects, the ablations on the first four or six of them."""
     subjects = SUBJECTS[:count]
     few, fewer = subjects[:6], subjects[:4]
     return {
@@ -102,7 +105,7 @@ def sections(count: int) -> dict[str, list[Job]]:
 
 
 class Store:
-    """The rows of results/quality.csv; several processes may add to it."""
+    """The rows of results/quality.csv for one set of weights; several processes may add to it."""
 
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.model = path, model
@@ -129,7 +132,7 @@ class Store:
 
 
 def pending(jobs: Iterable[Job], done: set[tuple[str, str, str]]) -> list[Job]:
-    """The jobs that a row is missing of."""
+    """The jobs with a row missing."""
 
     def is_done(job: Job) -> bool:
         who = [job.subject, *([job.partner] if job.partner else [])]
@@ -139,7 +142,7 @@ def pending(jobs: Iterable[Job], done: set[tuple[str, str, str]]) -> list[Job]:
 
 
 def model_name() -> str:
-    """A short name of the embedded weights: another one when they change."""
+    """A short hash of the embedded weights."""
     from pcs_trainer.tiny.common import WEIGHTS
 
     content = hashlib.sha256()

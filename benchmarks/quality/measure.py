@@ -1,4 +1,4 @@
-"""One process of the quality benchmark: trains what is asked for, has the judge look at it, writes the rows."""
+"""One process of the quality benchmark: train, sample, let the judge measure, write the rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import timing
 from .jobs import Job, Store, model_name, pending
 from .variants import VARIANTS
 
-HELD_OUT = {"n": 8, "first": 100}  # the photos that subjects are compared with; none of them is learned from
+HELD_OUT = {"n": 8, "first": 100}  # photos that images are compared with; no training uses them
 DRAWN = {"sampler": "dpmpp_2m", "steps": 15, "batch": 10}
 SHOWN = ("a photo of a {} on the beach", "a photo of a {} in the snow", "a photo of a {} at night")
 
 
 class Bench:
-    """What one process measures with: the model, the judge, and what the base model draws of each class, once."""
+    """What one process measures with: the model, the judge, and the base model's measures of each class, made once."""
 
     def __init__(self, work: Path) -> None:
         from pcs_trainer import load_model
@@ -54,7 +54,7 @@ class Bench:
                 self.model, job.method, pictures, kind, check_backend=False, seed=0, **job.overrides
             ).train()
         if concept.meta["finished"] != "1":
-            raise SystemExit("stopped; what was being learned is not measured")
+            raise SystemExit("training was stopped; the unfinished concept is not measured")
         facts = {
             "section": job.section,
             "subject": job.subject,
@@ -72,7 +72,7 @@ class Bench:
         return self.folder / f"{job.section}-{job.setting.replace(' ', '-')}-{job.subject}.safetensors"
 
     def measure(self, job: Job, concept: Any, setting: str, lag: bool = False, seed: int = 0) -> dict[str, Any]:
-        """evaluate on this subject; pictures of some prompts are kept for the contact sheet."""
+        """Scores of a concept on its subject; the images of some prompts are kept for the contact sheet."""
         from pcs_trainer.evaluation.scores import base_of, evaluate
         from pcs_trainer.tiny.subjects import photos
 
@@ -90,7 +90,7 @@ class Bench:
         return found
 
     def same_place(self, seen: dict[str, np.ndarray], place: str) -> float:
-        """How often a picture shows the photos' place though its prompt asks for another."""
+        """How often an image shows the photos' place although its prompt asks for another."""
         from pcs_trainer.evaluation.scores import ASKS
 
         wanted = {a.prompt.split("{}")[1]: dict(a.shows).get("background") for a in ASKS}
@@ -123,7 +123,7 @@ class Bench:
         Image.fromarray(np.concatenate(pictures, axis=1)).save(path)
 
     def together(self, job: Job) -> Iterator[dict[str, Any]]:
-        """Two subjects by Custom Diffusion: learned together, and learned alone and merged."""
+        """Two subjects by Custom Diffusion: trained jointly, and trained separately and merged."""
         from pcs_trainer import Trainer, load_concept
         from pcs_trainer.concept.merging import merge
         from pcs_trainer.methods import method_named
@@ -154,7 +154,7 @@ class Bench:
 
 
 def measure_share(jobs: list[Job], options: argparse.Namespace, until: float) -> None:
-    """Every n-th pending job, until the time is over."""
+    """Run every n-th pending job until the time is over."""
     import torch
 
     torch.set_num_threads(1)
@@ -164,11 +164,11 @@ def measure_share(jobs: list[Job], options: argparse.Namespace, until: float) ->
     mine = pending(jobs, store.done())[share::world]
     for number, job in enumerate(mine, 1):
         if time.time() > until:
-            print(f"[{share}] the time is over; {len(mine) - number + 1} trainings are left", flush=True)
+            print(f"[{share}] time is over; {len(mine) - number + 1} training runs are left", flush=True)
             return
         for row in bench.run(job):
             store.add({"model": store.model} | row | facts)
-            say = f"gap closed {row['gap_closed']:.2f}, prompts kept {row['prompt_kept']:.2f}"
+            say = f"subject fidelity {row['gap_closed']:.2f}, prompt fidelity {row['prompt_kept']:.2f}"
             print(
                 f"[{share}] {number}/{len(mine)} {job.section}: {row['setting']} of {row['subject']}: {say}", flush=True
             )

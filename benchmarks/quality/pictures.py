@@ -1,4 +1,4 @@
-"""The pictures of docs/quality.md: a chart of the main table, and sheets of what the methods drew."""
+"""The figures of docs/quality.md: a chart of the main table, and contact sheets of what the methods draw."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def figures(rows: list[dict[str, str]], docs: Path, pictures: Path, names: dict[
 
 
 def chart(rows: list[dict[str, str]], path: Path, names: dict[str, str]) -> None:
-    """Each method's mean with its 95 % interval, and each subject as a dot: the subject against the prompt."""
+    """Subject fidelity against prompt fidelity: each method's mean with its 95 % interval, each subject as a dot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,8 +40,8 @@ def chart(rows: list[dict[str, str]], path: Path, names: dict[str, str]) -> None
         axes.errorbar(middle, height, xerr=wide, yerr=high, fmt="o", color=f"C{colour}", label=name, capsize=3)
     axes.axvline(0.6, color="grey", linewidth=0.7, linestyle=":")
     axes.axhline(0.8, color="grey", linewidth=0.7, linestyle=":")
-    axes.set_xlabel("share of the gap to real photos that is closed")
-    axes.set_ylabel("prompts kept, base model = 1")
+    axes.set_xlabel("subject fidelity (0: base model, 1: photos of the subject)")
+    axes.set_ylabel("prompt fidelity (base model = 1)")
     axes.legend(fontsize=7, loc="lower left")
     figure.tight_layout()
     figure.savefig(path)
@@ -51,7 +51,7 @@ def chart(rows: list[dict[str, str]], path: Path, names: dict[str, str]) -> None
 def sheet(
     section: str, subjects: list[str], settings: list[str], path: Path, pictures: Path, names: dict[str, str]
 ) -> None:
-    """A block for each subject, two side by side: its photos, then a row for each method."""
+    """A block for each subject, two side by side: its training photos, then a row for each method."""
     from PIL import Image, ImageDraw
 
     label, head, gap = 150, 16, 12
@@ -65,7 +65,7 @@ def sheet(
     if not subjects:
         return
     if missing:
-        print(f"{path} stays as it is: {missing} of its strips were drawn on another machine and are not here")
+        print(f"{path} is left as it is: {missing} of its strips are not on this machine")
         return
     page = Image.new("RGB", (columns * block[0], lines * block[1]), "white")
     pen = ImageDraw.Draw(page)
@@ -73,7 +73,7 @@ def sheet(
         x, y = i % columns * block[0], i // columns * block[1]
         for k, words in enumerate(HEADS):
             pen.text((x + label + k * CELL + 2, y + 2), words, fill="black", font_size=10)
-        pen.text((x + 4, y + head + CELL // 2 - 8), "photos to learn from", fill="black", font_size=12)
+        pen.text((x + 4, y + head + CELL // 2 - 8), "training photos", fill="black", font_size=12)
         page.paste(Image.fromarray(learned_from(section, int(subject), pictures)), (x + label, y + head))
         for r, setting in enumerate(settings, 1):
             at = y + head + r * CELL
@@ -85,7 +85,7 @@ def sheet(
 
 
 def learned_from(section: str, subject: int, pictures: Path) -> np.ndarray:
-    """The four photos in a row."""
+    """The four training photos in a row."""
     from pcs_trainer.tiny.subjects import photos
 
     jobs = [job for job in sections(50)["entangled" if section == "entangled" else "main"] if job.subject == subject]
