@@ -15,7 +15,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,16 @@ NEEDS = {"triton": "the triton package is not installed; mend: pip install trito
 
 LIBRARY = torch.library.Library("pcs_kernels", "DEF")
 OPS: dict[str, Op] = {}
+
+
+class Cost(NamedTuple):
+    """What `pcs_kernels.costs` knows of a registered op: both parts name arguments of its schema."""
+
+    flops: Callable[..., int] | None  # of the arguments that it names, and of `result`
+    packed: str | None  # the weight that the CPU kernel packs
+
+
+COSTS: dict[str, Cost] = {}
 
 _forced: str = ""
 
@@ -126,12 +136,19 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register a torch.library op: its schema, its implementation on every device, its fake."""
+def define(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    packed: str | None = None,
+) -> None:
+    """Register a torch.library op: its schema, its implementation on every device, its fake, and its costs."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcs_kernels::{name}", fake, lib=LIBRARY)
+    COSTS[name] = Cost(flops, packed)
 
 
 def distinct(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

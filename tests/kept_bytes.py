@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from math import prod
 
 import torch
 from pcs_trainer.unet.unet import UNet
@@ -12,7 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-OPS = torch.ops.pcs_kernels
+import pcs_kernels
+from pcs_kernels import costs
 
 
 class Storages(TorchDispatchMode):
@@ -101,50 +101,12 @@ def peer_keeps(config: dict, size: int, full: bool = False) -> float:
         return _kept(network, lambda: network(x, t, context, added_cond_kwargs=added).sample, x, context)[0]
 
 
-def _products() -> dict:
-    """FLOPs of our ops: 2 per multiply-add; norms and gates count nothing, as in torch's own table."""
-
-    def linear(x, weight, *_, **__):
-        return 2 * prod(x) * weight[0]
-
-    def linear_back(dy, weight, *_, **__):
-        return 2 * prod(dy) * weight[1]
-
-    def conv(x, weight, *_, out_shape=None, **__):
-        return 2 * prod(out_shape) * prod(weight[1:])
-
-    def conv_back(dy, weight, *_, **__):
-        return 2 * prod(dy) * prod(weight[1:])
-
-    def attention(q, k, *_, **__):
-        return 4 * prod(q) * k[2]
-
-    def cross_back(dout, dmaps, q, k, *_, **__):
-        return 10 * prod(q) * k[2]
-
-    def self_back(dout, q, k, *_, **__):
-        return 10 * prod(q) * k[2]
-
-    return {
-        OPS.frozen_linear_forward: linear,
-        OPS.frozen_linear_backward: linear_back,
-        OPS.frozen_conv2d_forward: conv,
-        OPS.frozen_conv2d_backward: conv_back,
-        OPS.cross_attention_forward: attention,
-        OPS.cross_attention_backward: cross_back,
-        OPS.self_attention_forward: attention,
-        OPS.self_attention_backward: self_back,
-    }
-
-
 def step_flops(config: dict, size: int, plan: str) -> tuple[int, int]:
     """(FLOPs of the forward, of forward and backward) of a frozen UNet whose text keys and values need a gradient."""
-    import pcs_kernels
-
     with FakeTensorMode(), bf16_by_default(), pcs_kernels.backend("reference"):
         unet = UNet.from_config(config).requires_grad_(False).set_plan(plan)
         x, t, context, added = call_of(config, size)
-        counter = FlopCounterMode(display=False, custom_mapping=_products())
+        counter = FlopCounterMode(display=False, custom_mapping=costs.formulas())
         with counter:
             y = unet(x, t, context.requires_grad_(), added)
             forward = counter.get_total_flops()

@@ -68,17 +68,29 @@ def _backward_fake(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v,
     )
 
 
+def _flops(q: Tensor, k: Tensor) -> int:
+    """Two products of [N, D] and [T, D] a head."""
+    return 4 * q.numel() * k.shape[2]
+
+
+def _backward_flops(q: Tensor, k: Tensor) -> int:
+    """Five such products: P again, dP, dv, dq and dk."""
+    return 10 * q.numel() * k.shape[2]
+
+
 define(
     "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? capture, float scale, str backend)"
     " -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    _flops,
 )
 define(
     "cross_attention_backward(Tensor? dout, Tensor? dmaps, Tensor q, Tensor k, Tensor v, Tensor? capture, float scale,"
     " bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _backward_flops,
 )
 
 

@@ -6,6 +6,8 @@ On the CPU the weight is packed once for each direction and kept beside it; pack
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -105,27 +107,51 @@ def _linear_backward_fake(dy, weight, pack, backend):
     return dy.new_empty((*dy.shape[:-1], weight.shape[1]))
 
 
+def _conv_flops(weight: Tensor, result: Tensor) -> int:
+    return 2 * result.numel() * prod(weight.shape[1:])
+
+
+def _conv_backward_flops(dy: Tensor, weight: Tensor) -> int:
+    return 2 * dy.numel() * prod(weight.shape[1:])
+
+
+def _linear_flops(x: Tensor, result: Tensor) -> int:
+    return 2 * result.numel() * x.shape[-1]
+
+
+def _linear_backward_flops(dy: Tensor, result: Tensor) -> int:
+    return 2 * result.numel() * dy.shape[-1]
+
+
 define(
     "frozen_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, bool pack, str backend)"
     " -> Tensor",
     _conv,
     _conv_fake,
+    _conv_flops,
+    packed="weight",
 )
 define(
     "frozen_conv2d_backward(Tensor dy, Tensor weight, int height, int width, int stride, int padding, bool pack,"
     " str backend) -> Tensor",
     _conv_backward,
     _conv_backward_fake,
+    _conv_backward_flops,
+    packed="weight",
 )
 define(
     "frozen_linear_forward(Tensor x, Tensor weight, Tensor? bias, bool pack, str backend) -> Tensor",
     _linear,
     _linear_fake,
+    _linear_flops,
+    packed="weight",
 )
 define(
     "frozen_linear_backward(Tensor dy, Tensor weight, bool pack, str backend) -> Tensor",
     _linear_backward,
     _linear_backward_fake,
+    _linear_backward_flops,
+    packed="weight",
 )
 
 

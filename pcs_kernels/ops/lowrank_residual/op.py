@@ -100,11 +100,22 @@ def _backward_fake(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, 
     )
 
 
+def _flops(x: Tensor, result: Tensor) -> int:
+    """The projection alone: its low-rank part is a few percent of it."""
+    return 2 * result.numel() * x.shape[-1]
+
+
+def _backward_flops(dy: Tensor, weight: Tensor) -> int:
+    return 2 * dy.numel() * weight.shape[1]
+
+
 define(
     "lowrank_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? mask,"
     " float scale, Tensor? index, str backend) -> Tensor",
     _forward,
     _forward_fake,
+    _flops,
+    packed="weight",
 )
 define(
     "lowrank_residual_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? mask, float scale,"
@@ -112,6 +123,8 @@ define(
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _backward_flops,
+    packed="weight",
 )
 
 

@@ -53,16 +53,28 @@ def _backward_fake(dout, q, k, v, out, lse, scale, backend):
     return heads_last_empty(q), heads_last_empty(k), heads_last_empty(v)
 
 
+def _flops(q: Tensor, k: Tensor) -> int:
+    """Two products of [N, D] and [M, D] a head."""
+    return 4 * q.numel() * k.shape[2]
+
+
+def _backward_flops(q: Tensor, k: Tensor) -> int:
+    """Five such products: P again, dP, dv, dq and dk."""
+    return 10 * q.numel() * k.shape[2]
+
+
 define(
     "self_attention_forward(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    _flops,
 )
 define(
     "self_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _backward_flops,
 )
 
 

@@ -9,47 +9,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import pcs_kernels  # noqa: F401  it registers the ops
+from pcs_kernels import costs
 
-OPS = torch.ops.pcs_kernels
 FLOPS_A_BYTE = 100  # what a byte written costs beside a FLOP: consumer and server GPUs lie between 70 and 170
-# The ops whose CPU kernels pack the weight, and where it stands among their arguments.
-PACKING = {
-    OPS.frozen_linear_forward: 1,
-    OPS.frozen_linear_backward: 1,
-    OPS.frozen_conv2d_forward: 1,
-    OPS.frozen_conv2d_backward: 1,
-    OPS.lowrank_residual_forward: 1,
-    OPS.lowrank_residual_backward: 2,
-}
 KINDS = ("kept activations", "gradients", "working memory")
 
 
 def _flops(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
     """2 per multiply-add of products, convolutions and attention; everything else counts by its bytes alone."""
-    if packet in (OPS.frozen_linear_forward, OPS.frozen_linear_backward, OPS.lowrank_residual_forward):
-        return 2 * out_of(out).numel() * args[0].shape[-1]
-    if packet is OPS.lowrank_residual_backward:
-        return 2 * prod(args[0].shape) * args[2].shape[1]
-    if packet is OPS.frozen_conv2d_forward:
-        return 2 * out.numel() * prod(args[1].shape[1:])
-    if packet is OPS.frozen_conv2d_backward:
-        return 2 * args[0].numel() * prod(args[1].shape[1:])
-    if packet in (OPS.self_attention_forward, OPS.cross_attention_forward):
-        return 4 * args[0].numel() * args[1].shape[2]
-    if packet is OPS.self_attention_backward:
-        return 10 * args[1].numel() * args[2].shape[2]
-    if packet is OPS.cross_attention_backward:
-        return 10 * args[2].numel() * args[3].shape[2]
-    count = flop_registry.get(packet)
+    count = costs.formulas().get(packet) or flop_registry.get(packet)
     return count(*args, **kwargs, out_val=out) if count is not None else 0
 
 
@@ -116,8 +90,9 @@ class Ledger(TorchDispatchMode):
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor):
                 made += self._add(t)
-        if func.overloadpacket in PACKING:
-            self._packs(func.overloadpacket, args[PACKING[func.overloadpacket]])
+        weight = costs.packed_weight(func.overloadpacket, args, kwargs)
+        if weight is not None:
+            self._packs(func.overloadpacket, weight)
         work = _flops(func.overloadpacket, args, kwargs, out) + FLOPS_A_BYTE * made
         self._work += work
         if not self._forward:
@@ -152,7 +127,7 @@ class Ledger(TorchDispatchMode):
         return [layer.register_forward_hook(self._left(name)) for name, layer in layers.items()]
 
     def _left(self, name: str) -> Callable[..., None]:
-        def entered(gradient: Tensor) -> None:
+        def entered(_gradient: Tensor) -> None:
             self._segment = name
 
         def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
