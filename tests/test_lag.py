@@ -12,7 +12,8 @@ from closeness import assert_no_worse_than
 from pcs_trainer import load_model
 from pcs_trainer.concept.concept import Concept
 from pcs_trainer.sampling.drawing import sample
-from pcs_trainer.sampling.lag import Lag, Maps, MapTaker, Masker, binary, level_size, masked_blocks, normalised
+from pcs_trainer.sampling.lag import Lag, Masker, binary, masked_blocks, normalised
+from pcs_trainer.sampling.maps import Maps, MapTaker, level_size
 from pcs_trainer.unet.layers import LowRank
 from test_sampling import Counted, latents_of, made_up_concept
 from torch import nn

@@ -1,5 +1,24 @@
-"""Concepts to pictures: samplers, localized attention-guided sampling (LAG), captured attention maps."""
+"""Concepts to images: samplers, localized attention-guided sampling (LAG), captured attention maps.
 
-from .drawing import sample as sample
-from .lag import Lag as Lag
-from .lag import Maps as Maps
+Importing this package imports no torch, so that the command line can read the samplers' names from it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .names import NAMES as NAMES
+
+if TYPE_CHECKING:
+    from .drawing import sample as sample
+    from .lag import Lag as Lag
+    from .maps import Maps as Maps
+
+_HOME = {"sample": "drawing", "Lag": "lag", "Maps": "maps"}  # imported when first used
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

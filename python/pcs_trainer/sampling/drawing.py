@@ -18,7 +18,8 @@ from ..concept.concept import Concept
 from ..model.autoencoder import decode, latent_factor, own_size
 from ..model.text import Text, Words
 from ..unet.unet import UNet
-from .lag import Attention, Lag, Maps, MapTaker, Masker, attention_of
+from .lag import Attention, Lag, Masker, attention_of
+from .maps import Maps, MapTaker
 from .samplers import SAMPLERS, draw
 from .scene import make_scene
 

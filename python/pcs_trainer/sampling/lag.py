@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..unet.layers import Masks
@@ -222,57 +221,3 @@ def _asked(scene: Scene, maps: bool | Sequence[str]) -> list[str]:
             "return_maps=True shows the concepts' words, and no prompt has one: return_maps=['a word', ...]"
         )
     return said
-
-
-@dataclass
-class Maps:
-    """Where the words were looked at: what each picture's tokens drew of the attention, on the CPU.
-
-    tokens: the words, G of them; mean: [P, G, h, w] over steps and layers; steps: [S, P, G, h, w] in float16.
-    """
-
-    tokens: list[str]
-    mean: Tensor
-    steps: Tensor
-
-    @staticmethod
-    def joined(parts: Sequence[Maps]) -> Maps:
-        """The maps of one batch after the other."""
-        if not parts:
-            return Maps([], torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, 0, 0))
-        return Maps(parts[0].tokens, torch.cat([p.mean for p in parts]), torch.cat([p.steps for p in parts], dim=1))
-
-
-class MapTaker:
-    """Collects the maps of groups `first` and on, step by step, at the latents' size."""
-
-    def __init__(self, tokens: Sequence[str], first: int, size: tuple[int, int]) -> None:
-        self.tokens, self.first, self.size = list(tokens), first, size
-        self.total = torch.zeros(())
-        self.steps: list[Tensor] = []  # in float16
-
-    def take(self, found: Mapping[str, Tensor], pictures: int) -> None:
-        """The mean over the layers of one step's maps, of the last `pictures` of the batch: the half with prompt."""
-        layers = [m[-pictures:, self.first :] for m in found.values() if m.shape[1] > self.first]
-        by_size: dict[int, list[Tensor]] = {}
-        for m in layers:
-            by_size.setdefault(m.shape[-1], []).append(m)
-        total = sum(self._enlarged(torch.stack(same).sum(0)) for same in by_size.values())
-        mean = (total / len(layers)).cpu()
-        self.total = self.total + mean
-        self.steps.append(mean.half())
-
-    def _enlarged(self, maps: Tensor) -> Tensor:
-        image = maps.unflatten(-1, level_size(self.size, maps.shape[-1])).float()
-        return F.interpolate(image, size=self.size, mode="bilinear", align_corners=False)
-
-    def maps(self) -> Maps:
-        return Maps(self.tokens, self.total / len(self.steps), torch.stack(self.steps))
-
-
-def level_size(size: tuple[int, int], positions: int) -> tuple[int, int]:
-    """Height and width of the level of the UNet that has so many positions: each level halves, rounding up."""
-    height, width = size
-    while height * width > positions:
-        height, width = -(-height // 2), -(-width // 2)
-    return height, width

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from ..model.schedule import Schedule
+from .names import NAMES
 
 Predict = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, int, Tensor], object] | None
 Random = torch.Generator | Sequence[torch.Generator] | None
+Sampler = Callable[..., Tensor]
 
 # What changes the arithmetic in diffusers, with the values that are supported here.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -266,4 +268,4 @@ def euler_ancestral(
     return x
 
 
-SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "euler": euler, "euler_ancestral": euler_ancestral}
+SAMPLERS: dict[str, Sampler] = {name: globals()[name] for name in NAMES}  # each is the function of that name

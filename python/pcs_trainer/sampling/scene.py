@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, attached
+from ..concept.attach import attached
+from ..concept.concept import Concept
 from ..model.sources import SingleFile, read_json
 from ..model.text import Text, Words, encode
 from ..model.tokens import tokenize
