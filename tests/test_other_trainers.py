@@ -10,7 +10,7 @@ from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands import command
 from pcs_trainer.cli.commands.common import filled
 from pcs_trainer.cli.options import parse
-from pcs_trainer.concept.concept import load_concept
+from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.errors import UsageError
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
@@ -35,10 +35,10 @@ def test_the_flags_of_other_trainers_mean_the_same():
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("a photo of sks dog", {"token": "sks", "class": "dog", "prompt": "a photo of {subject}"}),
-        ("photo of a <new1> cat", {"token": "<new1>", "class": "cat", "prompt": "photo of a {subject}"}),
-        ("a zxq mug", {"token": "zxq", "class": "mug", "prompt": "a {subject}"}),
-        ("a photo of a dog", {"class": "dog", "prompt": "a photo of a {subject}"}),
+        ("a photo of sks dog", {"token": "sks", "class_word": "dog", "prompt": "a photo of {subject}"}),
+        ("photo of a <new1> cat", {"token": "<new1>", "class_word": "cat", "prompt": "photo of a {subject}"}),
+        ("a zxq mug", {"token": "zxq", "class_word": "mug", "prompt": "a {subject}"}),
+        ("a photo of a dog", {"class_word": "dog", "prompt": "a photo of a {subject}"}),
         ("my {subject}", {"prompt": "my {subject}"}),
     ],
 )
@@ -69,5 +69,5 @@ def test_a_list_of_concepts_is_learned_together(tmp_path, capsys):
     assert set(concept.words) == {"<tom>"}  # sks is a rare word of the tokenizer
     assert filled("a {} and a {}", [concept]) == "a sks dog and a <tom> cat"
     assert filled("a {}", [concept]) == "a sks dog and <tom> cat"
-    with pytest.raises(UsageError, match="does not read FOLDER=WORD"):
+    with pytest.raises(UsageError, match="expected FOLDER=WORD"):
         parse(command("train"), ["x", "--with", "cats"])

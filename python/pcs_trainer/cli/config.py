@@ -24,7 +24,7 @@ def read_config(path: Path, command: Command) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: {path} is no TOML: {error}") from None
+        raise UsageError(f"--config: {path} is invalid TOML: {error}") from None
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
     loose = {key: value for key, value in table.items() if not isinstance(value, dict)}
     by_key = {option.key: option for option in command.options + COMMON}
@@ -35,8 +35,8 @@ def read_config(path: Path, command: Command) -> dict[str, Any]:
         option = by_key.get(plain) or by_key.get(names.get(plain, "").lstrip("-").replace("-", "_"))
         if option is None or option.key == "config":
             hint = meant(plain, by_key) or f"; pcs {command.name} --help shows all"
-            raise UsageError(f"--config: {path} sets {key!r}, which pcs {command.name} does not know{hint}")
-        values[option.key] = _checked(option, value, path)
+            raise UsageError(f"--config: {path} sets {key!r}, which is not a flag of pcs {command.name}{hint}")
+        values[option.attribute] = _checked(option, value, path)
     return values
 
 
@@ -57,7 +57,7 @@ def _checked(option: Option, value: Any, path: Path) -> Any:
 def effective(command: Command, given: argparse.Namespace) -> argparse.Namespace:
     """The command line over the configuration over the defaults."""
     config = getattr(given, "config", None)
-    values = {option.key: option.default for option in command.options + COMMON}
+    values = {option.attribute: option.default for option in command.options + COMMON}
     values |= read_config(Path(config), command) if config else {}
     values |= vars(given)
     return argparse.Namespace(**values)
@@ -69,7 +69,7 @@ def write_config(
     """The effective configuration as TOML: `pcs COMMAND --config FILE` does the same again."""
     lines = [f"# pcs {command.name} --config {path.name}", "", f"[{command.name}]"]
     for option in command.options:
-        value = extra.get(option.key, getattr(options, option.key, None))
+        value = extra.get(option.key, getattr(options, option.attribute, None))
         if option.key not in without and value is not None and value is not False and value not in ([], ""):
             lines.append(f"{option.key} = {toml(value)}")
     return written_text(path, "\n".join(lines) + "\n")

@@ -1,14 +1,16 @@
-"""What the commands' flags are made of: checked values, other programs' names, near misses, help with examples."""
+"""Flag definitions: validation, aliases for other trainers' flags, "did you mean", help with examples first."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 from ..errors import UsageError
 from ..units import parse_bytes
@@ -16,20 +18,48 @@ from ..units import parse_bytes
 
 @dataclass(frozen=True)
 class Option:
-    """One flag (or, without dashes, the command's words), its check and the names it has in other programs."""
+    """One flag or, without dashes, a command's positional words.
+
+    Args:
+        name: as it is written, such as "--prior-weight".
+        help: what it is, in a phrase.
+        kind: text -> checked value; None is a flag without a value.
+        default: its value where it is not given.
+        metavar: the value's name in the help.
+        also: the names it has in other trainers.
+        many: it may be repeated.
+        group: the help's heading above it.
+        otherwise: what a default of None stands for, in the help's words.
+        dest: the attribute that holds its value, where its own name cannot be one.
+        setting: the training setting that it is the value of.
+    """
 
     name: str
     help: str
-    kind: Callable[[str], Any] | None = str  # None: a flag without a value
+    kind: Callable[[str], Any] | None = str
     default: Any = None
     metavar: str = ""
     also: tuple[str, ...] = ()
     many: bool = False
     group: str = "options"
+    otherwise: str = ""
+    dest: str = ""
+    setting: str = ""
 
     @property
     def key(self) -> str:
+        """Its name in configuration files."""
         return self.name.lstrip("-").replace("-", "_")
+
+    @property
+    def attribute(self) -> str:
+        """Its name among the parsed options."""
+        return self.dest or self.key
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The only values it takes, where they can be listed."""
+        return self.kind.names if isinstance(self.kind, OneOf) else ()
 
     @property
     def positional(self) -> bool:
@@ -38,7 +68,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A command's flags, examples and what it runs; `translate` rewrites flags that mean something else elsewhere."""
+    """A command's flags, examples and what it runs.
+
+    Args:
+        translate: other trainers' flags that are more than another name: value -> our flags.
+        needless: other trainers' flags that are accepted and do nothing: flag -> why.
+    """
 
     name: str
     about: str
@@ -46,8 +81,8 @@ class Command:
     examples: tuple[tuple[str, str], ...]
     run: Callable[[argparse.Namespace], int]
     details: str = ""
-    translate: dict[str, Callable[[str], list[str]]] = field(default_factory=dict)
-    needless: dict[str, str] = field(default_factory=dict)  # accepted, does nothing: why
+    translate: Mapping[str, Callable[[str], list[str]]] = field(default_factory=dict)
+    needless: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def usage(self) -> str:
@@ -55,62 +90,79 @@ class Command:
         return " ".join(["pcs", self.name, *words, "[flags]"])
 
 
-COMMON = (
-    Option("--config", "flags from a TOML file; the command line wins", metavar="run.toml", group="always"),
-    Option("--debug", "show the traceback of an error", None, False, group="always"),
+def grouped(group: str, *options: Option) -> tuple[Option, ...]:
+    """The options under one heading of the help."""
+    return tuple(replace(option, group=group) for option in options)
+
+
+COMMON = grouped(
+    "always",
+    Option("--config", "flags from a TOML file; the command line wins", metavar="run.toml"),
+    Option("--debug", "show the traceback of an error", None, False),
 )
 
 
-# Checks of a flag's text. Each says what is wrong and what would be right.
-def whole(least: int = 0, example: str = "") -> Callable[[str], int]:
+def integer(least: int = 0, example: str = "") -> Callable[[str], int]:
+    """A check of a flag's text: an integer from `least` on."""
+
     def check(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number{_such(example)}") from None
+            raise argparse.ArgumentTypeError(f"expected an integer{_such_as(example)}, got {text!r}") from None
         if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small; the least is {least}")
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {value}")
         return value
 
     return check
 
 
 def number(least: float | None = None, most: float | None = None, example: str = "") -> Callable[[str], float]:
+    """A check of a flag's text: a number within bounds."""
+    bounds = {"at least": least, "at most": most}
+    words = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None)
+    expected = f"expected a number{f' of {words}' if words else ''}{_such_as(example)}"
+
     def check(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number{_such(example)}") from None
-        if value != value or (least is not None and value < least) or (most is not None and value > most):
-            bounds = {"at least": least, "at most": most}
-            words = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None)
-            raise argparse.ArgumentTypeError(
-                f"{text} is out of range{_such(example)}; it must be {words or 'a number'}"
-            )
+            raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
+        outside = (least is not None and value < least) or (most is not None and value > most)
+        if math.isnan(value) or outside:
+            raise argparse.ArgumentTypeError(f"{expected}, got {text}")
         return value
 
     return check
 
 
-def _such(example: str) -> str:
-    return f"; give one such as {example}" if example else ""
+def _such_as(example: str) -> str:
+    return f" such as {example}" if example else ""
 
 
-def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
-    def check(text: str) -> str:
+@dataclass(frozen=True)
+class OneOf:
+    """A check of a flag's text: one of some names, in any case, with dashes or underscores."""
+
+    what: str
+    names: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
         plain = text.lower().replace("-", "_")
-        for name in names:
+        for name in self.names:
             if plain == name.lower().replace("-", "_"):
                 return name
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no {what}{meant(text, names) or '; there are ' + ', '.join(names)}"
-        )
+        hint = meant(text, self.names) or f"; choose from {', '.join(self.names)}"
+        raise argparse.ArgumentTypeError(f"unknown {self.what} {text!r}{hint}")
 
-    check.names = tuple(names)  # type: ignore[attr-defined]
-    return check
+
+def one_of(what: str, names: Iterable[str]) -> OneOf:
+    """A check of a flag's text: one of the names; `what` is what they are names of."""
+    return OneOf(what, tuple(names))
 
 
 def byte_size(text: str) -> int:
+    """A check of a flag's text: an amount of memory."""
     try:
         return parse_bytes(text)
     except ValueError as error:
@@ -119,6 +171,7 @@ def byte_size(text: str) -> int:
 
 def meant(text: str, names: Iterable[str]) -> str:
     """'; did you mean X?' where one name is near."""
+    # 0.6 is difflib's own cutoff: two swapped letters of five pass, another word of that length does not.
     near = difflib.get_close_matches(text.lower(), {n.lower(): n for n in names}, 1, 0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -126,7 +179,8 @@ def meant(text: str, names: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse whose every complaint is a UsageError of one sentence."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
+        """Say argparse's complaint in our words."""
         message = re.sub(r"^argument ([^:/]+)[^:]*: ", r"\1: ", message)
         message = re.sub(r"^(\S+): expected (?:one|at least one) argument$", r"\1 needs a value", message)
         message = re.sub(r"^(\S+): ignored explicit argument '?(.*?)'?$", r"\1 takes no value; \2 was given", message)
@@ -140,19 +194,39 @@ def parser_of(command: Command) -> Parser:
     parser = Parser(prog=prog, usage=absent, add_help=False, allow_abbrev=False, argument_default=absent)
     for option in command.options + COMMON:
         if option.positional:
-            parser.add_argument(option.key, nargs="*", type=option.kind)
+            parser.add_argument(option.attribute, nargs="*", type=option.kind or str)
         elif option.kind is None:
-            parser.add_argument(option.name, action="store_true")
+            parser.add_argument(option.name, dest=option.attribute, action="store_true")
         else:
-            parser.add_argument(option.name, type=option.kind, action="append" if option.many else "store")
+            action = "append" if option.many else "store"
+            parser.add_argument(option.name, dest=option.attribute, type=option.kind, action=action)
     parser.add_argument("-h", "--help", action="store_true")
     return parser
 
 
 def parse(command: Command, words: Sequence[str]) -> argparse.Namespace:
-    """The flags that were given, and `notes`: what accepted flags of other programs do not need to do."""
-    known, notes = known_names(command), []
+    """The flags that were given, and `notes`: why accepted flags of other trainers do nothing here."""
+    given, notes = own_flags(command, words)
+    found, extra = parser_of(command).parse_known_intermixed_args(given)
+    strange = [word.partition("=")[0] for word in extra if word.startswith("-")]
+    if strange:
+        names = [*known_names(command), *command.translate, *command.needless]
+        hint = meant(strange[0], names) or f"; pcs {command.name} --help shows all flags"
+        raise UsageError(f"unknown flag {strange[0]} of pcs {command.name}{hint}")
+    if extra:
+        raise UsageError(f"unexpected word {extra[0]!r} after pcs {command.name}; usage: {command.usage}")
+    for option in command.options:
+        if option.positional and not getattr(found, option.attribute, None):
+            vars(found).pop(option.attribute, None)
+    found.notes = notes
+    return found
+
+
+def own_flags(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words with other trainers' flags as our own, and a note for each flag that is not needed."""
+    known = known_names(command)
     given: list[str] = []
+    notes: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -172,19 +246,7 @@ def parse(command: Command, words: Sequence[str]) -> argparse.Namespace:
             given += command.translate[name](value if equals else rest.pop(0))
         else:
             given.append(known.get(name, name) + equals + value)
-    found, extra = parser_of(command).parse_known_intermixed_args(given)
-    strange = [word.partition("=")[0] for word in extra if word.startswith("-")]
-    if strange:
-        names = [*known, *command.translate, *command.needless]
-        hint = meant(strange[0], names) or f"; pcs {command.name} --help shows all flags"
-        raise UsageError(f"{strange[0]} is no flag of pcs {command.name}{hint}")
-    if extra:
-        raise UsageError(f"pcs {command.name} does not know what to do with {extra[0]!r}; {command.usage}")
-    for option in command.options:
-        if option.positional and not getattr(found, option.key, None):
-            vars(found).pop(option.key, None)
-    found.notes = notes
-    return found
+    return given, notes
 
 
 def known_names(command: Command) -> dict[str, str]:
@@ -221,14 +283,13 @@ def help_text(command: Command) -> str:
 
 def _described(option: Option, width: int) -> list[str]:
     left = option.metavar if option.positional else f"{option.name} {option.metavar}".rstrip()
-    default = "" if option.default in (None, False, ()) else f" (default {option.default})"
-    text = _wrapped(option.help + default, width, " " * 26)
+    shown = option.kind is not None and option.default not in (None, "")
+    default = str(option.default) if shown else option.otherwise
+    text = _wrapped(option.help + (f" (default: {default})" if default else ""), width, " " * 26)
     if len(left) < 23:
         return [f"  {left:<24}{text[0].strip()}", *text[1:]]
     return [f"  {left}", *text]
 
 
 def _wrapped(text: str, width: int, indent: str, later: str | None = None) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent if later is None else later)

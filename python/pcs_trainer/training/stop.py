@@ -59,9 +59,6 @@ class Stop:
         self.seen = self.seen or bool(self.asked())
         return self.seen
 
-    def __bool__(self) -> bool:
-        return self()
-
     def _arrived(self, *_: object) -> None:
         if self.seen:
             self.leave()

@@ -15,25 +15,33 @@ from typing import TYPE_CHECKING, Any
 from ...errors import UsageError
 from ...files import written_text
 from ..exit_codes import DONE
-from ..options import Command, Option, one_of, whole
+from ..options import Command, Option, grouped, integer, one_of
 from ..progress import Progress
-from .common import METHODS, MODEL_FLAGS, TRANSLATE, open_model
+from .common import METHODS, MODEL_FLAGS, RESOLUTION, open_model
+from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
     from ...model.model import Model
 
 OPTIONS = (
-    Option("--method", "time this method alone; none times all", one_of("method", METHODS), metavar="NAME", many=True,
-           group="what to time"),
-    Option("--steps", "timed training steps of each", whole(2, "10"), 10, "N", group="what to time"),
-    Option("--batch", "pictures a step; none is the method's own", whole(1, "4"), metavar="N", group="what to time"),
-    Option("--resolution", "pixels a side; none is the model's own", whole(8, "512"), metavar="N",
-           group="what to time"),
-    Option("--ops", "time every operation against torch instead (in a checkout of the repository)", None, False,
-           group="what to time"),
+    *grouped(
+        "what to time",
+        Option(
+            "--method",
+            "a method to time; may be repeated",
+            one_of("method", METHODS),
+            metavar="NAME",
+            many=True,
+            otherwise="all methods",
+        ),
+        Option("--steps", "timed training steps per method", integer(2, "10"), 10, "N"),
+        Option("--batch", "images per step", integer(1, "4"), metavar="N", otherwise="the method's"),
+        RESOLUTION,
+        Option("--ops", "time every op against PyTorch instead (needs a checkout of the repository)", None, False),
+    ),
     *MODEL_FLAGS,
-    Option("--out", "write the numbers into this JSON file too", metavar="FILE", group="output"),
-)  # fmt: skip
+    Option("--out", "also write the timings to this JSON file", metavar="FILE", group="output"),
+)
 
 EXAMPLES = (
     ("pcs bench", "seconds a training step of every method, and seconds a picture"),
@@ -119,5 +127,5 @@ COMMAND = Command(
     examples=EXAMPLES,
     run=run,
     details="Nothing else should run beside it. Spread is the slowest less the fastest, over the median.",
-    translate=TRANSLATE,
+    translate=MODEL_TRANSLATE,
 )

@@ -49,17 +49,13 @@ def flags(command: Command) -> list[Option]:
     return [o for o in (*command.options, *COMMON, helping) if not o.positional]
 
 
-def names_of(option: Option) -> tuple[str, ...]:
-    return getattr(option.kind, "names", ())
-
-
 def bash() -> str:
     all_flags, values = [], []
     for name, (_, command) in tables().items():
         all_flags.append(f'    {name}) flags="{" ".join(o.name for o in flags(command))}" ;;')
         for option in command.options:
-            if names_of(option):
-                reply = f'COMPREPLY=($(compgen -W "{" ".join(names_of(option))}" -- "$word"))'
+            if option.choices:
+                reply = f'COMPREPLY=($(compgen -W "{" ".join(option.choices)}" -- "$word"))'
                 values.append(f'    "{name} {name if option.positional else option.name}") {reply}; return ;;')
     return BASH.format(commands=" ".join(tables()), flags="\n".join(all_flags), values="\n".join(values))
 
@@ -74,11 +70,11 @@ def zsh() -> str:
     for name, (_, command) in tables().items():
         parts = []
         for option in flags(command):
-            what = f"({' '.join(names_of(option))})" if names_of(option) else "_files"
+            what = f"({' '.join(option.choices)})" if option.choices else "_files"
             value = "" if option.kind is None else f":{option.key}:{what}"
             parts.append(f"'{option.name}[{_zsh_quoted(option.help)}]{value}'")
         words = next((o for o in command.options if o.positional), None)
-        what = f"({' '.join(names_of(words))})" if words and names_of(words) else "_files"
+        what = f"({' '.join(words.choices)})" if words and words.choices else "_files"
         cases.append(f"    {name}) shift words; (( CURRENT-- )); _arguments -S {' '.join(parts)} '*:word:{what}' ;;")
     return ZSH.format(commands="\n".join(commands), flags="\n".join(cases))
 
@@ -88,7 +84,7 @@ def fish() -> str:
     for name, (about, command) in tables().items():
         lines.append(f"complete -c pcs -n __fish_use_subcommand -f -a {name} -d {_fish_quoted(about)}")
         for option in command.options + COMMON:
-            names = f" -x -a '{' '.join(names_of(option))}'" if names_of(option) else ""
+            names = f" -x -a '{' '.join(option.choices)}'" if option.choices else ""
             if option.positional:
                 lines += [f"complete -c pcs -n '__fish_seen_subcommand_from {name}'{names}"] if names else []
                 continue

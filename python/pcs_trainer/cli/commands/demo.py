@@ -12,7 +12,7 @@ from ..options import Command, Option, number
 
 OPTIONS = (
     Option("--photos", "other photos to learn from; none is the example mug", metavar="FOLDER", group="demo"),
-    Option("--class", "what they show", metavar="WORD", default="mug", group="demo"),
+    Option("--class", "what they show", metavar="WORD", default="mug", group="demo", dest="class_word"),
     Option(
         "--effort", "share of the training steps, for a quick look", number(0.001, 1, "0.1"), 1.0, "X", group="demo"
     ),
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         result = run_demo(
             Path(options.out),
             options.photos,
-            options.__dict__["class"],
+            options.class_word,
             options.effort,
             should_stop=stop,
             quiet=options.quiet,

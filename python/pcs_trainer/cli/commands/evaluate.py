@@ -12,33 +12,47 @@ from ...errors import UsageError
 from ...files import written_text
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import Stopped, stop_on_ctrl_c
-from ..options import Command, Option, number, whole
+from ..options import Command, Option, grouped, integer
 from ..progress import Progress
-from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model
+from .common import GUIDANCE, MODEL_FLAGS, SEED, STEPS, concept_file, open_concept, open_model
+from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
     from ...training.stop import Stop
 
 OPTIONS = (
-    Option("concept", "a run's folder or a concept's file", metavar="CONCEPT", group="words"),
-    Option("--photos", "real pictures of the subject, best others than it was learned from", metavar="FOLDER",
-           also=("--instance_data_dir",), group="evaluation"),
-    Option("--prompt", "with {} for the subject; none is twenty of the model's own", metavar="TEXT", many=True,
-           also=("--validation_prompt",), group="evaluation"),
-    Option("--clip", "folder of a CLIP model, for every model but the embedded one", metavar="FOLDER",
-           group="evaluation"),
-    Option("--dino", "folder of a DINO model, likewise", metavar="FOLDER", group="evaluation"),
-    Option("--count", "pictures of the subject's own prompt, and of its class", whole(2, "8"), 8, "N",
-           group="evaluation"),
-    Option("--steps", "denoising steps", whole(1, "25"), 25, "N", also=("--num_inference_steps",), group="evaluation"),
-    Option("--guidance", "strength of the prompt; none is the model's own", number(0, example="5"), metavar="X",
-           group="evaluation"),
-    Option("--lag", "draw with LAG sampling", None, False, group="evaluation"),
-    Option("--seed", "of the noise", whole(0, "0"), 0, "N", group="evaluation"),
+    Option("concept", "a run's folder or a concept file", metavar="CONCEPT", group="words"),
+    *grouped(
+        "evaluation",
+        Option(
+            "--photos",
+            "photos of the subject, preferably not the ones it was trained on",
+            metavar="FOLDER",
+            also=("--instance_data_dir",),
+        ),
+        Option(
+            "--prompt",
+            "prompt with {} for the subject; may be repeated",
+            metavar="TEXT",
+            many=True,
+            also=("--validation_prompt",),
+            otherwise="twenty for this model",
+        ),
+        Option("--clip", "folder of a CLIP model, for real checkpoints", metavar="FOLDER"),
+        Option("--dino", "folder of a DINO model, for real checkpoints", metavar="FOLDER"),
+        Option("--count", "images of the subject's training prompt, and of its class", integer(2, "8"), 8, "N"),
+        STEPS,
+        GUIDANCE,
+        Option("--lag", "use LAG sampling", None, False),
+        SEED,
+    ),
     *MODEL_FLAGS,
-    Option("--out", "write the numbers into this JSON file too", metavar="FILE", group="output"),
-    Option("--quiet", "print the numbers alone", None, False, group="output"),
-)  # fmt: skip
+    *grouped(
+        "output",
+        Option("--out", "also write the scores to this JSON file", metavar="FILE"),
+        Option("--quiet", "print only the scores", None, False),
+    ),
+)
 
 EXAMPLES = (
     ("pcs evaluate out/mug --photos examples/photos", "likeness, prompts and drift, beside the base model's"),
@@ -117,5 +131,5 @@ COMMAND = Command(
     details="On the embedded model its judge looks: a small network that was trained apart and knows that world alone. "
     "On real checkpoints CLIP and DINO look, from folders on this machine; CLIP-T is the text similarity, CLIP-I the "
     "image similarity, DINO the subject similarity.",
-    translate=TRANSLATE,
+    translate=MODEL_TRANSLATE,
 )

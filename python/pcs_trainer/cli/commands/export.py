@@ -8,24 +8,48 @@ from pathlib import Path
 from ...errors import UsageError
 from ..config import write_config
 from ..exit_codes import DONE
-from ..options import Command, Option, number, one_of
-from .common import CONCEPT_FILE, MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say
+from ..options import Command, Option, grouped, number, one_of
+from .common import CONCEPT_FILE, MODEL_FLAGS, concept_file, open_concept, open_model, say
+from .other_trainers import MODEL_TRANSLATE
 
 FORMATS = ("diffusers", "kohya", "pipeline", "concept")
 
 OPTIONS = (
-    Option("concept", "a run's folder, a concept's file, or another program's LoRA or embedding", metavar="CONCEPT",
-           group="words"),
-    Option("--format", "diffusers, kohya (ComfyUI, A1111), pipeline (a whole model) or concept (this package's)",
-           one_of("format", FORMATS), "diffusers", "NAME", also=("--save_model_as",), group="export"),
-    Option("--no-metadata", "write no header about how it was made", None, False, also=("--no_metadata",),
-           group="export"),
-    Option("--compress", "keep this share of the singular values first", number(0, 1, "0.6"), metavar="X",
-           group="export"),
+    Option(
+        "concept",
+        "a run's folder, a concept file, or another program's LoRA or embedding",
+        metavar="CONCEPT",
+        group="words",
+    ),
+    *grouped(
+        "export",
+        Option(
+            "--format",
+            "diffusers, kohya (ComfyUI, A1111), pipeline (a whole model) or concept (this package's)",
+            one_of("format", FORMATS),
+            "diffusers",
+            "NAME",
+            also=("--save_model_as",),
+        ),
+        Option("--no-metadata", "write no training metadata into the header", None, False, also=("--no_metadata",)),
+        Option(
+            "--compress",
+            "compress to this share of the singular values before exporting",
+            number(0, 1, "0.6"),
+            metavar="X",
+            otherwise="off",
+        ),
+    ),
     *MODEL_FLAGS,
-    Option("--out", "folder for the files (default: out/export/FORMAT)", metavar="FOLDER", also=("--output_dir",),
-           group="output"),
-)  # fmt: skip
+    Option(
+        "--out",
+        "folder for the files",
+        metavar="FOLDER",
+        also=("--output_dir",),
+        group="output",
+        otherwise="out/export/FORMAT",
+    ),
+)
 
 EXAMPLES = (
     ("pcs export out/mug", "for diffusers' load_lora_weights"),
@@ -44,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.out or Path("out/export") / options.format)
     if folder.is_file():
         raise UsageError(f"--out: {folder} is a file; name a folder")
+    from ...concept.compression import compress
     from ...concept.formats.writing import export
-    from ...concept.merging import compress
 
     model = open_model(options)
     concept = open_concept(where, model)
@@ -70,5 +94,5 @@ COMMAND = Command(
     examples=EXAMPLES,
     run=run,
     details="Every export says how many tensors it wrote and names each that the format cannot hold.",
-    translate=TRANSLATE,
+    translate=MODEL_TRANSLATE,
 )

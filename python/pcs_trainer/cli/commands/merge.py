@@ -8,24 +8,52 @@ from pathlib import Path
 from ...errors import UsageError
 from ..config import write_config
 from ..exit_codes import DONE
-from ..options import Command, Option, number, one_of
-from .common import MODEL_FLAGS, TRANSLATE, concept_file, open_concept, open_model, say, subjects_of
+from ..options import Command, Option, grouped, number, one_of
+from .common import MODEL_FLAGS, concept_file, open_concept, open_model, say, subjects_of
+from .other_trainers import MODEL_TRANSLATE
 
 OPTIONS = (
-    Option("concepts", "runs' folders or concepts' files", metavar="CONCEPT", many=True, group="words"),
-    Option("--how", "optimize: Custom Diffusion's least squares; blend: a weighted sum of any like concepts",
-           one_of("way to merge", ("optimize", "blend")), metavar="WAY", group="merging"),
-    Option("--weight", "of each concept in a blend, in their order (default: 1 each)", number(example="0.5"),
-           metavar="X", many=True, also=("--ratios",), group="merging"),
-    Option("--captions", "general captions for optimize, one a line; none is a built-in list", metavar="FILE",
-           group="merging"),
-    Option("--compress", "keep this share of the result's singular values", number(0, 1, "0.6"), metavar="X",
-           group="merging"),
-    Option("--rename", "a new word for each concept, in their order", metavar="WORD", many=True, group="merging"),
+    Option("concepts", "runs' folders or concept files", metavar="CONCEPT", many=True, group="words"),
+    *grouped(
+        "merging",
+        Option(
+            "--how",
+            "optimize: Custom Diffusion's constrained least squares; blend: a weighted sum",
+            one_of("way to merge", ("optimize", "blend")),
+            metavar="WAY",
+            otherwise="optimize if all concepts are Custom Diffusion's, else blend",
+        ),
+        Option(
+            "--weight",
+            "weight of each concept in a blend, in their order",
+            number(example="0.5"),
+            metavar="X",
+            many=True,
+            also=("--ratios",),
+            otherwise="1 each",
+        ),
+        Option(
+            "--captions", "regularization captions for optimize, one per line", metavar="FILE", otherwise="built-in"
+        ),
+        Option(
+            "--compress",
+            "compress the result to this share of its singular values",
+            number(0, 1, "0.6"),
+            metavar="X",
+            otherwise="off",
+        ),
+        Option("--rename", "a new token for each concept, in their order", metavar="WORD", many=True),
+    ),
     *MODEL_FLAGS,
-    Option("--out", "file of the merged concept", metavar="FILE", default="out/merged.safetensors",
-           also=("--save_to", "--output_dir"), group="output"),
-)  # fmt: skip
+    Option(
+        "--out",
+        "file for the merged concept",
+        metavar="FILE",
+        default="out/merged.safetensors",
+        also=("--save_to", "--output_dir"),
+        group="output",
+    ),
+)
 
 EXAMPLES = (
     ("pcs merge out/mug out/tuned --how blend --weight 0.5 --weight 0.5 --rename \"<one>\" --rename \"<two>\"",
@@ -54,7 +82,9 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check(options)
-    from ...concept.merging import blend, compress, merge
+    from ...concept.blending import blend
+    from ...concept.compression import compress
+    from ...concept.merging import merge
 
     model = open_model(options)
     concepts = [open_concept(where, model) for where in options.concepts]
@@ -86,5 +116,5 @@ COMMAND = Command(
     examples=EXAMPLES,
     run=run,
     details="Custom Diffusion's concepts are joined by its constrained least squares, all others by a weighted sum.",
-    translate=TRANSLATE,
+    translate=MODEL_TRANSLATE,
 )

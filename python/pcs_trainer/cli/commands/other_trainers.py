@@ -1,38 +1,50 @@
-"""What the well-known flags of diffusers' scripts and of sd-scripts mean here, where it is not just another name."""
+"""Flags of diffusers' scripts and of sd-scripts that are more than another name of ours: value -> our flags.
+
+A flag that only has another name here stands with that name, in the `also` of its Option.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import UsageError
 
-OWN_CHOICE = "the fastest attention for this machine is chosen by itself"
-BY_PLAN = "what a step keeps is the memory plan's business (--plan, --budget)"
+OWN_CHOICE = "the fastest attention for this machine is chosen automatically"
+BY_PLAN = "recomputation follows --plan or --budget"
 
 
-def needless_flags() -> dict[str, str]:
-    """Flags without a value that people have in their scripts, and why nothing needs to be done for them."""
-    return {
-        "--enable-xformers-memory-efficient-attention": OWN_CHOICE,
-        "--xformers": OWN_CHOICE,
-        "--sdpa": OWN_CHOICE,
-        "--gradient-checkpointing": BY_PLAN,
-        "--cache-latents": "the photos are encoded once in any case",
-        "--use-8bit-adam": "it is the default (--optimizer)",
-        "--set-grads-to-none": "gradients are freed in any case",
-        "--with-prior-preservation": "the methods that want it have it (--prior-weight)",
-        "--allow-tf32": "the precision is --dtype",
-        "--center-crop": "photos are scaled and cut from the middle in any case",
-    }
+# Flags without a value that people have in their scripts, and why nothing needs to be done for them.
+NEEDLESS = {
+    "--enable-xformers-memory-efficient-attention": OWN_CHOICE,
+    "--xformers": OWN_CHOICE,
+    "--sdpa": OWN_CHOICE,
+    "--gradient-checkpointing": BY_PLAN,
+    "--cache-latents": "photos are always encoded once",
+    "--use-8bit-adam": "8-bit AdamW is the default (--optimizer)",
+    "--set-grads-to-none": "gradients are always freed",
+    "--with-prior-preservation": "methods that use class images do so by default (--prior-weight)",
+    "--allow-tf32": "the precision is --dtype",
+    "--center-crop": "photos are always scaled and cropped from the center",
+}
 
 
-def photos(text: str) -> list[str]:
+def mixed_precision_flags(text: str) -> list[str]:
+    """no, fp16 or bf16 as our --dtype."""
+    names = {"no": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    if text not in names:
+        raise UsageError(f"--mixed_precision: unknown precision {text!r}; choose from no, fp16, bf16")
+    return ["--dtype", names[text]]
+
+
+def photos_flags(text: str) -> list[str]:
+    """A folder of photos is a word without a flag here."""
     return [text]
 
 
-def instance_prompt(text: str) -> list[str]:
+def instance_prompt_flags(text: str) -> list[str]:
     """'a photo of sks dog' -> the word sks, the class dog, the template 'a photo of {subject}'."""
     if "{subject}" in text:
         return ["--prompt", text]
@@ -48,22 +60,22 @@ def instance_prompt(text: str) -> list[str]:
     if alone:
         return ["--class", alone[1], "--prompt", text[: alone.start(1)] + "{subject}"]
     raise UsageError(
-        f"--instance_prompt: {text!r} does not show which words name the subject; write 'a photo of sks dog', "
+        f"--instance_prompt: cannot tell which words of {text!r} name the subject; write 'a photo of sks dog', "
         "or give --class and --token"
     )
 
 
-def class_prompt(text: str) -> list[str]:
+def class_prompt_flags(text: str) -> list[str]:
     """'a photo of dog' -> the template 'a photo of {class}', whose last word is the class."""
     if "{class}" in text:
         return ["--class-prompt", text]
     *before, last = text.split() or [""]
     if not last:
-        raise UsageError("--class_prompt is empty; write such as 'a photo of a dog'")
+        raise UsageError("--class_prompt is empty; write a prompt such as 'a photo of a dog'")
     return ["--class-prompt", " ".join([*before, "{class}"]), "--class", last]
 
 
-def resume_from(text: str) -> list[str]:
+def resume_flags(text: str) -> list[str]:
     """latest, or a checkpoint's folder, whose run is then the output folder."""
     if text == "latest":
         return ["--resume"]
@@ -73,20 +85,21 @@ def resume_from(text: str) -> list[str]:
     raise UsageError(f"--resume_from_checkpoint: {text!r} is neither 'latest' nor a folder checkpoint-N that exists")
 
 
-def report_to(text: str) -> list[str]:
+def report_flags(text: str) -> list[str]:
+    """tensorboard, or nothing."""
     if text not in ("tensorboard", "none"):
-        raise UsageError(f"--report_to: {text!r} is not supported; there are tensorboard and none")
+        raise UsageError(f"--report_to: unknown tracker {text!r}; choose from tensorboard, none")
     return ["--tensorboard"] if text == "tensorboard" else []
 
 
-def concepts_list(text: str) -> list[str]:
+def concepts_list_flags(text: str) -> list[str]:
     """A concepts.json: the first concept, and the further ones that are learned together with it."""
     try:
         entries = json.loads(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--concepts_list: {text} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(f"--concepts_list: {text} is no JSON: {error}") from None
+        raise UsageError(f"--concepts_list: {text} is invalid JSON: {error}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise UsageError(
             f"--concepts_list: {text} must hold a list of objects with instance_data_dir and instance_prompt"
@@ -94,21 +107,34 @@ def concepts_list(text: str) -> list[str]:
     if not all(e.get("instance_data_dir") and e.get("instance_prompt") for e in entries):
         raise UsageError(f"--concepts_list: each concept in {text} needs instance_data_dir and instance_prompt")
     first, *others = entries
-    words = [*photos(first["instance_data_dir"]), *instance_prompt(first["instance_prompt"])]
+    words = [*photos_flags(first["instance_data_dir"]), *instance_prompt_flags(first["instance_prompt"])]
     if first.get("class_data_dir"):
         words += ["--prior-folder", first["class_data_dir"]]
     for other in others:
         if other.get("class_data_dir") != first.get("class_data_dir"):
             raise UsageError(
-                f"--concepts_list: the concepts in {text} have several class_data_dir; give all the same one, or none: "
-                "the model draws the pictures of each class"
+                f"--concepts_list: the concepts in {text} have several class_data_dir; give all the same one, or none "
+                "to generate the class images"
             )
-        said = instance_prompt(other["instance_prompt"])
+        said = instance_prompt_flags(other["instance_prompt"])
         if said[-1] != words[words.index("--prompt") + 1] or "--class" not in said:
             raise UsageError(
-                f"--concepts_list: the instance prompts in {text} must be the same but for the subject's words, as "
-                "'a photo of <one> dog' and 'a photo of <two> cat' are"
+                f"--concepts_list: the instance prompts in {text} may differ only in the subject, as "
+                "'a photo of <one> dog' and 'a photo of <two> cat' do"
             )
         token = f":{said[said.index('--token') + 1]}" if "--token" in said else ""
         words += ["--with", f"{other['instance_data_dir']}={said[said.index('--class') + 1]}{token}"]
     return words
+
+
+Translate = Callable[[str], list[str]]
+MODEL_TRANSLATE: dict[str, Translate] = {"--mixed-precision": mixed_precision_flags}
+TRAIN_TRANSLATE = MODEL_TRANSLATE | {
+    "--instance-data-dir": photos_flags,
+    "--train-data-dir": photos_flags,
+    "--instance-prompt": instance_prompt_flags,
+    "--class-prompt": class_prompt_flags,
+    "--concepts-list": concepts_list_flags,
+    "--resume-from-checkpoint": resume_flags,
+    "--report-to": report_flags,
+}

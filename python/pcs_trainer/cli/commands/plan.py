@@ -7,33 +7,48 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import DoesNotFit, UsageError
 from ..exit_codes import DOES_NOT_FIT, DONE
-from ..options import Command, Option, byte_size, one_of, whole
-from .common import DTYPES, HUB_EXAMPLE, METHODS, MODEL, precision, say
+from ..options import Command, Option, byte_size, grouped, integer, one_of
+from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, RESOLUTION, say
+from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
     from ...memory.planner import Plan
     from ...model.model import Model
 
-OPTIONS = (
-    Option("--method", ", ".join(METHODS), one_of("method", METHODS), METHODS[0], "NAME", group="what to plan"),
+OPTIONS = grouped(
+    "what to plan",
+    METHOD,
     MODEL,
-    Option("--resolution", "pixels a side; none is the model's own", whole(8, "512"), metavar="N",
-           group="what to plan"),
-    Option("--batch", "pictures in one forward; none is the method's own, halved until it fits", whole(1, "1"),
-           metavar="N", also=("--train_batch_size",), group="what to plan"),
-    Option("--accumulate", "forwards whose gradients add up to one step", whole(1, "1"), metavar="N",
-           also=("--gradient_accumulation_steps",), group="what to plan"),
-    Option("--rank", "rank of low-rank updates, for the methods that have one", whole(1, "4"), metavar="N",
-           also=("--network_dim",), group="what to plan"),
-    Option("--budget", "memory to stay within, such as 6GB; none asks for the fastest", byte_size, metavar="SIZE",
-           group="what to plan"),
-    Option("--device", "cuda or cpu: what is planned for", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE",
-           group="what to plan"),
-    Option("--dtype", "float32, bfloat16 or float16", one_of("dtype", DTYPES), "bfloat16", "TYPE",
-           group="what to plan"),
-    Option("--count-only", "count on a machine with a GPU too, instead of running a real step of each candidate", None,
-           False, group="what to plan"),
-)  # fmt: skip
+    RESOLUTION,
+    Option(
+        "--batch",
+        "images per forward pass",
+        integer(1, "1"),
+        metavar="N",
+        also=("--train_batch_size",),
+        otherwise="the method's, halved until it fits",
+    ),
+    Option(
+        "--accumulate",
+        "gradient accumulation steps",
+        integer(1, "1"),
+        metavar="N",
+        also=("--gradient_accumulation_steps",),
+        otherwise="what the method's batch needs",
+    ),
+    Option(
+        "--rank",
+        "rank of low-rank updates, for methods that have one",
+        integer(1, "4"),
+        metavar="N",
+        also=("--network_dim",),
+        otherwise="the method's",
+    ),
+    Option("--budget", "memory limit, e.g. 6GB", byte_size, metavar="SIZE", otherwise="no limit: the fastest plan"),
+    Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
+    Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), "bfloat16", "TYPE"),
+    Option("--count-only", "on a GPU, trace the steps instead of running one of each candidate", None, False),
+)
 
 EXAMPLES = (
     (f"pcs plan --method dreambooth --model {HUB_EXAMPLE} --resolution 512 --budget 8GB",
@@ -103,5 +118,5 @@ COMMAND = Command(
     run=run,
     details="The step is counted storage by storage without a GPU and without weights; on a GPU one real step of each "
     "candidate runs under a hard cap. Exit code 3 says that nothing fits, and by how much.",
-    translate={"--mixed-precision": precision},
+    translate=MODEL_TRANSLATE,
 )

@@ -11,12 +11,14 @@ from ...files import written
 from ..config import write_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
-from ..options import Command, Option, number, whole
+from ..options import Command, Option, grouped, integer, number, one_of
 from ..progress import Progress
 from .common import (
+    GUIDANCE,
     MODEL_FLAGS,
-    SAMPLING_FLAGS,
-    TRANSLATE,
+    SAMPLERS,
+    SEED,
+    STEPS,
     concept_file,
     filled,
     free_name,
@@ -24,35 +26,52 @@ from .common import (
     open_model,
     slug,
 )
+from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
     from ...training.stop import Stop
 
+# fmt: off
 OPTIONS = (
-    Option("prompts", "what to draw; {} stands for the subject's words", metavar="PROMPT", many=True, group="words"),
-    Option("--prompt", "a prompt, where a flag is handier than a word", metavar="TEXT", many=True, group="words"),
-    Option("--concept", "a run's folder, a concept's file, or another program's LoRA or embedding; may be repeated",
-           metavar="PATH", many=True, also=("--lora", "--network_weights", "--embedding"), group="what was learned"),
-    Option("--strength", "of each concept, in their order", number(example="0.8"), metavar="X", many=True,
-           also=("--network_mul", "--lora_scale"), group="what was learned"),
-    Option("--lag", "keep each concept to where its words attend (LAG sampling)", None, False,
-           group="what was learned"),
-    Option("--force", "use a concept that was made on another model", None, False, group="what was learned"),
+    *grouped(
+        "words",
+        Option("prompts", "what to draw; {} stands for the subject", metavar="PROMPT", many=True),
+        Option("--prompt", "a prompt given as a flag; may be repeated", metavar="TEXT", many=True),
+    ),
+    *grouped(
+        "concepts",
+        Option("--concept", "a run's folder, a concept file, or another program's LoRA or embedding; may be repeated",
+               metavar="PATH", many=True, also=("--lora", "--network_weights", "--embedding")),
+        Option("--strength", "strength of each concept, in their order", number(example="0.8"), metavar="X", many=True,
+               also=("--network_mul", "--lora_scale"), otherwise="1 each"),
+        Option("--lag", "restrict each concept to the pixels that attend to its words (LAG sampling)", None, False),
+        Option("--force", "use a concept that was trained on another model", None, False),
+    ),
     *MODEL_FLAGS,
-    Option("--count", "pictures of each prompt", whole(1, "4"), 1, "N", also=("--num_images_per_prompt",
-           "--images_per_prompt", "--num_validation_images"), group="pictures"),
-    Option("--negative", "what the pictures should not show", metavar="TEXT", default="", also=("--negative_prompt",),
-           group="pictures"),
-    *SAMPLING_FLAGS,
-    Option("--eta", "noise that ddim adds again: 0 none, 1 all", number(0, 1, "0"), 0.0, "X", also=("--ddim_eta",),
-           group="pictures"),
-    Option("--size", "pixels a side; none is the model's own", whole(8, "512"), metavar="N",
-           also=("--height", "--width", "--resolution"), group="pictures"),
-    Option("--batch", "pictures drawn together", whole(1, "8"), 8, "N", also=("--batch_size",), group="pictures"),
-    Option("--out", "folder for the pictures", metavar="FOLDER", default="out/pictures",
-           also=("--output_dir", "--outdir"), group="output"),
-    Option("--quiet", "print the pictures' paths alone", None, False, group="output"),
-)  # fmt: skip
+    *grouped(
+        "images",
+        Option("--count", "images per prompt", integer(1, "4"), 1, "N",
+               also=("--num_images_per_prompt", "--images_per_prompt", "--num_validation_images")),
+        Option("--negative", "negative prompt", metavar="TEXT", default="", also=("--negative_prompt",)),
+        STEPS,
+        GUIDANCE,
+        Option("--sampler", ", ".join(SAMPLERS), one_of("sampler", SAMPLERS), SAMPLERS[0], "NAME",
+               also=("--sample_sampler", "--scheduler")),
+        SEED,
+        Option("--eta", "eta of ddim: 0 is deterministic, 1 adds noise as DDPM does", number(0, 1, "0"), 0.0, "X",
+               also=("--ddim_eta",)),
+        Option("--size", "image size in pixels", integer(8, "512"), metavar="N",
+               also=("--height", "--width", "--resolution"), otherwise="the model's native size"),
+        Option("--batch", "images per batch", integer(1, "8"), 8, "N", also=("--batch_size",)),
+    ),
+    *grouped(
+        "output",
+        Option("--out", "folder for the images", metavar="FOLDER", default="out/pictures",
+               also=("--output_dir", "--outdir")),
+        Option("--quiet", "print only the images' paths", None, False),
+    ),
+)
+# fmt: on
 
 EXAMPLES = (
     ('pcs sample "a photo of {} on the beach" --concept out/mug --count 4', "four pictures of what out/mug learned"),
@@ -142,5 +161,5 @@ COMMAND = Command(
     run=run,
     details="Picture n of a call has seed + n, so the same call draws the same pictures. Without --model the embedded "
     "model draws. Existing pictures are never overwritten.",
-    translate=TRANSLATE,
+    translate=MODEL_TRANSLATE,
 )

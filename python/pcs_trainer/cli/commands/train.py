@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,116 +15,18 @@ from ...errors import UsageError
 from ..config import write_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
-from ..options import Command, Option, byte_size, meant, number, one_of, whole
+from ..options import Command
 from ..progress import Progress
-from .common import CONCEPT_FILE, HUB_EXAMPLE, METHODS, MODEL_FLAGS, TRANSLATE, open_model, say
-from .other_trainers import class_prompt, concepts_list, instance_prompt, needless_flags, photos, report_to, resume_from
+from .common import CONCEPT_FILE, HUB_EXAMPLE, open_model, say
+from .other_trainers import NEEDLESS, TRAIN_TRANSLATE
+from .train_flags import OPTIONS, overrides
 
 if TYPE_CHECKING:
     from ...model.model import Model
     from ...training.stop import Stop
 
-PLANS = ("eager", "A", "B", "C", "checkpoint")
-
 # Flags that are about one call alone: no part of the configuration that is written beside a result.
 ONCE = ("resume", "overwrite", "quiet", "no_report")
-
-# Flags that are settings of the same meaning: flag's key -> setting's name.
-SETTINGS = {
-    "class": "class_word", "token": "token", "prompt": "template", "class_prompt": "class_template", "steps": "steps",
-    "batch": "batch", "accumulate": "accumulate", "lr": "learning_rate", "token_lr": "token_learning_rate",
-    "lr_schedule": "lr_schedule", "warmup": "warmup", "rank": "rank", "prior_weight": "prior_weight",
-    "prior_images": "prior_images", "prior_folder": "prior_folder", "snr_gamma": "snr_gamma", "seed": "seed",
-    "train_text_encoder": "train_text_encoder", "resolution": "resolution", "plan": "plan", "optimizer": "optimizer",
-    "checkpoint_every": "checkpoint_every", "keep": "keep", "preview_every": "preview_every",
-    "probe_every": "probe_every",
-    "preview": "preview_prompts", "clip_norm": "clip_norm", "weight_decay": "weight_decay", "identifier": "identifier",
-}  # fmt: skip
-
-
-def further(text: str) -> str:
-    """A further subject's FOLDER=WORD[:TOKEN]."""
-    folder, _, words = text.rpartition("=")
-    if not folder or not words.split(":")[0].strip():
-        raise argparse.ArgumentTypeError(f"{text!r} does not read FOLDER=WORD, such as my-cat=cat or my-cat=cat:<tom>")
-    if not Path(folder).expanduser().exists():
-        raise argparse.ArgumentTypeError(f"{folder} does not exist; give a folder of photos")
-    return text
-
-
-OPTIONS = (
-    Option("photos", "a folder of photos, or the photos", metavar="PHOTOS", many=True, group="words"),
-    Option("--class", "what the subject is, in a word or two: mug, dog, old house", metavar="WORD",
-           also=("--class_word", "--initializer_token"), group="what to learn"),
-    Option("--method", ", ".join(METHODS), one_of("method", METHODS), METHODS[0], "NAME", group="what to learn"),
-    Option("--token", "the word that will name the subject; none lets the method choose", metavar="WORD",
-           also=("--modifier_token", "--placeholder_token"), group="what to learn"),
-    Option("--with", "another subject to learn together with it; the token is optional", further,
-           metavar="FOLDER=WORD[:TOKEN]", many=True, group="what to learn"),
-    Option("--identifier", "rare, learned or plain: what kind of word that is",
-           one_of("identifier", ("rare", "learned", "plain")), metavar="KIND", group="what to learn"),
-    Option("--prompt", "what a photo shows, with {subject} for its words: 'a photo of a {subject}'", metavar="TEXT",
-           group="what to learn"),
-    Option("--class-prompt", "what a picture of the class shows, with {class}: 'a {class}'", metavar="TEXT",
-           group="what to learn"),
-    *MODEL_FLAGS,
-    Option("--steps", "training steps; none is the method's own number", whole(1, "150"), metavar="N",
-           also=("--max_train_steps",), group="training"),
-    Option("--batch", "pictures a step", whole(1, "4"), metavar="N", also=("--train_batch_size",), group="training"),
-    Option("--accumulate", "steps whose gradients add up to one", whole(1, "1"), metavar="N",
-           also=("--gradient_accumulation_steps",), group="training"),
-    Option("--lr", "learning rate; none is the method's own", number(0, 1, "1e-3"), metavar="X",
-           also=("--learning_rate", "--unet_lr"), group="training"),
-    Option("--token-lr", "learning rate of the word's own rows", number(0, 1, "1e-3"), metavar="X",
-           also=("--text_encoder_lr",), group="training"),
-    Option("--lr-schedule", "constant, cosine or linear", one_of("schedule", ("constant", "cosine", "linear")),
-           metavar="NAME", also=("--lr_scheduler",), group="training"),
-    Option("--warmup", "steps until the learning rate is reached", whole(0, "0"), metavar="N",
-           also=("--lr_warmup_steps",), group="training"),
-    Option("--rank", "rank of low-rank updates", whole(1, "4"), metavar="N", also=("--network_dim", "--lora_rank"),
-           group="training"),
-    Option("--prior-weight", "weight of the loss on pictures of the class; 0 is off", number(0, example="1"),
-           metavar="X", also=("--prior_loss_weight",), group="training"),
-    Option("--prior-images", "how many of them the model draws", whole(1, "100"), metavar="N",
-           also=("--num_class_images",), group="training"),
-    Option("--prior-folder", "real ones instead, with captions beside them", metavar="FOLDER",
-           also=("--class_data_dir", "--reg_data_dir"), group="training"),
-    Option("--snr-gamma", "min-SNR weight of the loss; 0 is off", number(0, example="5"), metavar="X",
-           also=("--min_snr_gamma",), group="training"),
-    Option("--clip-norm", "bound on the norm of all gradients; 0 is off", number(0, example="1"), metavar="X",
-           also=("--max_grad_norm",), group="training"),
-    Option("--weight-decay", "of the optimizer", number(0, 1, "0.01"), metavar="X", also=("--adam_weight_decay",),
-           group="training"),
-    Option("--train-text-encoder", "train the text encoder as well (DreamBooth)", None, False,
-           also=("--train_text_encoder",), group="training"),
-    Option("--seed", "of noise, order and choices", whole(0, "0"), metavar="N", group="training"),
-    Option("--set", "any other setting, such as --set augment=false", metavar="NAME=VALUE", many=True,
-           group="training"),
-    Option("--budget", "memory to stay within, such as 6GB: the fastest plan that fits is taken", byte_size,
-           metavar="SIZE", group="memory"),
-    Option("--plan", "memory plan: eager, A, B, C or checkpoint", one_of("memory plan", PLANS), metavar="PLAN",
-           group="memory"),
-    Option("--resolution", "pixels a side; none is the model's own", whole(8, "512"), metavar="N", group="memory"),
-    Option("--optimizer", "adamw8bit or adamw", one_of("optimizer", ("adamw8bit", "adamw")), metavar="NAME",
-           group="memory"),
-    Option("--out", "folder for the concept, checkpoints, log and report (default out/CLASS)", metavar="FOLDER",
-           also=("--output_dir",), group="output"),
-    Option("--resume", "go on from the last checkpoint in the folder", None, False, group="output"),
-    Option("--overwrite", "start anew in a folder that holds a concept", None, False, group="output"),
-    Option("--checkpoint-every", "steps between checkpoints; 0 is at the end alone", whole(0, "500"), metavar="N",
-           also=("--checkpointing_steps", "--save_every_n_steps", "--save_steps"), group="output"),
-    Option("--keep", "how many checkpoints stay", whole(1, "2"), metavar="N", also=("--checkpoints_total_limit",),
-           group="output"),
-    Option("--preview", "prompt of a preview picture, with {} for the subject", metavar="TEXT", many=True,
-           also=("--validation_prompt", "--validation_prompts"), group="output"),
-    Option("--preview-every", "steps between previews", whole(1, "50"), metavar="N",
-           also=("--validation_steps", "--sample_every_n_steps"), group="output"),
-    Option("--probe-every", "steps between looks at the held-out loss and the class's drift (default 50)",
-           whole(0, "50"), metavar="N", group="output"),
-    Option("--tensorboard", "write the losses for TensorBoard, into FOLDER/logs", None, False, group="output"),
-    Option("--no-report", "write no report.html", None, False, group="output"),
-    Option("--quiet", "print the result alone", None, False, group="output"),
-)  # fmt: skip
 
 EXAMPLES = (
     ("pcs train examples/photos --class mug", "the embedded model, Personalized Residuals, into out/mug"),
@@ -142,41 +43,6 @@ EXAMPLES = (
 )  # fmt: skip
 
 
-def overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were asked for; what is None is left to the method."""
-    from ...settings import Settings
-
-    chosen = {}
-    for flag, name in SETTINGS.items():
-        value = getattr(options, flag)
-        if value is not None and value is not False and value != []:
-            chosen[name] = tuple(value) if isinstance(value, list) else value
-    if options.preview:
-        chosen["preview_prompts"] = tuple(p.replace("{}", "{subject}") for p in options.preview)
-    kinds = {f.name: f.type for f in fields(Settings)}
-    for pair in options.set or ():
-        name, equals, text = pair.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals:
-            raise UsageError(f"--set: {pair!r} has no '='; write NAME=VALUE, such as --set augment=false")
-        if name not in kinds or name == "method":
-            raise UsageError(f"--set: there is no setting {name!r}{meant(name, kinds) or ''}")
-        chosen[name] = as_kind(name, text.strip(), kinds[name])
-    return chosen
-
-
-def as_kind(name: str, text: str, kind: str) -> Any:
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        if kind.startswith("tuple"):
-            return tuple(part.strip() for part in text.split(";"))
-        return {"int": int, "float": float, "str": str}[kind](text)
-    except (KeyError, ValueError):
-        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
-        raise UsageError(f"--set: {name} must be {wanted}, not {text!r}") from None
-
-
 def check(options: argparse.Namespace) -> Path:
     """What can be said before anything is loaded; the folder of the run."""
     if not options.photos:
@@ -184,7 +50,7 @@ def check(options: argparse.Namespace) -> Path:
     for name in options.photos:
         if not Path(name).expanduser().exists():
             raise UsageError(f"{name} does not exist; give a folder of photos, or the photos")
-    if not options.__dict__["class"]:
+    if not options.class_word:
         raise UsageError("pcs train needs to know what the photos show: --class mug, or dog, or old house")
     if options.budget and options.plan:
         raise UsageError("--budget chooses the memory plan itself; give --budget or --plan, not both")
@@ -195,7 +61,7 @@ def check(options: argparse.Namespace) -> Path:
             raise UsageError(f"{flag}: {value} does not exist")
     if options.prompt and "{subject}" not in options.prompt:
         raise UsageError(f"--prompt must hold {{subject}} where the subject's words go; it is {options.prompt!r}")
-    folder = Path(options.out or Path("out") / "-".join(options.__dict__["class"].lower().split())).expanduser()
+    folder = Path(options.out or Path("out") / "-".join(options.class_word.lower().split())).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: {folder} is a file; name a folder")
     if (folder / CONCEPT_FILE).exists() and not options.resume and not options.overwrite:
@@ -270,10 +136,10 @@ def forget_checkpoints(folder: Path) -> None:
 
 def together(options: argparse.Namespace, images: Any) -> list[dict[str, Any]] | None:
     """The subjects that are learned together, where there are several."""
-    if not options.__dict__["with"]:
+    if not options.with_subjects:
         return None
-    subjects = [{"images": images, "class_word": options.__dict__["class"], "token": options.token}]
-    for text in options.__dict__["with"]:
+    subjects = [{"images": images, "class_word": options.class_word, "token": options.token}]
+    for text in options.with_subjects:
         photos, _, words = text.rpartition("=")
         word, _, token = words.partition(":")
         subjects.append({"images": Path(photos).expanduser(), "class_word": word, "token": token})
@@ -332,15 +198,6 @@ COMMAND = Command(
     run=run,
     details="Without --model the embedded model learns, in a minute or two on two CPU cores. Ctrl-C once saves and "
     "says how to go on; twice leaves at once. A caption in a .txt file beside a photo is used.",
-    translate=TRANSLATE
-    | {
-        "--instance-data-dir": photos,
-        "--train-data-dir": photos,
-        "--instance-prompt": instance_prompt,
-        "--class-prompt": class_prompt,
-        "--concepts-list": concepts_list,
-        "--resume-from-checkpoint": resume_from,
-        "--report-to": report_to,
-    },
-    needless=needless_flags(),
+    translate=TRAIN_TRANSLATE,
+    needless=NEEDLESS,
 )
