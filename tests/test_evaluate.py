@@ -5,17 +5,9 @@ import pytest
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.concept.concept import Concept
-from pcs_trainer.evaluation.image_encoders import JudgeEyes, NetworkEyes, kid
-from pcs_trainer.evaluation.scores import (
-    ASKS,
-    Ask,
-    accuracy,
-    base_of,
-    evaluate,
-    evaluate_folder,
-    filled,
-    similarities,
-)
+from pcs_trainer.evaluation.image_encoders import ClipDinoEncoder, JudgeEncoder, kid
+from pcs_trainer.evaluation.prompts import ASKS, Ask, filled
+from pcs_trainer.evaluation.scores import accuracy, base_of, evaluate, evaluate_folder, similarities
 from pcs_trainer.model.fingerprint import fingerprint
 from pcs_trainer.tiny import world
 from pcs_trainer.tiny.captions import PLACES, WHERE
@@ -25,7 +17,7 @@ from pcs_trainer.tiny.subjects import photos
 
 @pytest.fixture(scope="module")
 def eyes():
-    return JudgeEyes()
+    return JudgeEncoder()
 
 
 def pictures_of(seed, n, first=0, **options):
@@ -198,7 +190,7 @@ def test_clip_is_asked_as_transformers_asks_it(clip_folder):
     from transformers import CLIPModel, CLIPTokenizer
 
     pictures, prompts = pictures_of(21, 2), ["a red mug", "a mug in the snow"]
-    eyes = NetworkEyes(clip=clip_folder)
+    eyes = ClipDinoEncoder(clip=clip_folder)
     net, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), CLIPTokenizer.from_pretrained(clip_folder)
     shown = np.stack([np.asarray(Image.fromarray(p).resize((32, 32), Image.Resampling.BICUBIC)) for p in pictures])
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -219,9 +211,9 @@ def test_dino_is_the_first_token_and_measures_subjects(dino_folder, clip_folder)
 
     pictures, real = pictures_of(21, 3), pictures_of(21, 3, first=100)
     net = ViTModel.from_pretrained(dino_folder).eval()
-    eyes = NetworkEyes(dino=dino_folder)
+    eyes = ClipDinoEncoder(dino=dino_folder)
     with torch.no_grad():
-        rows = net(eyes.dino.prepare(pictures)).last_hidden_state[:, 0]
+        rows = net(eyes.dino.preprocess(pictures)).last_hidden_state[:, 0]
     torch.testing.assert_close(eyes.subject(pictures), torch.nn.functional.normalize(rows, dim=1))
     found = evaluate_folder(pictures, photos=real, clip=clip_folder, dino=dino_folder)
     expected = float((eyes.subject(pictures) @ eyes.subject(real).T).mean())
@@ -232,7 +224,7 @@ def test_dino_is_the_first_token_and_measures_subjects(dino_folder, clip_folder)
 def test_pictures_of_any_shape_are_cut_to_their_middle(dino_folder):
     wide = np.zeros((30, 90, 3), np.uint8)
     wide[:, 30:60] = 255
-    prepared = NetworkEyes(dino=dino_folder).dino.prepare([wide])
+    prepared = ClipDinoEncoder(dino=dino_folder).dino.preprocess([wide])
     assert prepared.shape == (1, 3, 48, 48)
     assert float(prepared[..., 2:-2].min()) == pytest.approx(1.0)  # white, less (0.5, 0.5)
 
@@ -255,6 +247,6 @@ def test_what_is_missing_is_one_sentence(call, words):
 
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no CLIP model") as error:
-        NetworkEyes(clip=tmp_path)
+    with pytest.raises(ValueError, match="is not a CLIP model") as error:
+        ClipDinoEncoder(clip=tmp_path)
     assert "\n" not in str(error.value)

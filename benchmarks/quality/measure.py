@@ -26,9 +26,9 @@ class Bench:
 
     def __init__(self, work: Path) -> None:
         from pcs_trainer import load_model
-        from pcs_trainer.evaluation.image_encoders import JudgeEyes
+        from pcs_trainer.evaluation.image_encoders import JudgeEncoder
 
-        self.model, self.eyes, self.work = load_model("tiny"), JudgeEyes(), work
+        self.model, self.eyes, self.work = load_model("tiny"), JudgeEncoder(), work
         self.bases: dict[str, Any] = {}
         self.folder = work / model_name()
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class Bench:
 
     def same_place(self, seen: dict[str, np.ndarray], place: str) -> float:
         """How often an image shows the photos' place although its prompt asks for another."""
-        from pcs_trainer.evaluation.scores import ASKS
+        from pcs_trainer.evaluation.prompts import ASKS
 
         wanted = {a.prompt.split("{}")[1]: dict(a.shows).get("background") for a in ASKS}
         others = [

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.scores import Ask, accuracy, similarities
+from ..evaluation.prompts import Ask
+from ..evaluation.scores import accuracy, similarities
 from ..files import written_text
 from ..report.of_a_run import METHOD_NAMES, machine, maps_of, proof_of, read_losses
 from ..report.page import write_report
@@ -151,8 +152,8 @@ def run_demo(
 
 def learn(demo: Demo, method: str, number: int) -> None:
     """One method: training, pictures, and for Personalized Residuals the same with LAG."""
-    from ..model.model import load_model
     from ..methods import settings_for
+    from ..model.model import load_model
     from ..training.trainer import Trainer
 
     name = METHOD_NAMES[method]
@@ -207,10 +208,10 @@ def draw(demo: Demo, model: Model, name: str, concept: Concept | None = None, la
 
 def measure(demo: Demo) -> dict[str, Any]:
     """The judge's table: likeness to the photos, and what the prompts asked for and it finds."""
-    from ..evaluation.image_encoders import JudgeEyes
+    from ..evaluation.image_encoders import JudgeEncoder
     from ..tiny.world import CLASSES
 
-    judge, photos = JudgeEyes(), [small(p) for p in demo.photos]
+    judge, photos = JudgeEncoder(), [small(p) for p in demo.photos]
     kind = (("kind", demo.class_word),) if demo.class_word in CLASSES else ()
     asks = [replace(ask, shows=ask.shows + kind) for ask in PROMPTS for _ in range(demo.each)]
     rows, real = [], 1.0

@@ -1,27 +1,47 @@
-"""Networks that look at pictures, so that drawn ones can be measured: the embedded model's judge, or CLIP and DINO.
+"""Image encoders for evaluation: CLIP, DINO, and the embedded model's judge.
 
-Every one has text(prompts), image(pictures), subject(pictures) -> unit rows, and features(pictures) for distances
-between sets. Pictures are uint8 arrays [H, W, 3]. Letters: N pictures, C features.
+Pictures are uint8 arrays [H, W, 3]. Letters: N pictures, C features.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pictures = Sequence[np.ndarray]
+Pictures: TypeAlias = Sequence[np.ndarray]
+# Means and deviations that the networks were trained with, where their folder does not say.
 CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class JudgeEyes:
+class ImageEncoder(Protocol):
+    """What measures pictures; None where it has no network for a question."""
+
+    def text(self, prompts: Sequence[str]) -> Tensor | None:
+        """Unit rows [N, C] of prompts, comparable with `image`."""
+
+    def image(self, pictures: Pictures) -> Tensor | None:
+        """Unit rows [N, C] of pictures."""
+
+    def subject(self, pictures: Pictures) -> Tensor | None:
+        """Unit rows [N, C]; those of pictures of one subject are close."""
+
+    def features(self, pictures: Pictures) -> Tensor:
+        """Rows [N, C] for distances between sets of pictures."""
+        raise NotImplementedError
+
+    def read(self, pictures: Pictures) -> dict[str, list[str]] | None:
+        """What the pictures show, field by field."""
+
+
+class JudgeEncoder:
     """The small networks that ship with the embedded model; they read 64 x 64 pictures of its world."""
 
     def __init__(self) -> None:
@@ -45,8 +65,13 @@ class JudgeEyes:
         return self.judge.read(np.stack(pictures))
 
 
-class NetworkEyes:
-    """CLIP for text and pictures, DINO for subjects, from folders that transformers reads; nothing is downloaded."""
+class ClipDinoEncoder:
+    """CLIP for text and pictures, DINO for subjects, from folders that transformers reads; nothing is downloaded.
+
+    Args:
+        clip, dino: the folders; at least one.
+        batch: pictures or prompts at once.
+    """
 
     def __init__(self, clip: str | Path | None = None, dino: str | Path | None = None, batch: int = 16) -> None:
         if clip is None and dino is None:
@@ -58,21 +83,26 @@ class NetworkEyes:
         self.batch = batch
 
     def text(self, prompts: Sequence[str]) -> Tensor | None:
-        return None if self.clip is None else self._in_parts(self.clip.text, list(prompts))
+        return None if self.clip is None else self._in_batches(self.clip.text, list(prompts))
 
     def image(self, pictures: Pictures) -> Tensor | None:
-        return None if self.clip is None else self._in_parts(self.clip.image, list(pictures))
+        return None if self.clip is None else self._in_batches(self.clip.image, list(pictures))
 
     def subject(self, pictures: Pictures) -> Tensor | None:
-        return None if self.dino is None else self._in_parts(self.dino.image, list(pictures))
+        return None if self.dino is None else self._in_batches(self.dino.image, list(pictures))
 
     def features(self, pictures: Pictures) -> Tensor:
-        """DINO's, or CLIP's where there is no DINO; unit rows times the root of their width, as KID expects."""
-        rows = self.subject(pictures) if self.dino is not None else self.image(pictures)
-        return rows * rows.shape[1] ** 0.5  # type: ignore[union-attr]
+        """DINO's rows, or CLIP's where there is no DINO; times the root of their width, as KID's kernel expects."""
+        rows = self.subject(pictures)
+        rows = self.image(pictures) if rows is None else rows
+        assert rows is not None  # __init__ asks for one of the two
+        return rows * rows.shape[1] ** 0.5
+
+    def read(self, pictures: Pictures) -> None:  # noqa: ARG002  # the judge's question: CLIP and DINO have no answer
+        return None
 
     @torch.no_grad()
-    def _in_parts(self, function: Any, items: list[Any]) -> Tensor:
+    def _in_batches(self, function: Callable[[list[Any]], Tensor], items: list[Any]) -> Tensor:
         parts = [items[i : i + self.batch] for i in range(0, len(items), self.batch)]
         return torch.cat([F.normalize(function(part).float(), dim=1) for part in parts])
 
@@ -83,7 +113,7 @@ class _Clip:
 
         self.net = _opened(CLIPModel, folder, "CLIP").eval()
         self.tokenizer = _opened(CLIPTokenizer, folder, "CLIP")
-        self.prepare = _Preparation(folder, self.net.config.vision_config.image_size, CLIP_COLOURS)
+        self.preprocess = _Preprocessing(folder, self.net.config.vision_config.image_size, CLIP_COLOURS)
 
     def text(self, prompts: list[str]) -> Tensor:
         length = self.net.config.text_config.max_position_embeddings
@@ -92,7 +122,7 @@ class _Clip:
         return self.net.text_projection(pooled)
 
     def image(self, pictures: list[np.ndarray]) -> Tensor:
-        return self.net.visual_projection(self.net.vision_model(self.prepare(pictures)).pooler_output)
+        return self.net.visual_projection(self.net.vision_model(self.preprocess(pictures)).pooler_output)
 
 
 class _Dino:
@@ -101,23 +131,23 @@ class _Dino:
 
         self.net = _opened(AutoModel, folder, "DINO").eval()
         size = getattr(self.net.config, "image_size", 224)
-        self.prepare = _Preparation(folder, size, IMAGENET_COLOURS)
+        self.preprocess = _Preprocessing(folder, size, IMAGENET_COLOURS)
 
     def image(self, pictures: list[np.ndarray]) -> Tensor:
-        return self.net(self.prepare(pictures)).last_hidden_state[:, 0]
+        return self.net(self.preprocess(pictures)).last_hidden_state[:, 0]
 
 
-class _Preparation:
-    """Pictures to a network's input: the middle square at its size and colours, by its preprocessor_config.json."""
+class _Preprocessing:
+    """Pictures to a network's input: resize, centre crop, normalize, as its preprocessor_config.json says."""
 
-    def __init__(self, folder: Path, size: int, colours: tuple) -> None:
+    def __init__(self, folder: Path, size: int, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
         file = folder / "preprocessor_config.json"
         said = json.loads(file.read_text()) if file.is_file() else {}
-        whole = said.get("size", size)
-        whole = whole if isinstance(whole, int) else whole.get("shortest_edge") or whole.get("height") or size
-        crop = said.get("crop_size", whole) if said.get("do_center_crop", True) else whole
-        self.whole = int(whole)
-        self.crop = min(self.whole, int(crop if isinstance(crop, int) else crop["height"]))
+        short = said.get("size", size)
+        short = short if isinstance(short, int) else short.get("shortest_edge") or short.get("height") or size
+        crop = said.get("crop_size", short) if said.get("do_center_crop", True) else short
+        self.resized = int(short)  # pixels of the shorter side
+        self.crop = min(self.resized, int(crop if isinstance(crop, int) else crop["height"]))
         self.mean = torch.tensor(said.get("image_mean", colours[0]))[:, None, None]
         self.std = torch.tensor(said.get("image_std", colours[1]))[:, None, None]
 
@@ -127,8 +157,8 @@ class _Preparation:
         rows = []
         for picture in pictures:
             height, width = picture.shape[:2]
-            scale = self.whole / min(height, width)
-            size = (max(self.whole, round(width * scale)), max(self.whole, round(height * scale)))
+            scale = self.resized / min(height, width)
+            size = (max(self.resized, round(width * scale)), max(self.resized, round(height * scale)))
             pixels = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
             top, left = (size[1] - self.crop) // 2, (size[0] - self.crop) // 2
             square = torch.from_numpy(pixels[top : top + self.crop, left : left + self.crop].copy())
@@ -139,7 +169,9 @@ class _Preparation:
 def _folder(where: str | Path, kind: str, example: str) -> Path:
     folder = Path(where)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no {kind} model in {folder}: put one there, such as {example}, or leave it out")
+        raise ValueError(
+            f"there is no {kind} model in {folder}. Fix: put one there, such as {example}, or leave it out"
+        )
     return folder
 
 
@@ -147,7 +179,7 @@ def _opened(kind: Any, folder: Path, what: str) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"{folder} is no {what} model that transformers reads ({_brief(error)})") from None
+        raise ValueError(f"{folder} is not a {what} model that transformers can read ({_brief(error)})") from None
 
 
 def _brief(error: Exception) -> str:
@@ -157,7 +189,7 @@ def _brief(error: Exception) -> str:
 def kid(a: Tensor, b: Tensor) -> float:
     """Kernel distance of two sets of features [N, C]: the unbiased MMD^2 with k(x, y) = (x.y / C + 1)^3.
 
-    KID is this on Inception's features; on others it compares only with itself.
+    KID (arXiv 1801.01401) is this on Inception's features; on others its values compare only with each other.
     """
     a, b = a.double(), b.double()
 
@@ -172,11 +204,11 @@ def kid(a: Tensor, b: Tensor) -> float:
 
 
 def mean_cosine(a: Tensor, b: Tensor) -> float:
-    """Of every row of a with every row of b, both unit."""
+    """Mean cosine of every row of a with every row of b, both unit."""
     return float((a @ b.T).mean())
 
 
 def mean_other_cosine(a: Tensor) -> float:
-    """Of every row with every other row of the same set."""
+    """Mean cosine of every row with every other row of the same set."""
     scores = a @ a.T
     return float((scores.sum() - scores.diagonal().sum()) / (len(a) * (len(a) - 1)))

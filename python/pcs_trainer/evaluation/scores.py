@@ -1,15 +1,15 @@
-"""How good a concept is: is the subject drawn, is the prompt followed, what has become of what the model knew.
+"""Evaluate a concept: subject fidelity, prompt fidelity, diversity, and class drift.
 
-    evaluate(model, concept, photos)          by drawing; the embedded model's judge reads the pictures
-    evaluate_folder(pictures, photos, prompts, ...)   pictures that are there already
+    evaluate(model, concept, photos)                  samples pictures; the embedded model's judge reads them
+    evaluate_folder(pictures, photos, prompts, ...)   measures pictures that exist already
 
-For real checkpoints the eyes are CLIP and DINO from folders on this machine: CLIP-T is `text_similarity`, CLIP-I is
-`image_similarity`, DINO is `subject_similarity`, and `kid` is the kernel distance on DINO's (or CLIP's) features.
+For real checkpoints the image encoders are CLIP and DINO from folders on this machine: CLIP-T is `text_similarity`,
+CLIP-I is `image_similarity`, DINO is `subject_similarity`, and `kid` is the kernel distance on DINO's (or CLIP's)
+features.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,65 +18,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from ..data.pictures import load_pictures
 from ..sampling.lag import Lag
-from .image_encoders import JudgeEyes, NetworkEyes, Pictures, kid, mean_cosine, mean_other_cosine
+from .image_encoders import (
+    ClipDinoEncoder,
+    ImageEncoder,
+    JudgeEncoder,
+    Pictures,
+    kid,
+    mean_cosine,
+    mean_other_cosine,
+)
+from .prompts import ASKS, Ask, asks_for, filled, photo_of_class
 
 if TYPE_CHECKING:
     from ..concept.concept import Concept
     from ..model.model import Model
 
-Eyes = JudgeEyes | NetworkEyes
+SMALLEST_GAP = 1e-6  # keeps the shares finite where the base model is as good as the photos, or finds nothing
 
 
-@dataclass(frozen=True)
-class Ask:
-    """A prompt, {} for the subject, and what the picture then has to show, as the judge names it."""
-
-    prompt: str
-    kind: str  # of prompt: background, position, size, painting or light
-    shows: tuple[tuple[str, str], ...] = ()
-
-
-def _ask(prompt: str, kind: str, **shows: str) -> Ask:
-    return Ask(prompt, kind, tuple(shows.items()))
-
-
-# Twenty prompts of the embedded model's world; every word of them is one that the judge can read off the picture.
-ASKS = (
-    _ask("a photo of a {} in a studio", "background", background="studio"),
-    _ask("a photo of a {} on a wooden table", "background", background="table"),
-    _ask("a photo of a {} in a meadow", "background", background="meadow"),
-    _ask("a photo of a {} on the beach", "background", background="beach"),
-    _ask("a photo of a {} in the snow", "background", background="snow"),
-    _ask("a photo of a {} at night", "background", background="night"),
-    _ask("a photo of a {} in front of a brick wall", "background", background="brick"),
-    _ask("a photo of a {} underwater", "background", background="underwater"),
-    _ask("a {} on the left, on a wooden table", "position", position="left", background="table"),
-    _ask("a photo of a {} in the snow on the left", "position", position="left", background="snow"),
-    _ask("a {} on the beach on the right", "position", position="right", background="beach"),
-    _ask("a photo of a {} in front of a brick wall, on the right", "position", position="right", background="brick"),
-    _ask("a small {} in a meadow", "size", scale="small", background="meadow"),
-    _ask("a very small {} at night", "size", scale="small", background="night"),
-    _ask("a close up of a {} underwater", "size", scale="large", background="underwater"),
-    _ask("a painting of a {} in the snow", "painting", style="painting", background="snow"),
-    _ask("a painting of a {} in a meadow", "painting", style="painting", background="meadow"),
-    _ask("a painting of a {} on a table", "painting", style="painting", background="table"),
-    _ask("a photo of a {} in a meadow at sunset", "light", light="sunset", background="meadow"),
-    _ask("a photo of a {} on the beach in dim light", "light", light="dim", background="beach"),
-)
-
-# For other models, where the user names none.
-PROMPTS = (
-    "a photo of a {} on the beach", "a photo of a {} in the snow", "a {} in a forest", "a {} on a kitchen table",
-    "a {} in front of a city at night", "a {} on a red carpet", "a {} under water", "a {} on top of a mountain",
-    "an oil painting of a {}", "a pencil drawing of a {}", "a {} seen from above", "a close up of a {}",
-)  # fmt: skip
-
-
-class Scores(dict):
+class Scores(dict[str, float]):
     """Name -> number; as text, one line each."""
 
     def __str__(self) -> str:
@@ -84,16 +47,22 @@ class Scores(dict):
         return "\n".join(f"{name.replace('_', ' '):<{width}}  {value:g}" for name, value in rounded(self).items())
 
     def asdict(self) -> dict[str, float]:
+        """The scores as a plain dict."""
         return dict(self)
 
 
 def rounded(found: dict[str, float]) -> dict[str, float]:
+    """The numbers with four decimals."""
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def _known(found: dict[str, float | None]) -> Scores:
+    return Scores({name: value for name, value in found.items() if value is not None})
 
 
 @dataclass
 class Base:
-    """What the base model draws of a class: the measure that a concept is held against."""
+    """What the base model samples for a class: the baseline that a concept is compared with."""
 
     class_word: str
     plain: list[np.ndarray]  # of "a photo of a [class]"
@@ -115,44 +84,59 @@ def evaluate(
     clip: str | Path | None = None,
     dino: str | Path | None = None,
     base: Base | None = None,
-    eyes: Eyes | None = None,
+    eyes: ImageEncoder | None = None,
     draw: Callable[..., list[np.ndarray]] | None = None,
 ) -> Scores:
-    """Draw with a concept, and with the base model beside it, and measure both.
+    """Sample with a concept, and with the base model beside it, and measure both.
 
-    photos: real pictures of the subject, others than it was learned from: a folder or a list. prompts: with {} for
-    the subject. count: pictures of the subject's own prompt, and of its class. clip, dino: folders of networks, for
-    every model but the embedded one, which has its judge. base: what base_of(...) drew, to draw it once for many.
-    draw(prompts, concepts, **options) -> pictures takes the place of sample().
+    Args:
+        model: the model that the concept was trained on.
+        concept: what is evaluated.
+        photos: real pictures of the subject that it was not trained on: a folder or a list.
+        prompts: with {} for the subject; default: the model's own set.
+        count: number of pictures of the subject prompt, and of the class.
+        steps, guidance, seed, lag: as `sample` takes them; `lag` has no effect on the class images.
+        clip, dino: folders of image encoders; needed for every model but the embedded one, which has its judge.
+        base: result of `base_of`, to sample the base model once for several concepts.
+        eyes: image encoder; default: the embedded model's judge, or CLIP and DINO.
+        draw: (prompts, concepts, **options) -> pictures, in place of `sample`.
 
-    subject_similarity      of the drawn subject to the photos; beside it _base (the class by the base model) and
-                            _real (the photos among themselves); gap_closed = (it - base) / (real - base)
-    prompted_similarity     the same in the pictures of `prompts`
-    prompt_accuracy         share of what the prompts ask for that the judge finds; prompt_kept: over the base model's
-    text_similarity         of pictures to their prompts, the subject's own word left out
-    diversity               mean distance between pictures of one prompt
-    drift_to_subject        how far "a photo of a [class]" has moved towards the subject, as a share of the same gap
-    drift_distance          kernel distance between the class's pictures before and after
-    class_accuracy          share of the class's pictures after that show the class; beside it _base
+    Returns:
+        Those of these scores that can be had:
+
+        subject_similarity      subject fidelity: sampled pictures to the photos; beside it _base (the class by the base
+                                model) and _real (the photos among themselves)
+        gap_closed              (subject_similarity - base) / (real - base)
+        image_similarity, kid   the same comparison by CLIP, and as a kernel distance
+        prompted_similarity     subject fidelity in the pictures of `prompts`
+        prompt_accuracy         share of what the prompts ask for that the judge finds, over all prompts
+        accuracy_KIND           the same by kind of prompt; beside each _base
+        prompt_kept             prompt_accuracy over the base model's
+        text_similarity         pictures to their prompts without the subject's own word; beside it _base
+        diversity               mean distance between pictures of the subject prompt
+        drift_to_subject        class drift: how far "a photo of a [class]" has moved towards the subject, as a share of
+                                the same gap
+        drift_distance          kernel distance between class images before and after training
+        class_accuracy          share of class images after training that show the class; beside it _base
+        parameters, seconds     trainable parameters of the concept, and the time that this took
     """
     started = time.monotonic()
-    eyes = eyes or _eyes(model, clip, dino)
-    asks = [a if isinstance(a, Ask) else Ask(a, "given") for a in prompts or _own_prompts(model)]
-    _check_prompts(asks)
-    draw = draw or _drawer(model, steps, guidance, seed)
+    encoder = eyes or _encoder_of(model, clip, dino)
+    asks = asks_for(model, prompts)
+    draw = draw or _sampler(model, steps, guidance, seed)
     base = base or base_of(model, concept.class_word, asks=asks, count=count, draw=draw)
     real = [p.pixels for p in load_pictures(photos).pictures]
     name = " ".join(filter(None, (concept.token, concept.class_word)))
     masked: dict[str, Any] = {"lag": lag} if lag else {}
     subject = draw([concept.instance_prompt] * count, [concept], **masked)
     asked = draw([filled(a.prompt, name) for a in asks], [concept], **masked)
-    plain = draw([class_prompt(base.class_word)] * count, [concept])  # the words that LAG looks for are not in it
-    found = similarities(eyes, subject, real, base.plain) | _in_prompts(eyes, asks, asked, real, base)
-    found |= _drift(eyes, plain, real, base)
-    found["diversity"] = _diversity(eyes, subject)
+    plain = draw([photo_of_class(base.class_word)] * count, [concept])  # without LAG: its words are not in this prompt
+    found = similarities(encoder, subject, real, base.plain) | _in_prompts(encoder, asks, asked, real, base)
+    found |= _drift(encoder, plain, real, base)
+    found["diversity"] = _diversity(encoder, subject)
     found["parameters"] = concept.parameters
     found["seconds"] = round(time.monotonic() - started, 2)
-    return Scores({name: value for name, value in found.items() if value is not None})
+    return _known(found)
 
 
 def evaluate_folder(
@@ -164,12 +148,16 @@ def evaluate_folder(
     dino: str | Path | None = None,
     judge: bool = False,
 ) -> Scores:
-    """Measure pictures that are there already: a folder or a list.
+    """Measure pictures that exist already.
 
-    photos: real pictures of the subject. prompts: one a picture, in the order of their names; without it the captions
-    beside the pictures. judge: read them by the embedded model's judge, in place of CLIP and DINO.
+    Args:
+        pictures: a folder or a list.
+        photos: real pictures of the subject.
+        prompts: one a picture, in the order of their names; default: the captions beside the pictures.
+        clip, dino: folders of image encoders.
+        judge: use the embedded model's judge in place of CLIP and DINO.
     """
-    eyes: Eyes = JudgeEyes() if judge else NetworkEyes(clip, dino)
+    encoder: ImageEncoder = JudgeEncoder() if judge else ClipDinoEncoder(clip, dino)
     loaded = load_pictures(pictures).pictures
     drawn = [p.pixels for p in loaded]
     said = [p.caption for p in loaded] if prompts is None else list(prompts)
@@ -178,37 +166,57 @@ def evaluate_folder(
     found: dict[str, float | None] = {"pictures": len(drawn)}
     if photos is not None:
         real = [p.pixels for p in load_pictures(photos).pictures]
-        found |= similarities(eyes, drawn, real)
+        found |= similarities(encoder, drawn, real)
     if all(said):
-        found["text_similarity"] = _text_similarity(eyes, [str(s) for s in said], drawn)
+        found["text_similarity"] = _text_similarity(encoder, [str(s) for s in said], drawn)
     elif photos is None:
         raise ValueError("there is nothing to measure against: give photos, or a prompt for each picture")
-    return Scores({name: value for name, value in found.items() if value is not None})
+    return _known(found)
 
 
 def base_of(
-    model: Model, class_word: str, *, asks: Sequence[Ask] = ASKS, count: int = 8,
-    draw: Callable[..., list[np.ndarray]] | None = None, steps: int = 25, guidance: float | None = None, seed: int = 0,
-) -> Base:  # fmt: skip
-    """The base model's pictures of a class, for evaluate(base=...)."""
-    draw = draw or _drawer(model, steps, guidance, seed)
+    model: Model,
+    class_word: str,
+    *,
+    asks: Sequence[Ask] = ASKS,
+    count: int = 8,
+    draw: Callable[..., list[np.ndarray]] | None = None,
+    steps: int = 25,
+    guidance: float | None = None,
+    seed: int = 0,
+) -> Base:
+    """Sample the base model's pictures of a class, for `evaluate(base=...)`; the arguments are those of `evaluate`."""
+    draw = draw or _sampler(model, steps, guidance, seed)
     prompts = [filled(a.prompt, class_word) for a in asks]
-    return Base(class_word, draw([class_prompt(class_word)] * count, []), draw(prompts, []), prompts)
+    return Base(class_word, draw([photo_of_class(class_word)] * count, []), draw(prompts, []), prompts)
 
 
-def similarities(eyes: Eyes, drawn: Pictures, real: Pictures, base: Pictures | None = None) -> dict[str, float | None]:
-    """Drawn pictures against real ones, beside the real ones among themselves and the base model's."""
+def similarities(
+    encoder: ImageEncoder, drawn: Pictures, real: Pictures, base: Pictures | None = None
+) -> dict[str, float | None]:
+    """Compare sampled pictures with real ones, and those among themselves and with the base model's.
+
+    Args:
+        encoder: what compares them.
+        drawn: sampled pictures.
+        real: photos of the subject.
+        base: pictures of its class by the base model.
+
+    Returns:
+        subject_similarity and image_similarity with their _real and _base, kid, gap_closed; None where unknown.
+    """
     found: dict[str, float | None] = {}
-    for name, look in (("subject", eyes.subject), ("image", eyes.image)):
-        of_real, of_drawn = look(real), look(drawn)
+    for name, rows_of in (("subject", encoder.subject), ("image", encoder.image)):
+        of_real, of_drawn = rows_of(real), rows_of(drawn)
         if of_real is None or of_drawn is None:
             continue
         found[f"{name}_similarity"] = mean_cosine(of_drawn, of_real)
         if len(real) > 1:
             found[f"{name}_similarity_real"] = mean_other_cosine(of_real)
-        if base is not None:
-            found[f"{name}_similarity_base"] = mean_cosine(look(base), of_real)  # type: ignore[arg-type]
-    found["kid"] = kid(eyes.features(drawn), eyes.features(real)) if min(len(drawn), len(real)) > 1 else None
+        of_base = None if base is None else rows_of(base)
+        if of_base is not None:
+            found[f"{name}_similarity_base"] = mean_cosine(of_base, of_real)
+    found["kid"] = kid(encoder.features(drawn), encoder.features(real)) if min(len(drawn), len(real)) > 1 else None
     found["gap_closed"] = gap_closed(found)
     return found
 
@@ -218,18 +226,21 @@ def gap_closed(found: dict[str, float | None]) -> float | None:
     for name in ("subject", "image"):
         at, low, high = (found.get(f"{name}_similarity{end}") for end in ("", "_base", "_real"))
         if at is not None and low is not None and high is not None:
-            return (at - low) / max(high - low, 1e-6)
+            return (at - low) / max(high - low, SMALLEST_GAP)
     return None
 
 
-def accuracy(eyes: Eyes, asks: Sequence[Ask], pictures: Pictures) -> dict[str, float]:
-    """The share of what the prompts ask for that the judge finds: over all ("all"), by kind of prompt, of backgrounds.
+def accuracy(encoder: ImageEncoder, asks: Sequence[Ask], pictures: Pictures) -> dict[str, float]:
+    """The share of what the prompts ask for that the judge finds.
 
-    Empty for eyes that cannot read, and where no prompt says what it shows.
+    Returns:
+        Over all ("all"), by kind of prompt, and of backgrounds; empty for encoders that cannot read pictures, and where
+        no prompt says what it shows.
     """
-    if not isinstance(eyes, JudgeEyes) or not any(a.shows for a in asks):
+    read = encoder.read(pictures) if any(a.shows for a in asks) else None
+    if read is None:
         return {}
-    read, right = eyes.read(pictures), {}
+    right: dict[str, list[bool]] = {}
     for i, ask in enumerate(asks):
         for what, wanted in ask.shows:
             for group in {"all", ask.kind, *(["background"] if what == "background" else [])}:
@@ -238,60 +249,56 @@ def accuracy(eyes: Eyes, asks: Sequence[Ask], pictures: Pictures) -> dict[str, f
 
 
 def _in_prompts(
-    eyes: Eyes, asks: Sequence[Ask], asked: Pictures, real: Pictures, base: Base
+    encoder: ImageEncoder, asks: Sequence[Ask], asked: Pictures, real: Pictures, base: Base
 ) -> dict[str, float | None]:
-    found: dict[str, float | None] = {"text_similarity": _text_similarity(eyes, base.prompts, asked)}
-    found["text_similarity_base"] = _text_similarity(eyes, base.prompts, base.asked)
-    subject = eyes.subject(asked) if eyes.subject(real) is not None else None
-    if subject is not None:
-        found["prompted_similarity"] = mean_cosine(subject, eyes.subject(real))  # type: ignore[arg-type]
-    after, before = accuracy(eyes, asks, asked), accuracy(eyes, asks, base.asked)
+    found: dict[str, float | None] = {"text_similarity": _text_similarity(encoder, base.prompts, asked)}
+    found["text_similarity_base"] = _text_similarity(encoder, base.prompts, base.asked)
+    of_asked, of_real = encoder.subject(asked), encoder.subject(real)
+    if of_asked is not None and of_real is not None:
+        found["prompted_similarity"] = mean_cosine(of_asked, of_real)
+    after, before = accuracy(encoder, asks, asked), accuracy(encoder, asks, base.asked)
     if after:
         found |= {"prompt_accuracy": after["all"], "prompt_accuracy_base": before["all"]}
-        found["prompt_kept"] = after["all"] / max(before["all"], 1e-6)
+        found["prompt_kept"] = after["all"] / max(before["all"], SMALLEST_GAP)
         for kind in after:
             if kind != "all":
                 found[f"accuracy_{kind}"], found[f"accuracy_{kind}_base"] = after[kind], before[kind]
     return found
 
 
-def _drift(eyes: Eyes, plain: Pictures, real: Pictures, base: Base) -> dict[str, float | None]:
-    moved = gap_closed(similarities(eyes, plain, real, base.plain))
+def _drift(encoder: ImageEncoder, plain: Pictures, real: Pictures, base: Base) -> dict[str, float | None]:
+    moved = gap_closed(similarities(encoder, plain, real, base.plain))
     found: dict[str, float | None] = {"drift_to_subject": moved}
     if len(plain) > 1:
-        found["drift_distance"] = kid(eyes.features(plain), eyes.features(base.plain))
-    if isinstance(eyes, JudgeEyes):
-        for name, pictures in (("class_accuracy", plain), ("class_accuracy_base", base.plain)):
-            kinds = eyes.read(pictures)["kind"]
-            found[name] = float(np.mean([k == base.class_word for k in kinds]))
+        found["drift_distance"] = kid(encoder.features(plain), encoder.features(base.plain))
+    for name, pictures in (("class_accuracy", plain), ("class_accuracy_base", base.plain)):
+        read = encoder.read(pictures)
+        if read is not None:
+            found[name] = float(np.mean([kind == base.class_word for kind in read["kind"]]))
     return found
 
 
-def _diversity(eyes: Eyes, pictures: Pictures) -> float | None:
-    rows = eyes.image(pictures)
-    rows = eyes.subject(pictures) if rows is None else rows
+def _diversity(encoder: ImageEncoder, pictures: Pictures) -> float | None:
+    rows = encoder.image(pictures)
+    rows = encoder.subject(pictures) if rows is None else rows
     return None if rows is None or len(rows) < 2 else 1 - mean_other_cosine(rows)
 
 
-def _text_similarity(eyes: Eyes, prompts: Sequence[str], pictures: Pictures) -> float | None:
-    text, image = eyes.text(prompts), eyes.image(pictures)
-    return None if text is None or image is None else float(_row_cosine(text, image).mean())
+def _text_similarity(encoder: ImageEncoder, prompts: Sequence[str], pictures: Pictures) -> float | None:
+    text, image = encoder.text(prompts), encoder.image(pictures)
+    return None if text is None or image is None else float((text * image).sum(1).mean())
 
 
-def _row_cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1)
-
-
-def _eyes(model: Model, clip: str | Path | None, dino: str | Path | None) -> Eyes:
-    return _judge() if model.embedded and clip is None and dino is None else NetworkEyes(clip, dino)
+def _encoder_of(model: Model, clip: str | Path | None, dino: str | Path | None) -> ImageEncoder:
+    return _judge() if model.embedded and clip is None and dino is None else ClipDinoEncoder(clip, dino)
 
 
 @cache
-def _judge() -> JudgeEyes:
-    return JudgeEyes()
+def _judge() -> JudgeEncoder:
+    return JudgeEncoder()
 
 
-def _drawer(model: Model, steps: int, guidance: float | None, seed: int) -> Callable[..., list[np.ndarray]]:
+def _sampler(model: Model, steps: int, guidance: float | None, seed: int) -> Callable[..., list[np.ndarray]]:
     def draw(prompts: list[str], concepts: list[Concept], **options: Any) -> list[np.ndarray]:
         from ..sampling.drawing import sample
 
@@ -299,23 +306,3 @@ def _drawer(model: Model, steps: int, guidance: float | None, seed: int) -> Call
         return [np.asarray(image) for image in drawn]
 
     return draw
-
-
-def _own_prompts(model: Model) -> Sequence[str | Ask]:
-    return ASKS if model.embedded else PROMPTS
-
-
-def _check_prompts(asks: Sequence[Ask]) -> None:
-    for ask in asks:
-        if "{}" not in ask.prompt:
-            raise ValueError(f"the prompt {ask.prompt!r} must hold {{}} where the subject's words go")
-
-
-def class_prompt(class_word: str) -> str:
-    return filled("a photo of a {}", class_word)
-
-
-def filled(prompt: str, words: str) -> str:
-    """The prompt with the subject's words in it, and "an" before a vowel."""
-    text = prompt.replace("{}", words)
-    return re.sub(r"\ba (?=[aeiou])", "an ", text) if words[:1] in "aeiou" else text
