@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from pcs_trainer.concept.concept import Concept, attached
+from pcs_trainer.concept.attach import attached
+from pcs_trainer.concept.concept import Concept
 from pcs_trainer.model.fingerprint import fingerprint
 from pcs_trainer.model.sources import TINY
 from pcs_trainer.model.text import encode

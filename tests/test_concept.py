@@ -5,7 +5,9 @@ import pickle
 import pytest
 import torch
 from pcs_trainer import load_model
-from pcs_trainer.concept.concept import Concept, attached, load_concept, predict
+from pcs_trainer.concept.attach import attached, predict
+from pcs_trainer.concept.concept import Concept
+from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.model.fingerprint import fingerprint, same_base
 from pcs_trainer.model.text import encode
 

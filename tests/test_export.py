@@ -23,8 +23,9 @@ from concept_cases import (
     word_rows,
 )
 from pcs_trainer import load_model
-from pcs_trainer.concept.blending import compress
-from pcs_trainer.concept.concept import Concept, attached
+from pcs_trainer.concept.attach import attached
+from pcs_trainer.concept.compression import compress
+from pcs_trainer.concept.concept import Concept
 from pcs_trainer.concept.formats.writing import export
 from safetensors import safe_open
 from unet_families import FAMILIES, ours_like, peer, peer_prediction, relative
@@ -86,7 +87,7 @@ def test_textboost_exports_what_the_format_can_carry(model, pipe, tmp_path, form
     report = export(concept, tmp_path, format, model)
     assert_covered(concept, report)
     assert set(report.skipped) == {f"{stem}.causal_down", f"{stem}.causal_up"}
-    assert "own word on" in report.skipped[f"{stem}.causal_up"] and "first token" in report.notes[0]
+    assert "learned word on" in report.skipped[f"{stem}.causal_up"] and "first token" in report.notes[0]
     for name in report.skipped:
         del concept.tensors[name]
     if format == "diffusers":

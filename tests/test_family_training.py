@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer import load_model
-from pcs_trainer.concept.concept import load_concept
+from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.sampling.drawing import sample
 from pcs_trainer.training.trainer import Trainer
 from test_model_loading import text_config, write_model

@@ -17,7 +17,7 @@ from concept_cases import (
     theirs,
     word_rows,
 )
-from pcs_trainer.concept.formats.layer_names import Layers, stability_name
+from pcs_trainer.concept.formats.layer_names import LayerNames, stability_name
 from pcs_trainer.concept.formats.reading import import_concept, module_name
 from pcs_trainer.concept.formats.writing import export
 from pcs_trainer.unet.unet import UNet
@@ -216,7 +216,7 @@ def test_sdxl_names_agree_with_diffusers():
 
     unet = UNet.from_config(SDXL_REAL, device="meta")
     fake = SimpleNamespace(unet=unet, text_encoders=[torch.nn.Module(), torch.nn.Module()])
-    layers = Layers(fake)
+    layers = LayerNames(fake)
     modules = {n.rpartition(".")[0] for n, p in unet.named_parameters() if p.dim() > 1}
     keys = {f"lora_unet_{stability_name(m, unet.settings).replace('.', '_')}.lora_down.weight": m for m in modules}
     assert len(keys) == len(modules)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcs_trainer.concept.blending import blend, compress, kept_values
+from pcs_trainer.concept.attach import attached, predict
+from pcs_trainer.concept.blending import blend
 from pcs_trainer.concept.captions import general_captions
-from pcs_trainer.concept.concept import Concept, attached, predict
+from pcs_trainer.concept.compression import compress, kept_values
+from pcs_trainer.concept.concept import Concept
 from pcs_trainer.concept.merging import Constraint, gram, independent_rows, merge
 from pcs_trainer.model.fingerprint import fingerprint
 from pcs_trainer.model.text import encode
@@ -167,7 +169,7 @@ def test_what_cannot_be_merged_is_said(model, two):
         merge([two[0], kv_concept(model, "<one>", "mug", 3)], model)
     other = Concept("x", {"unet.mid_block.attentions.0.proj_out.down": torch.ones(1, 128)}, {}, {"token": "<x>"})
     other.tensors["unet.mid_block.attentions.0.proj_out.up"] = torch.ones(128, 1)
-    with pytest.raises(ValueError, match=r"no key or value matrix"):
+    with pytest.raises(ValueError, match="is not a key or value matrix"):
         merge([two[0], other], model)
     foreign = kv_concept(model, "<two>", "mug", 2)
     foreign.base = "0123456789abcdef:1,2,3"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcs_trainer.concept.concept import load_concept
+from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.training.trainer import Trainer
 from trainer_cases import SMALL, cache, pictures
 

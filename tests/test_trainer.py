@@ -7,11 +7,12 @@ import re
 
 import pytest
 import torch
-from pcs_trainer.concept.concept import load_concept, predict
+from pcs_trainer.concept.attach import predict
+from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.errors import NotTrained, TrainingStopped
 from pcs_trainer.training.checkpoint import checkpoints
+from pcs_trainer.training.objective import Objective
 from pcs_trainer.training.probe import Probe
-from pcs_trainer.training.run import Run
 from pcs_trainer.training.trainer import Trainer
 from trainer_cases import METHODS, SMALL, cache, pictures, trainer
 
@@ -151,14 +152,14 @@ def test_three_bad_steps_end_the_run_with_the_last_good_state(model, tmp_path):
 
 @pytest.mark.parametrize("in_backward", [True, False])
 def test_one_bad_step_changes_nothing_and_the_run_goes_on(model, in_backward, monkeypatch):
-    honest = Run.loss
+    honest = Objective.loss
 
-    def sometimes(self, batch, extra=None):
-        total, parts = honest(self, batch, extra)
-        return (total * float("inf"), parts) if self.step == 1 else (total, parts)
+    def sometimes(self, batch, step, micro=0):
+        total, parts = honest(self, batch, step, micro)
+        return (total * float("inf"), parts) if step == 1 else (total, parts)
 
     events = []
-    monkeypatch.setattr(Run, "loss", sometimes)
+    monkeypatch.setattr(Objective, "loss", sometimes)
     t = trainer(model, "dreambooth", steps=4, step_in_backward=in_backward, learning_rate=1e-5)
     concept = t.train(on_event=events.append)
     assert [e.step for e in events if e.kind == "step"] == [1, 3, 4]

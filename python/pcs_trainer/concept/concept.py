@@ -1,40 +1,42 @@
-"""What was learned, apart from the model it was learned on: a Concept, its one file, and putting it on a model.
+"""Concept: what was learned, apart from the model it was learned on, and its one safetensors file.
 
-Tensors are named by where they go:
-    unet.{module}.down [R, C_in], unet.{module}.up [C_out, R]   a low-rank residual on a projection
-    unet.{parameter}                                          the whole new value of a parameter
-    unet.{parameter}.diff                                     a difference to add to it
-and the same under text_encoder. and text_encoder_2.; TextBoost's causal form has .causal_down / .causal_up there, and
-context.{block}.down / .up for the states that one transformer block reads.
+How its tensors are named, and where each belongs, is in grammar.py.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model.fingerprint import fingerprint, same_base
-from ..model.text import encode
-from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, file_name
-from ..unet.layers import LowRank, replace_data
+from ..files import read_safetensors, write_safetensors
+from .grammar import TEXT_PARTS, Half, Kind, Part, Slot, half_of, names, parse, partner, word_name
+from .header import OTHER_TOOLS, header
 
 if TYPE_CHECKING:
     from ..model.model import Model
     from .formats.writing import Report
 
-PAIRS = {".down": ".up", ".causal_down": ".causal_up"}
+FORMAT, VERSION = "pcs_concept", "1"  # in every concept file's header
+
+
+def subject_words(token: str, class_word: str) -> str:
+    """The words that name a subject in a prompt: "<mug> mug", or those of the two that there are."""
+    return " ".join(filter(None, (token, class_word)))
 
 
 @dataclass
 class Concept:
-    """A learned subject: its tensors, its words' rows (one tensor for each text encoder), how it was made, on what."""
+    """A learned subject.
+
+    method: how it was learned. tensors: by the names of grammar.py. words: each learned word's token embeddings
+    [rows, width], one tensor for each text encoder. meta: its record. base: the fingerprint of the base model.
+    """
 
     method: str
     tensors: dict[str, Tensor]
@@ -49,15 +51,28 @@ class Concept:
 
     @property
     def class_word(self) -> str:
+        """The class of the subject: "mug"."""
         return self.meta.get("class_word", "")
 
     @property
+    def subject_words(self) -> str:
+        """How a prompt names the subject: "<mug> mug"."""
+        return subject_words(self.token, self.class_word)
+
+    @property
+    def subjects(self) -> list[tuple[str, str]]:
+        """(token, class word) of every subject that was learned together; at least one."""
+        stored = json.loads(self.meta.get("subjects") or "[]")
+        return [(token, class_word) for token, class_word in stored] or [(self.token, self.class_word)]
+
+    @property
     def instance_prompt(self) -> str:
-        given = self.meta.get("instance_prompt")
-        return given or " ".join(["a photo of a", *filter(None, (self.token, self.class_word))])
+        """A prompt for the subject alone."""
+        return self.meta.get("instance_prompt") or " ".join(filter(None, ("a photo of a", self.subject_words)))
 
     @property
     def key(self) -> str:
+        """What the concept is called beside others on a model."""
         return self.token or self.meta.get("title", "") or self.method
 
     @property
@@ -67,220 +82,101 @@ class Concept:
 
     @property
     def parameters(self) -> int:
-        """How many numbers were learned."""
+        """The number of trained parameters."""
         tensors = [*self.tensors.values(), *(t for rows in self.words.values() for t in rows)]
         return sum(t.numel() for t in tensors)
 
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The low-rank residuals: name without its ending -> (down, up); a causal one ends in ".causal"."""
+    def residuals(self) -> dict[Slot, tuple[Tensor, Tensor]]:
+        """The low-rank residuals: where each belongs -> (down, up)."""
         found = {}
         for name, down in self.tensors.items():
-            for ending, other in PAIRS.items():
-                if name.endswith(ending):
-                    stem = name.removesuffix(ending)
-                    label = stem if ending == ".down" else f"{stem}.causal"
-                    found[label] = (down, self.tensors[stem + other])
+            if half_of(name) is Half.DOWN:
+                slot = parse(name)
+                found[slot] = (down, self.tensors[names(slot)[1]])
         return found
 
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The low-rank residuals by `Slot.stem`: a name without its half; that of a causal one ends in ".causal"."""
+        return {slot.stem: pair for slot, pair in self.residuals().items()}
+
     def wholes(self) -> dict[str, Tensor]:
-        """The tensors that are whole values or differences of parameters."""
-        endings = tuple(PAIRS) + tuple(PAIRS.values())
-        return {n: t for n, t in self.tensors.items() if not n.endswith(endings)}
+        """The tensors, by name, that are whole values or differences of parameters."""
+        return {name: t for name, t in self.tensors.items() if half_of(name) is None}
+
+    def changes(self) -> dict[Slot, Tensor]:
+        """The whole values and differences of parameters: where each belongs -> its tensor."""
+        return {parse(name): t for name, t in self.wholes().items()}
+
+    def touches(self, parts: Sequence[Part]) -> bool:
+        """Whether a residual, a value or a difference sits on one of these networks."""
+        return any(slot.part in parts for slot in map(parse, self.tensors) if slot.kind is not Kind.CONTEXT)
+
+    def described(self) -> dict[str, str]:
+        """The header fields by which other tools show the concept."""
+        ranks = {len(t) for name, t in self.tensors.items() if half_of(name) is Half.DOWN}
+        return header(self.subject_words, f"{self.key} ({self.method})", sorted(ranks), self.meta)
 
     def renamed(self, token: str) -> Concept:
         """The same concept under another word."""
         words = {token if w == self.token else w: rows for w, rows in self.words.items()}
         prompt = self.instance_prompt.replace(self.token, token) if self.token else f"a photo of a {token}"
-        return replace(self, words=words, meta=self.meta | {"token": token, "instance_prompt": prompt})
+        meta = self.meta | {"token": token, "instance_prompt": prompt}
+        if "subjects" in meta:
+            meta["subjects"] = json.dumps([[token if t == self.token else t, word] for t, word in self.subjects])
+        return replace(self, words=words, meta=meta)
 
     def save(self, path: str | Path) -> Path:
-        """One safetensors file, written whole or not at all."""
-        from .file import save_concept
-
-        return save_concept(self, Path(path))
+        """Write one safetensors file, whole or not at all."""
+        tensors = dict(self.tensors)
+        for word, rows in self.words.items():
+            tensors |= {word_name(e, word): r for e, r in enumerate(rows)}
+        own = {"format": FORMAT, "version": VERSION, "method": self.method, "base": self.base}
+        return write_safetensors(Path(path), tensors, self.described() | self.meta | own)
 
     @staticmethod
     def load(path: str | Path, model: Model | None = None, force: bool = False) -> Concept:
+        """`load_concept`, which see."""
+        from .loading import load_concept
+
         return load_concept(path, model, force)
 
     def compress(self, ratio: float = 0.6, model: Model | None = None) -> Concept:
-        """The same with low-rank factors for whole weights, keeping this share of their singular values' sum."""
-        from .merging import compress
+        """`pcs_trainer.compress`, which see."""
+        from .compression import compress
 
         return compress(self, model, ratio)
 
     def export(self, folder: str | Path, format: str = "diffusers", **options: Any) -> Report:
-        """Files that other tools load: "diffusers", "kohya" or "pipeline"."""
+        """`pcs_trainer.export`, which see."""
         from .formats.writing import export
 
         return export(self, folder, format, **options)
 
 
-def load_concept(path: str | Path, model: Model | None = None, force: bool = False) -> Concept:
-    """A concept from its file; with a model, refused where another one made it (unless forced) or it does nothing."""
-    from .file import read_concept
+def read_concept(path: Path) -> Concept:
+    """A concept from its own file, not compared with any model.
 
-    concept = read_concept(Path(path))
-    if model is not None:
-        if not force:
-            check_base(concept, model, str(path))
-        check_fits(concept, model, str(path))
-        if not differs(model, concept):
-            raise ValueError(f"{path} changes nothing on this model: its prediction is the base model's, bit for bit")
-    return concept
-
-
-def check_base(concept: Concept, model: Model, name: str) -> None:
-    if concept.base and not same_base(concept.base, fingerprint(model)):
-        made_on = concept.meta.get("base_name", "another model")
-        raise ValueError(
-            f"{name} was made on {made_on}, not on {model.name}; load it on that one, or force=True to try all the same"
-        )
-
-
-def check_fits(concept: Concept, model: Model, name: str) -> None:
-    """Every tensor has a place of its shape on the model, or one sentence says which has not."""
-    for stem, (down, up) in concept.pairs().items():
-        part, _, module = stem.removesuffix(".causal").partition(".")
-        if part == "context":
-            continue
-        weight = _parameters(model, part, name).get(f"{module}.weight")
-        if weight is None or tuple(weight.shape[:2]) != (up.shape[0], down.shape[1]):
-            raise ValueError(f"{name}: this model has no projection {stem!r} of {down.shape[1]} to {up.shape[0]}")
-    for full, tensor in concept.wholes().items():
-        part, _, parameter = full.removesuffix(".diff").partition(".")
-        weight = _parameters(model, part, name).get(parameter)
-        if weight is None or weight.shape != tensor.shape:
-            raise ValueError(f"{name}: this model has no parameter {full!r} of shape {tuple(tensor.shape)}")
-    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in model.text_encoders]
-    for word, rows in concept.words.items():
-        if [r.shape[1] for r in rows] != widths:
-            raise ValueError(f"{name}: the rows of {word!r} do not have this model's text width {widths}")
-
-
-def part_of(model: Model, part: str) -> nn.Module:
-    """unet, text_encoder or text_encoder_2."""
-    if part == "unet":
-        return model.unet
-    number = {"text_encoder": 0, "text_encoder_2": 1}.get(part)
-    if number is None or number >= len(model.text_encoders):
-        raise ValueError(f"this model has no part {part!r}")
-    return model.text_encoders[number]
-
-
-def _parameters(model: Model, part: str, name: str) -> dict[str, nn.Parameter]:
-    """A part's parameters under the names that checkpoint files give them."""
-    try:
-        module = part_of(model, part)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    rename = (lambda n: n) if part == "unet" else file_name
-    return {rename(n): p for n, p in module.named_parameters()}
-
-
-@contextmanager
-def attached(
-    model: Model, concepts: Sequence[Concept], strengths: Sequence[float] | None = None
-) -> Iterator[dict[str, list[Tensor]]]:
-    """Put concepts on a model and take them off again; yields their learned words.
-
-    Whole values are blended: base + sum of strength * (value - base); strength scales a residual; words have none.
+    Raises ValueError, one sentence, for a file of another kind or with a tensor that has no place in a concept.
     """
-    strengths = [1.0] * len(concepts) if strengths is None else list(strengths)
-    if len(strengths) != len(concepts):
-        raise ValueError(f"{len(concepts)} concepts and {len(strengths)} strengths: give one strength for each concept")
-    kept: dict[nn.Parameter, Tensor] = {}
-    keys: list[str] = []
-    words: dict[str, list[Tensor]] = {}
-    try:
-        for concept, strength in zip(concepts, strengths, strict=True):
-            if concept.key in keys:
-                raise ValueError(f"two concepts are called {concept.key!r}: give one another name with .renamed(...)")
-            keys.append(concept.key)
-            words.update(_own_words(concept, words))
-            _put_pairs(model, concept, strength)
-        _put_wholes(model, concepts, strengths, kept)
-        yield words
-    finally:
-        for key in keys:
-            model.unet.detach(key)
-            for encoder in model.text_encoders:
-                detach_text(encoder, key)
-        for parameter, value in kept.items():
-            replace_data(parameter, value)
-
-
-def _own_words(concept: Concept, taken: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    for word in concept.words:
-        if word in taken:
-            raise ValueError(f"two concepts both use the word {word!r}: give one another name with .renamed(...)")
-    return concept.words
-
-
-def _put_pairs(model: Model, concept: Concept, strength: float) -> None:
-    for stem, (down, up) in concept.pairs().items():
-        part, _, module = stem.removesuffix(".causal").partition(".")
-        device = model.unet.conv_in.weight.device
-        down, up = (t.to(device, t.dtype if t.dtype == torch.bfloat16 else torch.float32) for t in (down, up))
-        if part == "unet":
-            model.unet.attach(module, LowRank(down, up, strength, key=concept.key))
-            continue
-        reach = concept.token if part == "context" or stem.endswith(".causal") else ""
-        residual = TextLowRank(down, up, strength, concept.key, reach)
-        if part == "context":
-            attach_context(model.text_encoder, module, residual)
+    tensors, fields = read_safetensors(path)
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a concept file; to load a LoRA or an embedding, use import_concept()")
+    words: dict[str, dict[Part, Tensor]] = defaultdict(dict)
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        try:
+            slot, other = parse(name), partner(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if other is not None and other not in tensors:
+            raise ValueError(f"{path}: the tensor {name!r} has no partner {other!r}; the file is incomplete")
+        if slot.kind is Kind.WORD:
+            words[slot.layer][slot.part] = tensor
         else:
-            attach_text(part_of(model, part), module, residual)
-
-
-def _put_wholes(
-    model: Model, concepts: Sequence[Concept], strengths: Sequence[float], kept: dict[nn.Parameter, Tensor]
-) -> None:
-    changes: dict[nn.Parameter, list[tuple[float, Tensor, bool]]] = defaultdict(list)
-    by_part: dict[str, dict[str, nn.Parameter]] = {}
-    for concept, strength in zip(concepts, strengths, strict=True):
-        for full, tensor in concept.wholes().items():
-            part, _, name = full.removesuffix(".diff").partition(".")
-            if part not in by_part:
-                by_part[part] = _parameters(model, part, concept.key)
-            changes[by_part[part][name]].append((strength, tensor, full.endswith(".diff")))
-    with torch.no_grad():
-        for parameter, parts in changes.items():
-            kept[parameter] = parameter.data
-            if len(parts) == 1 and parts[0][0] == 1.0 and not parts[0][2]:
-                new = parts[0][1]
-            else:
-                base = parameter.data.float()
-                new = base.clone()
-                for strength, tensor, is_difference in parts:
-                    tensor = tensor.to(base)
-                    new += strength * (tensor if is_difference else tensor - base)
-            replace_data(parameter, new.to(device=parameter.device, dtype=parameter.dtype))
-
-
-@torch.no_grad()
-def predict(
-    model: Model, concepts: Sequence[Concept], prompt: str, strength: float = 1.0,
-    words: dict[str, list[Tensor]] | None = None, hold_first: bool = False,
-) -> Tensor:  # fmt: skip
-    """One prediction for fixed noise: what tells whether a concept does anything, and whether two do the same."""
-    settings = model.unet.settings
-    side = min(16, int(model.unet.config.get("sample_size") or 16))
-    generator = torch.Generator().manual_seed(0)
-    weight = model.unet.conv_in.weight
-    x = torch.randn(1, settings["in_channels"], side, side, generator=generator).to(weight)
-    with attached(model, concepts, [strength] * len(concepts)) as theirs:
-        hold_first = hold_first or any(c.hold_first for c in concepts)
-        text = encode(model, [prompt], (words or {}) | theirs, hold_first).to(weight)
-        context = model.unet.text_kv(text.states)
-        added = text.added(8 * side, 8 * side) or {}
-        if model.unet.class_embedding is not None:
-            added["class_labels"] = torch.zeros(1, dtype=torch.long, device=weight.device)
-        return model.unet(x, torch.tensor([len(model.schedule) // 2]), context, added)
-
-
-def differs(model: Model, concept: Concept) -> bool:
-    """Whether the concept changes a prediction; the other side is computed by the same operations, at strength 0."""
-    without = replace(concept, words={})
-    prompt = concept.instance_prompt
-    return not torch.equal(predict(model, [concept], prompt), predict(model, [without], prompt, strength=0.0))
+            kept[name] = tensor
+    rows = {word: [parts[part] for part in TEXT_PARTS if part in parts] for word, parts in words.items()}
+    meta = {name: value for name, value in fields.items() if not name.startswith(OTHER_TOOLS)}
+    base, method = meta.pop("base", ""), meta.pop("method", "unknown")
+    for own in ("format", "version"):
+        meta.pop(own, None)
+    return Concept(method, kept, rows, meta, base)

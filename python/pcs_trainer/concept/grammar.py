@@ -82,8 +82,9 @@ def parse(name: str) -> Slot:
 
 
 def half_of(name: str) -> Half | None:
-    """Which half of a low-rank residual a tensor's name says; None for every other kind."""
-    return _read(name)[1]
+    """Which half of a low-rank residual a tensor's name says; None for every other name."""
+    slot, half = _forms(name)
+    return None if slot is None else half
 
 
 def spell(slot: Slot, half: Half | None = None) -> str:

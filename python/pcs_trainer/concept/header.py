@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-if TYPE_CHECKING:
-    from .concept import Concept
-
+OTHER_TOOLS = ("modelspec.", "ss_")  # what these fields begin with
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 FAMILIES = {  # family -> (architecture, the name that kohya's tools use)
     "sd1": ("stable-diffusion-v1", "sd_v1.x"),
     "sd2": ("stable-diffusion-v2-768-v", "sd_v2.x"),
     "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
 }
+PREDICTIONS = {"v_prediction": "v"}  # diffusers' name -> modelspec's, where they differ
 
 
-def described(concept: Concept) -> dict[str, str]:
-    """Header fields of a concept; what is not known is left out."""
-    architecture, short = FAMILIES[concept.meta.get("family", "sd1")]
-    ranks = sorted({down.shape[0] for down, _ in concept.pairs().values()})
-    meta = concept.meta
+def header(subject: str, title: str, ranks: Sequence[int], meta: Mapping[str, str]) -> dict[str, str]:
+    """The header fields of a file; a field without a value is left out.
+
+    Args:
+        subject: the words that name the subject in a prompt.
+        title: what to call the file where `meta` has no title.
+        ranks: the different ranks of its low-rank residuals, ascending; none of a file without any.
+        meta: family, resolution, date, prediction, learning_rate, steps and seed, as far as they are known.
+    """
+    architecture, short = FAMILIES[meta.get("family", "sd1")]
+    prediction = meta.get("prediction", "")
+    rank = "" if not ranks else str(ranks[0]) if len(ranks) == 1 else "Dynamic"
     fields = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora" if ranks else architecture,
         "modelspec.implementation": IMPLEMENTATION,
-        "modelspec.title": meta.get("title") or f"{concept.key} ({concept.method})",
+        "modelspec.title": meta.get("title") or title,
         "modelspec.resolution": meta.get("resolution", ""),
         "modelspec.date": meta.get("date", ""),
-        "modelspec.trigger_phrase": " ".join(filter(None, (concept.token, concept.class_word))),
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(meta.get("prediction", ""), meta.get("prediction", "")),
+        "modelspec.trigger_phrase": subject,
+        "modelspec.prediction_type": PREDICTIONS.get(prediction, prediction),
         "ss_base_model_version": short,
         "ss_network_module": "networks.lora" if ranks else "",
-        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic" if ranks else "",
-        "ss_network_alpha": str(ranks[0]) if len(ranks) == 1 else "Dynamic" if ranks else "",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
         "ss_learning_rate": meta.get("learning_rate", ""),
         "ss_steps": meta.get("steps", ""),
         "ss_seed": meta.get("seed", ""),

@@ -20,19 +20,21 @@ import torch
 from torch import Tensor
 
 from ..model.fingerprint import fingerprint
-from ..model.text import encode
-from .blending import SHARED, joined_words
-from .blending import blend as blend
-from .blending import compress as compress
+from ..model.text import Text, encode
+from .attach import check_base, check_fits
+from .base_weights import BaseWeights
+from .blending import joined_meta, joined_words
 from .captions import general_captions
-from .concept import Concept, check_base, check_fits
-from .formats.layer_names import Layers
+from .concept import Concept
+from .grammar import UNET, Kind, parse, value_name
 
 if TYPE_CHECKING:
     from ..model.model import Model
 
-RIDGE = 0.1  # of the mean of G's diagonal: with 1e-6 one subject of four lost a quarter of its likeness (measured)
+RIDGE = 0.1  # of the mean of G's diagonal: with 1e-6 one subject of four lost a quarter of its fidelity (measured)
 DEPENDENT = 1e-10  # a row whose part outside the others' span is below this share (squared) repeats them
+ROUNDS = 3  # of solving: the second and third take out what rounding left of the constraint
+CAPTIONS_AT_ONCE = 16  # encoded together; 77 tokens each keep the text encoder's states below 100 MB
 
 
 @dataclass
@@ -58,7 +60,8 @@ def independent_rows(m: Tensor, limit: float = DEPENDENT) -> list[int]:
     """The rows of C that no others repeat, by a pivoted Cholesky factorisation of m = C G^-1 C'."""
     scale = m.diagonal().clamp_min(torch.finfo(m.dtype).tiny).rsqrt()
     m = scale[:, None] * m * scale
-    left, factor, kept = m.diagonal().clone(), torch.zeros_like(m), []
+    left, factor = m.diagonal().clone(), torch.zeros_like(m)
+    kept: list[int] = []
     for k in range(len(m)):
         pivot = int(left.argmax())
         if left[pivot] <= limit:
@@ -88,7 +91,7 @@ class Constraint:
     def solve(self, w0: Tensor, v: Tensor) -> Tensor:
         """The merged matrix for W0 [D, C] and the kept rows' targets V [n, D], in float64."""
         w = w0.double()
-        for _ in range(3):  # the second and third round take out what rounding left of the constraint
+        for _ in range(ROUNDS):
             missing = v.double() - self.c @ w.T
             w = w + torch.cholesky_solve(missing, self.factor).T @ self.d
         return w
@@ -97,36 +100,43 @@ class Constraint:
 def merge(
     concepts: Sequence[Concept], model: Model, regularization: Sequence[str] | None = None, ridge: float = RIDGE
 ) -> Merged:
-    """One concept that draws what each of them draws; `regularization`: general captions, None for built-in ones."""
+    """One concept that draws what each of them draws.
+
+    Args:
+        concepts: at least two, of Custom Diffusion's kind: changes of key and value matrices, and a word each.
+        model: their base model.
+        regularization: general captions, whose text states keep their keys and values; default: built-in ones.
+        ridge: added to G's diagonal, as a share of its mean.
+    """
     if len(concepts) < 2:
         raise ValueError("merge needs at least two concepts")
-    names = _matrices(model)
+    matrices = _matrices(model)
     words = joined_words(concepts)
     for concept in concepts:
         check_base(concept, model, concept.key)
         check_fits(concept, model, concept.key)
-        _check_kind(concept, names)
+        _check_kind(concept, matrices)
     with torch.no_grad():
         c = [_target_states(model, concept) for concept in concepts]
         creg = _general_states(model, list(regularization or general_captions(model)))
         constraint = Constraint(torch.cat(c), creg, ridge)
-        return _solved(concepts, model, names, words, c, constraint)
+        return _solved(concepts, model, matrices, words, c, constraint)
 
 
 def _solved(
     concepts: Sequence[Concept],
     model: Model,
-    names: list[str],
+    matrices: list[str],
     words: dict[str, list[Tensor]],
     c: list[Tensor],
     constraint: Constraint,
 ) -> Merged:
-    layers, rows = Layers(model), torch.cat(c).double()
+    base, rows = BaseWeights(model), torch.cat(c).double()
     dropped = [i for i in range(len(rows)) if i not in constraint.kept]
     tensors, residual, dropped_residual = {}, 0.0, 0.0
-    for name in names:
-        w0 = layers.parameters[name]
-        tuned = [layers.tuned(concept, name) for concept in concepts]
+    for name in matrices:
+        w0 = base.parameters[name]
+        tuned = [base.tuned(concept, name) for concept in concepts]
         if all(w is None for w in tuned):
             continue
         v = torch.cat([x.double() @ (w0 if w is None else w).double().T for x, w in zip(c, tuned, strict=True)])
@@ -135,51 +145,58 @@ def _solved(
         residual = max(residual, float(error[constraint.kept].max()))
         dropped_residual = max(dropped_residual, float(error[dropped].max()) if dropped else 0.0)
         tensors[name] = w.to(w0.dtype)
-    meta = {
+    meta = joined_meta(concepts) | {
         "title": " + ".join(concept.key for concept in concepts),
-        "instance_prompt": "a photo of " + " and ".join(_called(concept) for concept in concepts),
+        "instance_prompt": "a photo of " + " and ".join(f"a {concept.subject_words}" for concept in concepts),
         "merged": ", ".join(concept.key for concept in concepts),
         "constraint_residual": f"{residual:.3e}",
         "dropped_rows": str(len(dropped)),
     }
-    meta |= {name: concepts[0].meta[name] for name in SHARED if name in concepts[0].meta}
     return Merged(
         "custom_diffusion", tensors, words, meta, fingerprint(model), residual, dropped_residual, len(dropped)
     )
 
 
 def _matrices(model: Model) -> list[str]:
-    return [f"unet.{b}.attn2.{layer}.weight" for b in model.unet.attention_names() for layer in ("to_k", "to_v")]
+    """The key and value matrices of the attention over the text, by a concept's names."""
+    blocks = model.unet.attention_names()
+    return [value_name(UNET, f"{b}.attn2.{layer}.weight") for b in blocks for layer in ("to_k", "to_v")]
 
 
-def _check_kind(concept: Concept, names: list[str]) -> None:
-    modules = {name.removesuffix(".weight") for name in names}
+def _check_kind(concept: Concept, matrices: list[str]) -> None:
+    weights = {parse(name).layer for name in matrices}
     for name in concept.tensors:
-        module = name.removesuffix(".diff").removesuffix(".weight").removesuffix(".down").removesuffix(".up")
-        if module not in modules:
+        slot = parse(name)
+        weight = f"{slot.layer}.weight" if slot.kind is Kind.PAIR else slot.layer
+        joins = slot.part == UNET and slot.kind in (Kind.PAIR, Kind.VALUE, Kind.DIFFERENCE) and weight in weights
+        if not joins:
             raise ValueError(
-                f"{concept.key}: {name!r} is no key or value matrix of the attention over the text, and merge joins "
-                "those alone; low-rank concepts of other kinds go together with blend"
+                f"{concept.key}: {name!r} is not a key or value matrix of the attention over the text, and merge joins "
+                "only those; use blend for low-rank concepts of other kinds"
             )
 
 
-def _called(concept: Concept) -> str:
-    return " ".join(["a", *filter(None, (concept.token, concept.class_word))])
-
-
 def _target_states(model: Model, concept: Concept) -> Tensor:
-    """The text states of "photo of a V* cat" from V* to the end token."""
+    """The text states [n, C] of "photo of a V* cat" from V* to the end token."""
     if not concept.token:
         raise ValueError(f"{concept.key}: merge needs the word that names its subject, and this concept has none")
-    text = encode(model, [f"photo of {_called(concept)}"], concept.words)
+    text = encode(model, [f"photo of a {concept.subject_words}"], concept.words)
     first = text.places(0, concept.token)[0]
-    return text.states[0, first : text.ids[0].length(0)].cpu()
+    return _plain(text)[0, first : text.ids[0].length(0)].cpu()
 
 
 def _general_states(model: Model, captions: list[str]) -> Tensor:
-    """The text states of captions without their first token and their padding."""
+    """The text states [N, C] of captions without their first token and their padding."""
     found = []
-    for start in range(0, len(captions), 16):
-        text = encode(model, captions[start : start + 16])
-        found += [text.states[i, 1 : text.ids[0].length(i)].cpu() for i in range(len(text.states))]
+    for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+        text = encode(model, captions[start : start + CAPTIONS_AT_ONCE])
+        states = _plain(text)
+        found += [states[i, 1 : text.ids[0].length(i)].cpu() for i in range(len(states))]
     return torch.cat(found)
+
+
+def _plain(text: Text) -> Tensor:
+    """The states [B, T, C] that all blocks read alike: nothing is attached here."""
+    if isinstance(text.states, dict):
+        raise ValueError("another concept's context residuals are on the model: take them off before merging")
+    return text.states

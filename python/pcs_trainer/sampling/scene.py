@@ -141,8 +141,20 @@ def make_scene(
     negative: str | Sequence[str] | None,
     index: Sequence[int | None] | Tensor | None,
     words: Words | None,
+    hold_first: bool = False,
 ) -> Scene:
-    """The scene of a call's arguments, checked; negative None means no guidance."""
+    """The scene of a call's arguments, each checked.
+
+    Args:
+        model: draws the images.
+        prompts: one, or one per image.
+        concepts: the concepts that the images may use, or one.
+        strengths: one per concept; default: 1.
+        negative: one negative prompt for all, or one per prompt; None: no guidance.
+        index: the concept of each prompt (None: none); default: every prompt has all concepts.
+        words: learned words beside the concepts', with their token embeddings.
+        hold_first: keep the text's first token as the frozen encoder makes it, as concepts that were learned so do.
+    """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     concepts = [concepts] if isinstance(concepts, Concept) else list(concepts)
     strengths = [1.0] * len(concepts) if strengths is None else [float(s) for s in strengths]
@@ -150,11 +162,13 @@ def make_scene(
         raise ValueError("prompts is empty: give at least one prompt")
     if len(strengths) != len(concepts):
         raise ValueError(f"{len(concepts)} concepts and {len(strengths)} strengths: give one strength for each concept")
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else negative and list(negative)
+    if isinstance(negative, str):
+        negative = [negative] * len(prompts)
+    negatives = None if negative is None else list(negative)
     if negatives is not None and len(negatives) != len(prompts):
         raise ValueError(
             f"{len(negatives)} negative prompts and {len(prompts)} prompts: give one for all, or one for each"
         )
     chosen = checked_index(index, len(prompts), concepts)
     given = {word: list(rows) for word, rows in (words or {}).items()}
-    return Scene(model, prompts, negatives, concepts, strengths, chosen, given)
+    return Scene(model, prompts, negatives, concepts, strengths, chosen, given, hold_first)

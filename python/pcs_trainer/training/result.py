@@ -9,7 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..concept.concept import Concept, load_concept, predict
+from ..concept.attach import predict
+from ..concept.concept import Concept
+from ..concept.loading import load_concept
 from ..methods.learner import Learner
 from ..unet.config import family
 from .proof import check_file

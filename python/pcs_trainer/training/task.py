@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..concept.concept import fingerprint
 from ..data.batches import Bank, Subject, data_digest, prior_bank, subject_bank
 from ..data.prompts import class_prompt, subject_prompt
 from ..distributed import first_alone
 from ..methods import method_named
 from ..methods.method import Method
 from ..model.autoencoder import own_size
+from ..model.fingerprint import fingerprint
 from ..model.model import Model
 from ..settings import Settings
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ...model.model import Model
 
 METHODS = tuple(TITLES)
-SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral")
-PLANS = ("eager", "A", "B", "C", "checkpoint")
 DTYPES = ("float32", "bfloat16", "float16")
 CONCEPT_FILE = "concept.safetensors"
 # For the help's examples: who holds Stable Diffusion 1.5 since its first repository was removed in August 2024.

@@ -11,17 +11,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ...model.text_adapters import file_name
 from ...unet.config import family
+from ..base_weights import parameters_of, parts_of
+from ..grammar import TEXT_PARTS, UNET, Part
 
 if TYPE_CHECKING:
     from ...model.model import Model
-    from ..concept import Concept
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-KOHYA_TEXT = {1: {"text_encoder": "lora_te"}, 2: {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}}
+KOHYA_TEXT: dict[int, dict[Part, str]] = {  # number of text encoders -> what kohya's names begin with
+    1: {"text_encoder": "lora_te"},
+    2: {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+}
+CLIP_NAMES = ("clip_l", "clip_g")  # keys of a word's token embeddings for SDXL's two encoders
 STABILITY_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -39,18 +40,20 @@ STABILITY_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-EMBEDDINGS = ("token_embedding", "position_embedding", "class_embedding")
 BLOCK = re.compile(r"(down|up|mid)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
 def stability_name(module: str, settings: dict[str, Any]) -> str:
-    """A layer of the UNet by the name it has in Stability's network (SDXL's files use these)."""
+    """A layer of the UNet by the name it has in Stability's network (SDXL's files use these).
+
+    There the levels are not nested: every block of the way down, then of the way up, has one running number.
+    """
     if module in STABILITY_ENDS:
         return STABILITY_ENDS[module]
     found = BLOCK.fullmatch(module)
     if not found:
         return module
-    side, i, kind, j, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    side, level, kind, j, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
     if kind == "resnets":
         rest = STABILITY_RESNET.get(rest, rest)
     part = {"resnets": 0, "attentions": 1}.get(kind)
@@ -58,76 +61,55 @@ def stability_name(module: str, settings: dict[str, Any]) -> str:
     if side == "mid":
         return f"middle_block.{1 if kind == 'attentions' else 2 * j}.{rest}"
     if side == "down":
-        before = 1 + sum(n + 1 for n in counts[:i])
+        before = 1 + sum(n + 1 for n in counts[:level])  # conv_in, then the resnets and one downsampler of each level
         if kind == "downsamplers":
-            return f"input_blocks.{before + counts[i]}.0.{rest.replace('conv', 'op')}"
+            return f"input_blocks.{before + counts[level]}.0.{rest.replace('conv', 'op')}"
         return f"input_blocks.{before + j}.{part}.{rest}"
-    before = sum(n + 1 for n in counts[::-1][:i])
+    before = sum(n + 1 for n in counts[::-1][:level])  # the way up has one resnet more a level
     if kind == "upsamplers":
-        has_attention = settings["up_block_types"][i].startswith("CrossAttn")
-        return f"output_blocks.{before + counts[::-1][i]}.{1 + has_attention}.{rest}"
+        has_attention = settings["up_block_types"][level].startswith("CrossAttn")
+        return f"output_blocks.{before + counts[::-1][level]}.{1 + has_attention}.{rest}"
     return f"output_blocks.{before + j}.{part}.{rest}"
 
 
-def kohya_name(part: str, module: str, model: Model | None, encoders: int) -> str:
-    """`lora_unet_...` or `lora_te_...` for a layer; SDXL's names where the model says that it is one."""
-    if part != "unet":
+def kohya_name(part: Part, module: str, model: Model | None, encoders: int) -> str:
+    """kohya's name for a layer, `lora_unet_...` or `lora_te_...`.
+
+    Args:
+        model: the base model; of SDXL's the UNet's layers have Stability's names.
+        encoders: how many text encoders that family has; with two they are numbered.
+    """
+    if part != UNET:
         return f"{KOHYA_TEXT[encoders][part]}_{module.replace('.', '_')}"
     if model is not None and family(model.unet.settings) == "sdxl":
         module = stability_name(module, model.unet.settings)
     return f"lora_unet_{module.replace('.', '_')}"
 
 
-class Layers:
-    """A model's parameters by the names that a concept uses, and its layers by any of the names above."""
+class LayerNames:
+    """A model's layers by any of the names that files give them."""
 
     def __init__(self, model: Model) -> None:
-        self.parameters: dict[str, Tensor] = {}  # part.parameter
-        self.by_name: dict[str, tuple[str, str]] = {}
-        settings = model.unet.settings
-        for name, p in model.unet.named_parameters():
-            self._add("unet", name, p)
-            module = name.rpartition(".")[0]
-            for known in (module, stability_name(module, settings)):
-                self.by_name[f"lora_unet_{known.replace('.', '_')}"] = ("unet", module)
-        for part, encoder in zip(PARTS[1:], model.text_encoders, strict=False):
-            prefixes = [KOHYA_TEXT[len(model.text_encoders)][part]]
-            prefixes += ["lora_te1"] * (part == "text_encoder")
-            for name, p in encoder.named_parameters():
-                name = file_name(name)
-                self._add(part, name, p)
-                module = name.rpartition(".")[0]
-                self.by_name[f"{part}.{module.removeprefix('text_model.')}"] = (part, module)
-                for prefix in prefixes:
-                    self.by_name[f"{prefix}_{module.replace('.', '_')}"] = (part, module)
+        self._known: dict[str, tuple[Part, str]] = {}
+        encoders = len(model.text_encoders)
+        for part in parts_of(model):
+            for parameter in parameters_of(model, part):
+                module = parameter.rpartition(".")[0]
+                for name in _names(part, module, model.unet.settings, encoders):
+                    self._known[name] = (part, module)
 
-    def _add(self, part: str, parameter: str, value: Tensor) -> None:
-        self.parameters[f"{part}.{parameter}"] = value.detach()
-        module = parameter.rpartition(".")[0]
-        self.by_name[f"{part}.{module}"] = (part, module)
-
-    def find(self, name: str) -> tuple[str, str] | None:
+    def find(self, name: str) -> tuple[Part, str] | None:
         """(part, module) of a layer by a file's name for it; a dotted name without a part is the UNet's."""
-        return self.by_name.get(name) or self.by_name.get(f"unet.{name}")
+        return self._known.get(name) or self._known.get(f"{UNET}.{name}")
 
-    def takes_residual(self, module: str) -> bool:
-        """Whether a low-rank pair can sit on `part.module`: a linear layer, or a transformer's 1x1 convolution."""
-        weight = self.parameters.get(f"{module}.weight")
-        name = module.rpartition(".")[2]
-        if weight is None or name in EMBEDDINGS:
-            return False
-        return weight.dim() == 2 or (weight.dim() == 4 and name in ("proj_in", "proj_out"))
 
-    def tuned(self, concept: Concept, parameter: str) -> Tensor | None:
-        """The value of `part.parameter` with the concept on it, in float64; None where the concept leaves it alone."""
-        base, own = self.parameters[parameter], concept.tensors
-        module = parameter.removesuffix(".weight")
-        if not {parameter, f"{parameter}.diff", f"{module}.down"} & own.keys():
-            return None
-        value = own.get(parameter, base).double()
-        if f"{parameter}.diff" in own:
-            value = value + own[f"{parameter}.diff"].double().to(value.device)
-        if f"{module}.down" in own:
-            down, up = own[f"{module}.down"].double(), own[f"{module}.up"].double()
-            value = value + (up @ down).reshape(value.shape).to(value.device)
-        return value
+def _names(part: Part, module: str, settings: dict[str, Any], encoders: int) -> list[str]:
+    """What files call a module."""
+    if part == UNET:
+        flat = [f"lora_unet_{name.replace('.', '_')}" for name in (module, stability_name(module, settings))]
+        return [f"{part}.{module}", *flat]
+    prefixes = [KOHYA_TEXT[encoders][part]]
+    if part == TEXT_PARTS[0]:
+        prefixes.append(KOHYA_TEXT[2][part])  # newer tools number a single encoder too
+    flat = [f"{prefix}_{module.replace('.', '_')}" for prefix in prefixes]
+    return [f"{part}.{module}", f"{part}.{module.removeprefix('text_model.')}", *flat]

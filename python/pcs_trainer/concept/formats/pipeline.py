@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...model.text_adapters import file_name
+from ...model.text_adapters import file_name, token_table
+from ..base_weights import BaseWeights
 from ..concept import Concept
-from ..header import described
-from .layer_names import Layers
-from .writing import Report, plain_pairs
+from ..grammar import TEXT_PARTS, UNET, Part, parse, value_name, word_name
+from .pairs import plain_pairs
+from .report import Report
 
 if TYPE_CHECKING:
     from ...model.model import Model
 
-NOTE = "modelspec.json"
-WRITTEN_BY = "pcs_trainer"
+NOTE, WRITTEN_BY = "modelspec.json", "pcs_trainer"  # the file by which an earlier export is known, and what it says
+PLACES = ("_name_or_path", "name_or_path")  # keys in which transformers and diffusers keep where a model was read from
 
 
 def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool, report: Report) -> None:
-    """The folder is written beside its place and moved there whole; it replaces an earlier export, nothing else."""
+    """Write a whole pipeline folder, complete or not at all; it replaces an earlier export and nothing else.
+
+    metadata: write how the concept was made. report: gets the files and where each tensor went.
+    """
     if folder.exists() and any(folder.iterdir()) and not _written_here(folder):
         raise ValueError(f"{folder} holds other files; a whole pipeline needs an empty or new folder")
     pipeline = merged_pipeline(concept, model)
@@ -34,8 +38,8 @@ def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool,
     shutil.rmtree(part, ignore_errors=True)
     try:
         pipeline.save_pretrained(part, safe_serialization=True)
-        _tidy(part)
-        fields = {"written_by": WRITTEN_BY} | (described(concept) if metadata else {})
+        _remove_places(part)
+        fields = {"written_by": WRITTEN_BY} | (concept.described() if metadata else {})
         (part / NOTE).write_text(json.dumps(fields, indent=2) + "\n")
         _swap(part, folder)
     finally:
@@ -43,12 +47,10 @@ def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool,
     report.files += sorted(file for file in folder.rglob("*") if file.is_file())
     for name in concept.tensors:
         if name not in report.skipped:
-            where = name.partition(".")[0]
-            report.written[name] = f"{where}/: merged into the weights"
+            report.written[name] = f"{parse(name).part}/: merged into the weights"
     for word, rows in concept.words.items():
         for e, row in enumerate(rows):
-            part_name = "text_encoder" if e == 0 else f"text_encoder_{e + 1}"
-            report.written[f"word.{e}.{word}"] = f"{part_name}/: {len(row)} rows of the token table"
+            report.written[word_name(e, word)] = f"{TEXT_PARTS[e]}/: {len(row)} rows of the token table"
 
 
 def merged_pipeline(concept: Concept, model: Model) -> Any:
@@ -56,8 +58,8 @@ def merged_pipeline(concept: Concept, model: Model) -> Any:
     import diffusers
 
     unet = diffusers.UNet2DConditionModel.from_config(_without_place(dict(model.unet.config)))
-    unet.load_state_dict(_merged(concept, model, "unet", model.unet), strict=True, assign=True)
-    encoders = [_encoder(concept, model, f"text_encoder{'_2' * e}", e) for e in range(len(model.text_encoders))]
+    unet.load_state_dict(_merged(concept, model, UNET, model.unet), strict=True, assign=True)
+    encoders = [_encoder(concept, model, number) for number in range(len(model.text_encoders))]
     tokenizers = [copy.deepcopy(tokenizer) for tokenizer in model.tokenizers]
     for e, (encoder, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True)):
         _add_words({word: rows[e] for word, rows in concept.words.items()}, tokenizer, encoder)
@@ -72,29 +74,25 @@ def merged_pipeline(concept: Concept, model: Model) -> Any:
     )
 
 
-def _merged(concept: Concept, model: Model, part: str, network: nn.Module) -> dict[str, Tensor]:
+def _merged(concept: Concept, model: Model, part: Part, network: nn.Module) -> dict[str, Tensor]:
     """A part's state dict with everything the concept changes in it, in the weights' own precision."""
-    layers = Layers(model)
-    known = {name.removesuffix(".diff") for name in concept.wholes()}
-    known |= {f"{stem}.weight" for stem in plain_pairs(concept)}
-    state = {}
+    base, state = BaseWeights(model), {}
+    changed = {slot.path for slot in concept.changes()} | {f"{slot.path}.weight" for slot in plain_pairs(concept)}
     for name, value in network.state_dict().items():
-        full = f"{part}.{name if part == 'unet' else file_name(name)}"
-        state[name] = value.clone()
-        if full in known:
-            state[name] = layers.tuned(concept, full).to(value)
+        full = value_name(part, name if part == UNET else file_name(name))
+        tuned = base.tuned(concept, full) if full in changed else None
+        state[name] = value.clone() if tuned is None else tuned.to(value)
     return state
 
 
-def _encoder(concept: Concept, model: Model, part: str, number: int) -> nn.Module:
+def _encoder(concept: Concept, model: Model, number: int) -> nn.Module:
     ours = model.text_encoders[number]
-    config = copy.deepcopy(ours.config)
-    encoder = type(ours)(config).to(next(ours.parameters()))
-    encoder.load_state_dict(_merged(concept, model, part, ours), strict=True)
+    encoder = type(ours)(copy.deepcopy(ours.config)).to(next(ours.parameters()))
+    encoder.load_state_dict(_merged(concept, model, TEXT_PARTS[number], ours), strict=True)
     return encoder.eval()
 
 
-def _add_words(words: dict[str, Tensor], tokenizer: Any, encoder: nn.Module) -> None:
+def _add_words(words: dict[str, Tensor], tokenizer: Any, encoder: Any) -> None:
     """New tokens for the words' rows; the further rows of a word are called word_1, word_2, as diffusers calls them."""
     new = {f"{word}_{i}" if i else word: row for word, rows in words.items() for i, row in enumerate(rows)}
     for token in new:
@@ -104,23 +102,22 @@ def _add_words(words: dict[str, Tensor], tokenizer: Any, encoder: nn.Module) -> 
         return
     tokenizer.add_tokens(list(new))
     encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    table = encoder.get_input_embeddings().weight
+    table = token_table(encoder).weight
     with torch.no_grad():
         for token, row in new.items():
             table[tokenizer.convert_tokens_to_ids(token)] = row.to(table)
 
 
 def _without_place(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {key: value for key, value in config.items() if key not in PLACES}
 
 
-def _tidy(folder: Path) -> None:
-    """Where the base model was read from is nobody's business."""
+def _remove_places(folder: Path) -> None:
+    """Remove local paths (privacy) from the exported configuration."""
     for file in folder.rglob("*.json"):
         content = json.loads(file.read_text())
-        if isinstance(content, dict) and {"_name_or_path", "name_or_path"} & content.keys():
-            kept = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
-            file.write_text(json.dumps(kept, indent=2) + "\n")
+        if isinstance(content, dict) and content.keys() & set(PLACES):
+            file.write_text(json.dumps(_without_place(content), indent=2) + "\n")
 
 
 def _written_here(folder: Path) -> bool:

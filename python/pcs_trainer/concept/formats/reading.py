@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...files import read_safetensors
+from ...files import check_finite, read_safetensors
 from ...model.fingerprint import fingerprint
 from ...unet.config import family
-from ..concept import Concept, check_fits, differs, load_concept
-from ..file import FORMAT
-from .layer_names import Layers
-from .writing import file_part
+from ..attach import check_fits, text_widths
+from ..base_weights import BaseWeights
+from ..concept import FORMAT, Concept
+from ..grammar import UNET, Kind, Part, difference_name, pair_names, parse, spell, value_name
+from ..loading import check_differs, load_concept
+from .layer_names import LayerNames
+from .report import file_part, listed
 
 if TYPE_CHECKING:
     from ...model.model import Model
@@ -47,15 +50,17 @@ OLD_TEXT_NAMES = {"self_attn.to_q": "self_attn.q_proj", "self_attn.to_k": "self_
 OLD_TEXT_NAMES |= {"self_attn.to_v": "self_attn.v_proj", "self_attn.to_out": "self_attn.out_proj"}
 BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
 ROW_NAMES = {"string_to_param.*": 0, "emb_params": 0, "clip_l": 0, "clip_g": 1}
+DIFFERENCES = {"diff": "weight", "diff_b": "bias"}  # kohya's ending -> the parameter it is added to
 TAKEN_OVER = {"ss_steps": "steps", "ss_seed": "seed", "ss_learning_rate": "learning_rate"}
-Scale = Callable[[str, str, int], float]
+Scale = Callable[[Part, str, int], float]
+QUOTED = 120  # characters of another library's error message: enough for its first sentence, and still one line
 
 
 @dataclass
 class _Found:
-    """What was recognised so far."""
+    """What was recognized in one file: tensors of layers by kind, parameters, words, and names of everything else."""
 
-    layers: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    layers: dict[tuple[Part, str], dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     tensors: dict[str, Tensor] = field(default_factory=dict)
     words: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     unknown: list[str] = field(default_factory=list)
@@ -64,25 +69,31 @@ class _Found:
 def import_concept(path: str | Path, model: Model, token: str | None = None, force: bool = False) -> Concept:
     """A concept from a file, or a folder of files, that another tool wrote for this model.
 
-    token: the word to call the subject by. force: leave out what the files hold beyond this package's knowledge, and
-    take a concept that changes nothing.
+    Args:
+        path: a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder of them.
+        model: the base model; names and shapes are checked against it.
+        token: the word to call the subject by; default: the file's own.
+        force: leave out what the files hold beyond this package's knowledge, and take a concept that changes nothing.
     """
     path = Path(path).expanduser()
-    layers, tensors, words, unknown, headers = Layers(model), {}, {}, [], {}
+    layers, base = LayerNames(model), BaseWeights(model)
+    tensors: dict[str, Tensor] = {}
+    words: dict[str, list[Tensor]] = {}
+    unknown: list[str] = []
+    headers: dict[str, str] = {}
     for file in _files(path):
         raw, header = read_file(file)
         if header.get("format") == FORMAT:
             own = load_concept(file, model, force)
             return own if token is None else own.renamed(token)
-        found = _recognised(raw, file, layers)
-        tensors |= _converted(found, file, layers, header)
+        found = _recognized(raw, file, layers)
+        tensors |= _converted(found, file, base, header)
         words |= _words(found, file, model)
         unknown += found.unknown
         headers |= header
     if unknown and not force:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
-            f"{path} holds tensors for no layer of this model ({', '.join(unknown[:3])}{more}); "
+            f"{path} holds tensors for no layer of this model ({listed(unknown)}); "
             "if it was made for this model, force=True leaves them out"
         )
     if not tensors and not words:
@@ -91,8 +102,8 @@ def import_concept(path: str | Path, model: Model, token: str | None = None, for
     if unknown:
         concept.meta["left_out"] = ", ".join(unknown)
     check_fits(concept, model, str(path))
-    if not force and not differs(model, concept):
-        raise ValueError(f"{path} changes nothing on this model: its prediction is the base model's, bit for bit")
+    if not force:
+        check_differs(concept, model, str(path))
     return concept
 
 
@@ -117,16 +128,16 @@ def read_file(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
-        reason = " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).split())[:QUOTED]
         raise ValueError(
-            f"{file} is no plain pickle of tensors ({reason}); reading it could run code, so it is refused: "
+            f"{file} is a pickle of more than tensors ({reason}); reading it could run code, so it is refused: "
             "convert it to safetensors"
         ) from None
     flat: dict[str, Any] = {}
     _flatten(content if isinstance(content, Mapping) else {"": content}, "", flat)
     for name, value in flat.items():
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{file}: the tensor {name!r} holds NaN or infinity; the file is no use")
+        if isinstance(value, Tensor):
+            check_finite(file, name, value)
     return flat, {}
 
 
@@ -138,7 +149,7 @@ def _flatten(content: Mapping[Any, Any], prefix: str, into: dict[str, Any]) -> N
             into[f"{prefix}{key}"] = value.detach() if isinstance(value, Tensor) else value
 
 
-def _recognised(raw: dict[str, Any], file: Path, layers: Layers) -> _Found:
+def _recognized(raw: dict[str, Any], file: Path, layers: LayerNames) -> _Found:
     found = _Found()
     tensors = {name: t for name, t in raw.items() if isinstance(t, Tensor)}
     if "string_to_param.*" in tensors:  # A1111's and the first textual inversions: one word, beside training's records
@@ -166,17 +177,17 @@ def layers_alike(names: list[str]) -> bool:
     return any(re.search(r"\.(weight|bias|alpha|diff|hada_\w+|lokr_\w+)$|^lora_|_embedding", name) for name in names)
 
 
-def _place(name: str, tensor: Tensor, found: _Found, layers: Layers) -> None:
+def _place(name: str, tensor: Tensor, found: _Found, layers: LayerNames) -> None:
     bundled, custom = BUNDLED.fullmatch(name), CUSTOM.fullmatch(name)
     if bundled:
         found.words[bundled[1]][ROW_NAMES[bundled[2]]] = tensor
         return
     if custom:
-        where = layers.find(custom[1].removeprefix("unet.") + f".{custom[2]}{'.0' * (custom[2] == 'to_out')}")
+        where = layers.find(custom[1].removeprefix(f"{UNET}.") + f".{custom[2]}{'.0' * (custom[2] == 'to_out')}")
         if where is None:
             found.unknown.append(name)
         else:
-            found.tensors[f"{'.'.join(where)}.{custom[4]}"] = tensor
+            found.tensors[value_name(where[0], f"{where[1]}.{custom[4]}")] = tensor
         return
     if tensor.numel() == 0 and name.endswith((".attn1.processor", ".attn2.processor")):
         return  # Custom Diffusion's sign for a layer it left alone
@@ -197,52 +208,65 @@ def module_name(stem: str) -> str:
     return f"{stem}.0" if stem.endswith(".to_out") else stem
 
 
-def _converted(found: _Found, file: Path, layers: Layers, header: dict[str, str]) -> dict[str, Tensor]:
-    """The contents in a concept's grammar, in float32, each shape checked against the model."""
+def _converted(found: _Found, file: Path, base: BaseWeights, header: dict[str, str]) -> dict[str, Tensor]:
+    """The contents by a concept's names, in float32, each shape checked against the model."""
     scale_of, tensors = header_scale(header, file), {}
     for (part, module), own in found.layers.items():
-        stem = f"{part}.{module}"
-        if "diff" in own:
-            tensors[f"{stem}.weight.diff"] = own["diff"].float()
-        if "diff_b" in own:
-            tensors[f"{stem}.bias.diff"] = own["diff_b"].float()
+        for key, parameter in DIFFERENCES.items():
+            if key in own:
+                tensors[difference_name(part, f"{module}.{parameter}")] = own[key].float()
         if not own.keys() & {"down", "up", "mid"}:
             continue
         lacking = {"down", "up"} - own.keys()
         if lacking:
-            raise ValueError(f"{file}: the layer {stem!r} has no {lacking.pop()!r} half of its low-rank pair")
+            raise ValueError(f"{file}: the layer '{part}.{module}' has no {lacking.pop()!r} half of its low-rank pair")
         down, up = own["down"].float(), own["up"].float()
         rank = down.shape[0]
         alpha = own.get("alpha")
         scale = scale_of(part, module, rank) if alpha is None else float(alpha) / rank
-        tensors |= _pair(stem, down, up * scale, own.get("mid"), file, layers)
-    for name, value in found.tensors.items():
-        tensors[name] = value.float()
-    for name, value in tensors.items():
-        weight = None if name.endswith((".down", ".up")) else layers.parameters.get(name.removesuffix(".diff"))
-        if weight is not None and value.numel() == weight.numel() and value.dim() != weight.dim():
-            tensors[name] = value = value.reshape(weight.shape)
-        if not name.endswith((".down", ".up")) and (weight is None or weight.shape != value.shape):
-            here = "nothing" if weight is None else list(weight.shape)
-            raise ValueError(f"{file}: {name!r} has shape {list(value.shape)}; this model has {here} there")
-    return tensors
+        tensors |= _pair(part, module, (down, up * scale, own.get("mid")), file, base)
+    tensors |= {name: value.float() for name, value in found.tensors.items()}
+    return {name: _shaped(name, value, file, base) for name, value in tensors.items()}
 
 
-def _pair(stem: str, down: Tensor, up: Tensor, mid: Tensor | None, file: Path, layers: Layers) -> dict[str, Tensor]:
-    weight = layers.parameters[f"{stem}.weight"]
+def _shaped(name: str, value: Tensor, file: Path, base: BaseWeights) -> Tensor:
+    """A whole value or a difference in the shape of its parameter; half of a pair as it is."""
+    slot = parse(name)
+    if slot.kind is Kind.PAIR:
+        return value
+    weight = base.parameters.get(slot.path)
+    if weight is not None and value.numel() == weight.numel() and value.dim() != weight.dim():
+        value = value.reshape(weight.shape)
+    if weight is None or weight.shape != value.shape:
+        here = "nothing" if weight is None else list(weight.shape)
+        raise ValueError(f"{file}: {spell(slot)!r} has shape {list(value.shape)}; this model has {here} there")
+    return value
+
+
+def _pair(
+    part: Part, module: str, factors: tuple[Tensor, Tensor, Tensor | None], file: Path, base: BaseWeights
+) -> dict[str, Tensor]:
+    """A low-rank pair; the difference it makes where no pair can sit.
+
+    factors: down and up, and LyCORIS's middle one of a convolution, or None.
+    """
+    down, up, mid = factors
+    path = f"{part}.{module}"
+    weight = base.parameters[f"{path}.weight"]
     c_out, c_in = weight.shape[:2]
     if up.shape[0] != c_out or down.shape[1] != c_in or (mid is None and up.flatten(1).shape[1] != down.shape[0]):
         raise ValueError(
-            f"{file}: {stem!r} has a pair of shapes {list(down.shape)} and {list(up.shape)}; "
+            f"{file}: {path!r} has a pair of shapes {list(down.shape)} and {list(up.shape)}; "
             f"this model's weight there is {list(weight.shape)}"
         )
     if mid is not None:
-        product = torch.einsum("or,rskl,si->oikl", up.flatten(1), mid.float(), down.flatten(1))
-    elif layers.takes_residual(stem):
-        return {f"{stem}.down": down.flatten(1).contiguous(), f"{stem}.up": up.flatten(1).contiguous()}
+        product = torch.einsum("or,rskl,si->oikl", up.flatten(1), mid.float(), down.flatten(1))  # [O, I, kh, kw]
+    elif base.takes_residual(path):
+        halves = (down.flatten(1).contiguous(), up.flatten(1).contiguous())
+        return dict(zip(pair_names(part, module), halves, strict=True))
     else:
-        product = (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
-    return {f"{stem}.weight.diff": product.contiguous()}
+        product = (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])  # [O, I, kh, kw]
+    return {difference_name(part, f"{module}.weight"): product.contiguous()}
 
 
 def header_scale(header: dict[str, str], file: Path) -> Scale:
@@ -250,11 +274,11 @@ def header_scale(header: dict[str, str], file: Path) -> Scale:
     try:
         fields = json.loads(header.get("lora_adapter_metadata", "{}"))
         if not isinstance(fields, dict):
-            raise ValueError("it is no table")
+            raise ValueError("expected a JSON object")
     except ValueError as error:
         raise ValueError(f"{file}: the header's lora_adapter_metadata cannot be read ({error})") from None
 
-    def scale(part: str, module: str, rank: int) -> float:
+    def scale(part: Part, module: str, rank: int) -> float:
         alpha = fields.get(f"{part}.lora_alpha")
         for pattern, value in (fields.get(f"{part}.alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
@@ -267,13 +291,15 @@ def header_scale(header: dict[str, str], file: Path) -> Scale:
 
 
 def _words(found: _Found, file: Path, model: Model) -> dict[str, list[Tensor]]:
-    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in model.text_encoders]
+    widths = text_widths(model)
     words = {}
     for word, rows in found.words.items():
         own = [r.float()[None] if r.dim() == 1 else r.float() for _, r in sorted(rows.items())]
         shapes = [list(r.shape) for r in own]
         if [s[-1] for s in shapes if len(s) == 2] != widths:
-            raise ValueError(f"{file}: the rows of {word!r} have shapes {shapes}; this model's text width is {widths}")
+            raise ValueError(
+                f"{file}: the token embeddings of {word!r} have shapes {shapes}; this model's text width is {widths}"
+            )
         words[word] = own
     return words
 
