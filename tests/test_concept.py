@@ -6,8 +6,10 @@ import pytest
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.concept.attach import attached, predict
-from pcs_trainer.concept.concept import Concept
+from pcs_trainer.concept.blending import blend
+from pcs_trainer.concept.concept import Concept, subject_words
 from pcs_trainer.concept.loading import load_concept
+from pcs_trainer.files import read_header, write_safetensors
 from pcs_trainer.model.fingerprint import fingerprint, same_base
 from pcs_trainer.model.text import encode
 
@@ -79,6 +81,37 @@ def test_two_concepts_of_one_name_are_refused_and_can_be_renamed(model):
     with attached(model, [a, b.renamed("<cat>")]) as words:
         assert set(words) == {"<dog>", "<cat>"}
     assert not any(layer.residuals for layer in model.unet.modules() if hasattr(layer, "residuals"))
+
+
+def test_the_subjects_of_a_concept_and_their_words(model):
+    one = concept_of(model)
+    assert one.subjects == [("<dog>", "cat")] and one.subject_words == "<dog> cat"
+    assert subject_words("", "cat") == "cat" and subject_words("<dog>", "") == "<dog>" and subject_words("", "") == ""
+    several = concept_of(model, meta=one.meta | {"subjects": '[["<dog>", "cat"], ["<cup>", "mug"]]'})
+    assert several.subjects == [("<dog>", "cat"), ("<cup>", "mug")]
+    assert several.renamed("<rex>").subjects == [("<rex>", "cat"), ("<cup>", "mug")]
+    assert one.renamed("<rex>").subjects == [("<rex>", "cat")]
+    both = blend([concept_of(model, tensors={}), several.renamed("<rex>")], [0.5, 0.5])
+    assert both.subjects == [("<dog>", "cat"), ("<rex>", "cat"), ("<cup>", "mug")]
+
+
+def test_the_file_names_a_tensor_without_its_other_half(model, tmp_path):
+    tensors = {n: t for n, t in residuals(model).items() if not n.endswith("mid_block.attentions.0.proj_out.up")}
+    write_safetensors(tmp_path / "c.safetensors", tensors, {"format": "pcs_concept"})
+    with pytest.raises(ValueError, match=r"proj_out\.down' has no partner 'unet.*proj_out\.up'"):
+        load_concept(tmp_path / "c.safetensors")
+    assert read_header(tmp_path / "c.safetensors") == {"format": "pcs_concept"}
+
+
+def test_a_trained_network_keeps_the_fingerprint_that_it_began_with(model):
+    again = load_model("tiny")
+    before = fingerprint(again)
+    with torch.no_grad():
+        for p in again.unet.parameters():
+            p += 1
+    assert fingerprint(again) == before == fingerprint(model)
+    again.release("unet")
+    assert fingerprint(again) == before
 
 
 def test_another_base_is_refused_by_name(model, tmp_path):

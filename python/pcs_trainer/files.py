@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,28 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises ValueError, one sentence, for a file that is missing, a pickle, truncated, or holds NaN or infinity.
     """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = dict(file.metadata() or {})
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors, header
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header of a safetensors file, without its tensors. Raises ValueError as `read_safetensors` does."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a tensor read from `path` holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{path}: the tensor {name!r} holds NaN or infinity; the file is unusable")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -62,17 +84,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is a pickle, which can run code when it is read; convert it to safetensors first")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is a truncated or corrupt safetensors file ({reason}); get it again") from None
-    for name, tensor in tensors.items():
-        check_finite(path, name, tensor)
-    return tensors, header
-
-
-def check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise ValueError where a tensor read from `path` holds NaN or infinity."""
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{path}: the tensor {name!r} holds NaN or infinity; the file is unusable")

@@ -126,7 +126,7 @@ def evaluate(
     draw = draw or _sampler(model, steps, guidance, seed)
     base = base or base_of(model, concept.class_word, asks=asks, count=count, draw=draw)
     real = [p.pixels for p in load_pictures(photos).pictures]
-    name = " ".join(filter(None, (concept.token, concept.class_word)))
+    name = concept.subject_words
     masked: dict[str, Any] = {"lag": lag} if lag else {}
     subject = draw([concept.instance_prompt] * count, [concept], **masked)
     asked = draw([filled(a.prompt, name) for a in asks], [concept], **masked)

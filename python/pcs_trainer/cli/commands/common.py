@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
+from ...files import read_header
 from ...methods import TITLES
 from ..options import Option, grouped, integer, number, one_of
 from ..progress import quiet_libraries
@@ -141,17 +142,9 @@ def is_own(path: Path) -> bool:
     """Whether a file is a concept of ours, by its header alone."""
     if path.suffix != ".safetensors":
         return False
-    from safetensors import SafetensorError, safe_open
-
     from ...concept.concept import FORMAT
 
-    try:
-        with safe_open(str(path), "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is a truncated or corrupt safetensors file ({' '.join(str(error).split())[:120]})"
-        ) from None
+    return read_header(path).get("format") == FORMAT
 
 
 def subjects_of(concepts: Sequence[Concept]) -> list[str]:
