@@ -1,7 +1,9 @@
-"""Time every op against torch's own best composition on this machine: python benchmarks/run.py
+"""Every op against torch's own best composition, and other libraries, on this machine: python benchmarks/run.py
 
-Each case first passes the tolerance rule of the tests, then its variants take turns in one run. A ratio is the peer's
-time over ours (above 1: ours is faster), round by round; the quartiles are its spread.
+Each case must first pass the tolerance rule of the tests; then its variants take turns in one process. A ratio is the
+peer's time over ours (above 1: ours is faster), round by round; the quartiles are its spread.
+
+Takes about three minutes on two cores; --op geglu takes seconds. Adds rows to benchmarks/results/ops_DEVICE.csv.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
@@ -30,12 +34,12 @@ Call = Callable[[], object]
 class Case:
     op: str
     shape: str
-    ours: Callable[..., torch.Tensor]
-    peers: dict[str, Callable[..., torch.Tensor]]
-    inputs: list[torch.Tensor]
-    # The least ratio asked for each peer: (forward, forward + backward).
+    ours: Callable[..., Tensor]
+    peers: dict[str, Callable[..., Tensor]]
+    inputs: list[Tensor]
+    # Targets by peer: the least ratio of (forward, forward + backward); 0 is none.
     targets: dict[str, tuple[float, float]] = field(default_factory=dict)
-    reference: Callable[..., torch.Tensor] | None = None
+    reference: Callable[..., Tensor] | None = None
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -52,7 +56,7 @@ def self_attention(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("self_attention", s.name, pcs_kernels.self_attention, peers, [q, k, v], target)
 
 
-def xformers_attention(q, k, v):
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -147,11 +151,11 @@ def lowrank(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("lowrank_residual", s.name, ours, peers, [x], target)
 
 
-def results(y: object) -> tuple[torch.Tensor, ...]:
+def results(y: Any) -> tuple[Tensor, ...]:
     return y if isinstance(y, tuple) else (y,)
 
 
-def forward(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Call:
+def forward(call: Callable[..., Tensor], inputs: list[Tensor]) -> Call:
     def run():
         with torch.no_grad():
             return call(*inputs)
@@ -159,7 +163,7 @@ def forward(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Ca
     return run
 
 
-def with_backward(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Call:
+def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> Call:
     leaves = [x.detach().requires_grad_() for x in inputs]
     seeds = [torch.randn_like(y) for y in results(call(*leaves))]
 
@@ -169,8 +173,8 @@ def with_backward(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor])
     return run
 
 
-def on_triton(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same call with our Triton kernels forced: what a GPU times, whatever the dispatch would prefer there."""
+def on_triton(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same call with the triton backend forced, whatever the dispatch would choose on this GPU."""
 
     def forced(*inputs):
         with pcs_kernels.backend("triton"):
@@ -179,8 +183,8 @@ def on_triton(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return forced
 
 
-def gate(case: Case, ours: Callable[..., torch.Tensor]) -> None:
-    """The tolerance rule of the tests on this very case, or no timing."""
+def gate(case: Case, ours: Callable[..., Tensor]) -> None:
+    """Refuse to time a case that fails the tolerance rule of the tests."""
     if case.op in ("frozen_conv2d", "lowrank_residual"):
         return  # weights are bound inside; the tests hold these shapes
     with torch.no_grad():
@@ -191,11 +195,12 @@ def gate(case: Case, ours: Callable[..., torch.Tensor]) -> None:
 
 
 def adamw(rounds: int, device: str) -> Iterator[dict[str, object]]:
+    """Optimizer steps, against torch's fused AdamW and other 8-bit ones."""
     s = registry.ADAMW[0]
     start = torch.randn(s.rows)
     gradient = torch.randn(s.rows)
 
-    def optimizer(make) -> Call:
+    def optimizer(make: Callable[[list[torch.nn.Parameter]], Any]) -> Call:
         p = torch.nn.Parameter(start.clone())
         p.grad = gradient.clone()
         return make([p]).step
@@ -213,22 +218,33 @@ def adamw(rounds: int, device: str) -> Iterator[dict[str, object]]:
     yield from rows_of("adamw8bit", s.name, "float32", "step", timing.interleave(variants, rounds), targets)
 
 
-def rows_of(op, shape, dtype, direction, seconds, targets) -> Iterator[dict[str, object]]:
+def rows_of(
+    op: str, shape: str, dtype: str, direction: str, seconds: dict[str, list[float]], targets: dict[str, float]
+) -> Iterator[dict[str, object]]:
+    """A row for each peer."""
     for peer, times in seconds.items():
         if peer == "ours":
             continue
         middle, low, high = timing.ratio(times, seconds["ours"])
         target = targets.get(peer, 0.0)
+        met = "yes" if middle >= target else "no"
         yield {
-            "op": op, "shape": shape, "dtype": dtype, "direction": direction, "peer": peer,
+            "op": op,
+            "shape": shape,
+            "dtype": dtype,
+            "direction": direction,
+            "peer": peer,
             "ours_ms": f"{1e3 * sorted(seconds['ours'])[len(times) // 2]:.3f}",
             "peer_ms": f"{1e3 * sorted(times)[len(times) // 2]:.3f}",
-            "ratio": f"{middle:.2f}", "quartile_low": f"{low:.2f}", "quartile_high": f"{high:.2f}",
-            "target": f"{target:.2f}" if target else "", "met": ("yes" if middle >= target else "no") if target else "",
-        }  # fmt: skip
+            "ratio": f"{middle:.2f}",
+            "quartile_low": f"{low:.2f}",
+            "quartile_high": f"{high:.2f}",
+            "target": f"{target:.2f}" if target else "",
+            "met": met if target else "",
+        }
 
 
-def absent(op, shape, dtype, direction, peer, why) -> dict[str, object]:
+def absent(op: str, shape: str, dtype: str, direction: str, peer: str, why: str) -> dict[str, object]:
     """The row of a peer that cannot run here."""
     said = dict.fromkeys(("ours_ms", "peer_ms", "ratio", "quartile_low", "quartile_high", "target", "met"), "")
     return {"op": op, "shape": shape, "dtype": dtype, "direction": direction, "peer": peer, **said, "absent": why}
@@ -248,7 +264,7 @@ def show(row: dict[str, object]) -> None:
 
 
 def time_case(case: Case, rounds: int, device: str) -> Iterator[dict[str, object]]:
-    """Forward, then forward and backward, of one gated case; a peer that cannot run here is a row that says why."""
+    """Forward, then forward + backward, of one case; a peer that cannot run here becomes a row that says why."""
     ours = on_triton(case.ours) if device == "cuda" else case.ours
     gate(case, ours)
     for i, (direction, turn) in enumerate((("forward", forward), ("both", with_backward))):
@@ -268,11 +284,11 @@ def time_case(case: Case, rounds: int, device: str) -> Iterator[dict[str, object
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", help="only ops whose name holds this")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda our side is the Triton kernels")
-    parser.add_argument("--out", type=Path, help="the CSV file to add rows to (results/ops_DEVICE.csv)")
-    parser.add_argument("--dry", action="store_true", help="print only, record nothing")
+    parser.add_argument("--op", help="only ops whose name contains this")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each variant (default: 15)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda, where ours is the triton backend")
+    parser.add_argument("--out", type=Path, help="the CSV file to add rows to (default: results/ops_DEVICE.csv)")
+    parser.add_argument("--dry", action="store_true", help="print, but add nothing to the results")
     args = parser.parse_args()
     out = args.out or timing.RESULTS / f"ops_{args.device}.csv"
     torch.set_default_device(args.device)

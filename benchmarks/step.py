@@ -3,9 +3,11 @@
     python benchmarks/step.py --size 512 --rounds 3
 
 Forward and backward at batch 1 with random weights; a low-rank pair on every `proj_out` trains. Peers are diffusers'
-UNet in float32, bfloat16, bfloat16 channels-last and that compiled. First the gradients of all variants are held
-against float32; then their steps are interleaved in one process, each between two measurements of the machine's
-bfloat16 matrix-product rate. Median and spread go to benchmarks/results/step.csv with device, versions and commit.
+UNet in float32, bfloat16, bfloat16 channels-last and that compiled. Every variant's gradients are first checked against
+float32; then the steps are interleaved in one process, each between two measurements of the machine's bf16 matmul rate.
+
+Takes about three minutes at 512 on two cores, and several more with torch.compile. Adds a row for each variant to
+benchmarks/results/step.csv: median, spread, and the share of the measured matmul rate.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from pcs_trainer.unet.unet import UNet
 from registry import SD15
 from torch import nn
 
-TERAFLOP = {256: 0.373, 512: 1.80}  # one frozen step, counted from the layer shapes
+TERAFLOP = {256: 0.373, 512: 1.80}  # of one frozen step by size, counted from the layer shapes
 RESULTS = timing.RESULTS / "step.csv"
-COLUMNS = ("date", "commit", "device", "threads", "torch", "size", "variant", "rounds", "seconds", "fastest", "slowest",
-           "ours_is_faster", "quartile_low", "quartile_high", "teraflop_per_second", "machine_teraflop_per_second",
-           "share_of_machine")  # fmt: skip
 PLANS = ("eager", "A", "B", "C")
 Step = Callable[[], list[torch.Tensor]]
+Weights = dict[str, torch.Tensor]
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer: down, up
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class PeerResidual(nn.Module):
@@ -44,10 +46,10 @@ class PeerResidual(nn.Module):
         return self.base(x) + nn.functional.conv2d(nn.functional.conv2d(x, self.down), self.up)
 
 
-def random_weights() -> dict[str, torch.Tensor]:
+def random_weights() -> Weights:
     """SD1.5-shaped bfloat16 weights that keep activations of ordinary size."""
     generator = torch.Generator().manual_seed(0)
-    weights = {}
+    weights: Weights = {}
     for name, p in UNet.from_config(SD15, device="meta").state_dict().items():
         scale = 0.02 if p.dim() == 1 else 0.7 * p[0].numel() ** -0.5
         weights[name] = torch.empty(p.shape, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
@@ -56,9 +58,9 @@ def random_weights() -> dict[str, torch.Tensor]:
     return weights
 
 
-def residuals(weights: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def residuals(weights: Weights) -> Pairs:
     """Name of each proj_out -> float32 down, up of rank 0.05 x width."""
-    pairs = {}
+    pairs: Pairs = {}
     for name, w in weights.items():
         if name.endswith("proj_out.weight"):
             width, rank = w.shape[0], w.shape[0] // 20
@@ -69,7 +71,7 @@ def residuals(weights: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor,
     return pairs
 
 
-def inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(size: int) -> Inputs:
     """(noisy latents, text states, noise)"""
     return torch.randn(1, 4, size // 8, size // 8), torch.randn(1, 77, 768), torch.randn(1, 4, size // 8, size // 8)
 
@@ -82,8 +84,8 @@ def training_step(forward: Callable[[], torch.Tensor], noise: torch.Tensor, trai
     return step
 
 
-def ours(weights, pairs, call) -> dict[str, Step]:
-    """One network, a step for each memory plan."""
+def ours(weights: Weights, pairs: Pairs, call: Inputs) -> dict[str, Step]:
+    """One network, and a step for each memory plan."""
     unet = UNet.from_config(SD15, device="meta")
     unet.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
     unet.requires_grad_(False)
@@ -101,7 +103,10 @@ def ours(weights, pairs, call) -> dict[str, Step]:
     return {f"pcs plan {plan}": training_step(lambda plan=plan: forward(plan), noise, trained) for plan in PLANS}
 
 
-def peer(weights, pairs, call, dtype: torch.dtype, channels_last: bool, compiled: bool) -> dict[str, Step]:
+def peer(
+    weights: Weights, pairs: Pairs, call: Inputs, dtype: torch.dtype, channels_last: bool, compiled: bool
+) -> dict[str, Step]:
+    """diffusers' UNet with the same residuals, and that compiled."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -128,7 +133,7 @@ def peer(weights, pairs, call, dtype: torch.dtype, channels_last: bool, compiled
 
 
 def machine_rate() -> float:
-    """TFLOP/s of torch's own bfloat16 matrix product, the best of a few large shapes."""
+    """TFLOP/s of torch's own bfloat16 matmul, the best of a few large shapes."""
     best = 0.0
     for m, k, n in ((2048, 2048, 2048), (4096, 1280, 1280), (4096, 640, 5120)):
         a, b = torch.ones(m, k, dtype=torch.bfloat16), torch.ones(n, k, dtype=torch.bfloat16)
@@ -140,9 +145,9 @@ def machine_rate() -> float:
 
 
 def check_gradients(steps: dict[str, Step]) -> None:
-    """Every variant's gradients against float32: ours may err at most twice what the bfloat16 peer does.
+    """Check gradients against float32: the error of ours may be at most twice that of the bfloat16 peer.
 
-    A peer that errs more is timed all the same, and said to err.
+    A peer with a larger error is timed all the same, and marked as wrong.
     """
 
     def flat(step: Step) -> torch.Tensor:
@@ -154,7 +159,7 @@ def check_gradients(steps: dict[str, Step]) -> None:
         wrong = e > 2 * max(error["diffusers bf16"], 1e-3)
         print(f"  gradients against float32: {name:40} {e:.2e}{'  wrong' if wrong else ''}", flush=True)
         if wrong and name.startswith("pcs"):
-            raise SystemExit(f"{name}: wrong gradients (relative error {e:.2e}); nothing is timed")
+            raise SystemExit(f"{name}: the gradients are wrong (relative error {e:.2e}), so nothing is timed")
 
 
 def measure(steps: dict[str, Step], rounds: int) -> tuple[dict[str, list[float]], list[float]]:
@@ -172,17 +177,28 @@ def measure(steps: dict[str, Step], rounds: int) -> tuple[dict[str, list[float]]
 def rows(size: int, seconds: dict[str, list[float]], rates: list[float]) -> list[dict[str, object]]:
     facts = timing.circumstances()
     machine = statistics.median(rates)
-    made = []
+    made: list[dict[str, object]] = []
     for name, times in seconds.items():
         median = statistics.median(times)
         speed = TERAFLOP[size] / median
         over, low, high = timing.ratio(times, seconds["pcs plan A"])
-        values = (
-            facts["date"], facts["commit"], facts["device"], facts["threads"], facts["torch"], size, name, len(times),
-            f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}",
-            f"{over:.2f}", f"{low:.2f}", f"{high:.2f}", f"{speed:.3f}", f"{machine:.3f}", f"{speed / machine:.2f}",
-        )  # fmt: skip
-        made.append(dict(zip(COLUMNS, values, strict=True)))
+        made.append(
+            {
+                **facts,
+                "size": size,
+                "variant": name,
+                "rounds": len(times),
+                "seconds": f"{median:.3f}",
+                "fastest": f"{min(times):.3f}",
+                "slowest": f"{max(times):.3f}",
+                "ours_is_faster": f"{over:.2f}",
+                "quartile_low": f"{low:.2f}",
+                "quartile_high": f"{high:.2f}",
+                "teraflop_per_second": f"{speed:.3f}",
+                "machine_teraflop_per_second": f"{machine:.3f}",
+                "share_of_machine": f"{speed / machine:.2f}",
+            }
+        )
     return made
 
 
@@ -191,7 +207,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, choices=sorted(TERAFLOP), default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    parser.add_argument("--dry", action="store_true", help="print, but do not add to the results file")
+    parser.add_argument("--dry", action="store_true", help="print, but add nothing to the results")
     options = parser.parse_args()
     torch.manual_seed(0)
     weights = random_weights()
@@ -206,10 +222,11 @@ def main() -> None:
     table = rows(options.size, seconds, rates)
     size, threads, middle = options.size, torch.get_num_threads(), statistics.median(rates)
     print(f"{timing.circumstances()['device']}, {threads} threads, torch {torch.__version__}, {size} x {size}")
-    print(f"bf16 matrix products here: {min(rates):.3f} - {max(rates):.3f} TFLOP/s, median {middle:.3f}")
+    print(f"bf16 matmul rate here: {min(rates):.3f} - {max(rates):.3f} TFLOP/s, median {middle:.3f}")
     for row in table:
-        print(f"  {row['variant']:40} {row['seconds']} s ({row['fastest']} - {row['slowest']})  "
-              f"{row['ours_is_faster']} x ours  {float(row['share_of_machine']):.0%} of the machine")  # fmt: skip
+        spread, share = f"({row['fastest']} - {row['slowest']})", float(str(row["share_of_machine"]))
+        took = f"{row['variant']:40} {row['seconds']} s {spread}"
+        print(f"  {took}  {row['ours_is_faster']} x ours  {share:.0%} of the matmul rate")
     if not options.dry:
         timing.append(RESULTS, table)
 

@@ -1,4 +1,4 @@
-"""Interleaved timing and one results file: the variants of a case take turns in one process, medians are compared."""
+"""Timing in turn, and results files: the variants of a case alternate in one process, and medians are compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def finish() -> None:
-    """Wait for the GPU, where there is one at work."""
+    """Wait for the GPU, if one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -26,7 +26,7 @@ def finish() -> None:
 def interleave(
     variants: dict[str, Callable[[], object]], rounds: int = 15, least: float = 0.004
 ) -> dict[str, list[float]]:
-    """Seconds per call of each variant, `rounds` times in turn; short calls repeat to fill `least` seconds."""
+    """Seconds per call of each variant, `rounds` times in turn; short calls are repeated to last `least` seconds."""
     repeats = {}
     for name, call in variants.items():
         call()
@@ -54,7 +54,7 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
-    """The processor, and what it multiplies bfloat16 with: the name alone often says little."""
+    """The processor, and its best instruction set for bfloat16: cloud machines often have no telling name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -67,7 +67,7 @@ def cpu_name() -> str:
 
 
 def circumstances() -> dict[str, str]:
-    """What every row of results carries: when, on what, with what."""
+    """What every row of results carries: date, device, threads, torch version, commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
@@ -82,7 +82,7 @@ def circumstances() -> dict[str, str]:
 
 
 def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Add rows to a CSV file, written whole; new columns widen the file."""
+    """Add rows to a CSV file, written whole or not at all; new columns widen the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old: list[dict[str, object]] = []
     if path.exists():

@@ -1,9 +1,12 @@
 """The methods side by side on the embedded model: python -m benchmarks.quality [--section main ...] [--minutes 40]
 
-Every method learns unseen subjects of the small world from four photos; the judge that ships with the model measures
-what is drawn (pcs_trainer/evaluation/scores.py says what each number is). One row a subject and setting goes into
-results/quality.csv as soon as it is measured; rows that are there for this very model are not measured again.
---docs makes docs/quality.md and its figures from the rows.
+Every method trains on four photos of subjects that no preset was chosen on; the judge that ships with the model
+measures what is sampled (pcs_trainer/evaluation/scores.py explains each score), and ablations test the papers' claims.
+
+Everything takes about 90 minutes on two cores, the main table alone a third of that; --minutes stops earlier. A row for
+each subject and setting goes into benchmarks/results/quality.csv as soon as it is measured, concepts and images into
+--work; rows that are there for the same weights are not measured again. --docs measures nothing and writes
+docs/quality.md and its figures from the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from quality.jobs import RESULTS, Store, model_name, sections
 
 
 def spawn(options: argparse.Namespace, until: float) -> int:
-    """One process a core; each takes its share."""
+    """Start a process for each core; each takes its share of the jobs."""
     command = [sys.executable, str(HERE), "--until", str(until), "--subjects", str(options.subjects)]
     command += ["--results", str(options.results), "--work", str(options.work), "--section", *options.section]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -40,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         "quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = list(sections(2))
-    parser.add_argument("--section", nargs="+", choices=names, default=names, help="which of them (default: all)")
-    parser.add_argument("--subjects", type=int, default=12, help="subjects of the main table (default: 12)")
-    parser.add_argument("--minutes", type=float, default=600, help="start no further training after this long")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="concepts and pictures")
-    parser.add_argument("--docs", action="store_true", help="only make docs/quality.md from the results")
+    parser.add_argument(
+        "--section", nargs="+", choices=names, default=names, help="the main table, or ablations (default: all)"
+    )
+    parser.add_argument("--subjects", type=int, default=12, help="subjects in the main table (default: 12)")
+    parser.add_argument("--minutes", type=float, default=600, help="start no training run after this long")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV file to add rows to")
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="folder for concepts and images")
+    parser.add_argument("--docs", action="store_true", help="write docs/quality.md from the results, measure nothing")
     parser.add_argument("--share", default="", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

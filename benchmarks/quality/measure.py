@@ -28,7 +28,7 @@ class Bench:
         from pcs_trainer import load_model
         from pcs_trainer.evaluation.image_encoders import JudgeEncoder
 
-        self.model, self.eyes, self.work = load_model("tiny"), JudgeEncoder(), work
+        self.model, self.judge, self.work = load_model("tiny"), JudgeEncoder(), work
         self.bases: dict[str, Any] = {}
         self.folder = work / model_name()
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class Bench:
             self.bases[kind] = base_of(self.model, kind, draw=self.drawer({}))
         real = [p.picture for p in photos(seed or job.subject, **HELD_OUT)]
         found = evaluate(
-            self.model, concept, real, lag=lag, base=self.bases[kind], eyes=self.eyes, draw=self.drawer(seen)
+            self.model, concept, real, lag=lag, base=self.bases[kind], eyes=self.judge, draw=self.drawer(seen)
         )
         if job.background:
             found["same_place"] = self.same_place(seen, job.background)
@@ -99,7 +99,7 @@ class Bench:
             for prompt, picture in seen.items()
             if any(end and prompt.endswith(end) and name not in (None, place) for end, name in wanted.items())
         ]
-        return float(np.mean([name == place for name in self.eyes.read(others)["background"]]))
+        return float(np.mean([name == place for name in self.judge.read(others)["background"]]))
 
     def drawer(self, seen: dict[str, np.ndarray]) -> Callable[..., list[np.ndarray]]:
         from pcs_trainer import sample
