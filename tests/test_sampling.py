@@ -13,7 +13,7 @@ from pcs_trainer import load_model
 from pcs_trainer.concept.concept import Concept
 from pcs_trainer.model.schedule import Schedule
 from pcs_trainer.model.sources import TINY
-from pcs_trainer.sampling import samplers
+from pcs_trainer.sampling import SampleOptions, draw, make_scene, samplers
 from pcs_trainer.sampling.drawing import sample
 from test_model_loading import text_config, write_model
 from unet_families import SMALL, ours_like, peer, relative
@@ -280,6 +280,22 @@ def test_each_prompt_with_a_concept_of_its_own_in_one_batch(tiny, lag, guidance)
             alone = latents_of(tiny, prompts[i], [] if k is None else concepts[k], **(options | own | {"seed": 5 + i}))
             assert relative(together[i : i + 1], alone) < 1e-4, (i, k)
     assert not any(getattr(m, "residuals", None) for m in tiny.unet.modules())
+
+
+def test_a_call_is_a_scene_drawn_with_options(tiny):
+    concept = made_up_concept(tiny, "<one>", 1)
+    prompts = ["a <one> dog", "a <one> dog on the beach"]
+    images, maps, latents = sample(
+        tiny, prompts, concept, steps=2, seed=4, guidance=3.0, lag=True, return_maps=["dog"], return_latents=True
+    )
+    scene = make_scene(tiny, prompts, concept, None, None, None, None)  # no negative prompts are empty ones
+    drawn = draw(scene, SampleOptions(steps=2, seed=4, guidance=3.0, lag=True, maps=["dog"]))
+    assert torch.equal(drawn.latents, latents) and torch.equal(drawn.maps.mean, maps.mean)
+    assert [np.array_equal(a, b) for a, b in zip(drawn.images, images, strict=True)] == [True, True]
+    with Counted(tiny.unet) as rows:  # without guidance, negative prompts are not read
+        plain = draw(make_scene(tiny, prompts, concept, None, "a cup", None, None), SampleOptions(steps=1, guidance=1))
+    assert rows == [2] and plain.maps.tokens == []
+    assert torch.equal(plain.latents, latents_of(tiny, prompts, concept, steps=1, guidance=1))
 
 
 def test_bad_calls_are_refused_in_one_sentence(tiny):

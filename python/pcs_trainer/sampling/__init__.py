@@ -11,11 +11,23 @@ from typing import TYPE_CHECKING, Any
 from .names import NAMES as NAMES
 
 if TYPE_CHECKING:
+    from .drawing import Drawing as Drawing
+    from .drawing import SampleOptions as SampleOptions
+    from .drawing import draw as draw
     from .drawing import sample as sample
     from .lag import Lag as Lag
     from .maps import Maps as Maps
+    from .scene import make_scene as make_scene
 
-_HOME = {"sample": "drawing", "Lag": "lag", "Maps": "maps"}  # imported when first used
+_HOME = {  # imported when first used
+    "Drawing": "drawing",
+    "SampleOptions": "drawing",
+    "draw": "drawing",
+    "sample": "drawing",
+    "Lag": "lag",
+    "Maps": "maps",
+    "make_scene": "scene",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,73 +1,193 @@
-"""Drawing: prompts and concepts to pictures.
+"""Sampling: prompts and concepts to images.
 
     sample(model, ["a photo of a <dog> dog on the beach"], [concept], lag=True)
 
-Letters: P pictures of a call, B of a batch, C latent channels, S steps.
+`sample` makes a scene (what is drawn) and options (how), and `draw` draws it.
+Letters: P images of a call, B of a batch, C latent channels, h x w latent positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from ..concept.concept import Concept
 from ..model.autoencoder import decode, latent_factor, own_size
-from ..model.text import Text, Words
-from ..unet.unet import UNet
-from .lag import Attention, Lag, Masker, attention_of
-from .maps import Maps, MapTaker
-from .samplers import SAMPLERS, draw
-from .scene import make_scene
+from ..model.text import Words
+from .lag import Lag, attention_of
+from .maps import Maps
+from .predictor import Predictor
+from .samplers import SAMPLERS, OnStep, Sampler, unit_noise
+from .scene import Scene, make_scene
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from typing_extensions import Unpack
 
     from ..model.model import Model
 
 
-class Predictor:
-    """predict(x, t) of one batch: both halves of the guidance, the maps and the masks in one forward of the UNet."""
+@dataclass(frozen=True)
+class SampleOptions:
+    """How a scene is drawn; the values mean what they mean in `sample`."""
 
-    def __init__(
-        self, unet: UNet, text: Text, pixels: tuple[int, int], guidance: float, steps: int, attention: Attention,
-        pictures: Sequence[int], latent_size: tuple[int, int],
-    ) -> None:  # fmt: skip
-        self.unet, self.guidance, self.steps, self.step = unet, guidance, steps, 0
-        self.guided = guidance != 1.0
-        self.kv = unet.text_kv(text.states)
-        self.added = text.added(*pixels)
-        self.lag = attention.lag
-        self.capture = attention.of(pictures, self.guided)
-        self.masker = None if attention.lag is None else Masker(attention.lag, attention.keys, self.guided)
-        self.taker = MapTaker(attention.tokens, len(attention.keys), latent_size) if attention.tokens else None
+    steps: int = 25
+    guidance: float | None = None
+    sampler: str = "ddim"
+    eta: float = 0.0
+    seed: int = 0
+    size: int | tuple[int, int] | None = None
+    lag: bool | Lag = False
+    batch: int = 8
+    maps: bool | Sequence[str] = False
+    noise: Tensor | None = None  # [P, C, h, w]
+    on_step: OnStep = None
+    progress: bool = False
 
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        weight = self.unet.conv_in.weight
-        both = (torch.cat([x, x]) if self.guided else x).to(weight)
-        masks = self.masker if self.lag is not None and self.lag.masks_at(self.step, self.steps) else None
-        self.step += 1
-        if masks is None and self.taker is None:
-            said = self.unet(both, t, self.kv, self.added)
-        else:
-            said, maps = self.unet(both, t, self.kv, self.added, capture=self.capture, masks=masks)
-            if self.taker is not None:
-                self.taker.take(maps, len(x))
-        said = said.to(x)
-        if not self.guided:
-            return said
-        without, given = said.chunk(2)
-        return without + self.guidance * (given - without)
+    def guidance_for(self, model: Model) -> float:
+        """The weight of classifier-free guidance; 1 is none."""
+        if self.guidance is None:
+            # 7.5 is the default of diffusers' pipelines; the embedded model's card was measured at 5
+            return 5.0 if model.embedded else 7.5
+        return float(self.guidance)
+
+
+@dataclass
+class Drawing:
+    """What was drawn: images, the maps that were asked for, and the latents [P, C, h, w] on the CPU."""
+
+    images: list[Image]
+    maps: Maps
+    latents: Tensor
 
 
 @torch.no_grad()
+def draw(scene: Scene, options: SampleOptions) -> Drawing:
+    """Draw a scene, batch after batch.
+
+    Args:
+        scene: what is drawn: model, prompts, concepts, and which of them each image has.
+        options: how it is drawn.
+
+    Returns:
+        The drawing; only of the finished batches where `options.on_step` ended it.
+    """
+    model, steps = scene.model, options.steps
+    guidance, sampler = options.guidance_for(model), _sampler(options.sampler, options.eta)
+    if guidance == 1:
+        scene = replace(scene, negatives=None)
+    elif scene.negatives is None:
+        scene = replace(scene, negatives=[""] * len(scene.prompts))
+    pixels, shape = _sizes(model, options.size)
+    batches = _batches(len(scene.prompts), options, shape)
+    device = model.unet.conv_in.weight.device
+    images: list[Image] = []
+    maps: list[Maps] = []
+    finished: list[Tensor] = [torch.zeros(0, *shape)]  # so that there is something to join when no batch was finished
+    with scene.placed(), _Steps(options.on_step, steps * len(batches), options.progress) as counted:
+        attention = attention_of(scene, Lag() if options.lag is True else options.lag or None, options.maps)
+        for pictures in batches:
+            # one generator an image, so that an image does not depend on its batch
+            random = [torch.Generator().manual_seed(options.seed + i) for i in pictures]
+            given = None if options.noise is None else options.noise[list(pictures)].float()
+            noise = unit_noise((len(pictures), *shape), random) if given is None else given  # [B, C, h, w]
+            scene.choose(pictures)
+            text = scene.read(pictures)
+            predict = Predictor(model.unet, text, pixels, guidance, steps, attention, pictures, shape[1:])
+            x = sampler(predict, model.schedule, steps, noise.to(device), random, counted)
+            if counted.stopped:
+                break
+            _check_finite(x, scene.prompts, pictures)
+            images += decode(model, x)
+            maps += [predict.taker.maps()] if predict.taker else []
+            finished.append(x.cpu())
+    return Drawing(images, Maps.joined(maps), torch.cat(finished))
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `sample` that do not decide what it returns, for the overloads."""
+
+    strengths: Sequence[float] | None
+    negative: str | Sequence[str] | None
+    steps: int
+    guidance: float | None
+    sampler: str
+    eta: float
+    seed: int
+    size: int | tuple[int, int] | None
+    lag: bool | Lag
+    words: Words | None
+    batch: int
+    latents: Tensor | None
+    on_step: OnStep
+    progress: bool
+    index: Sequence[int | None] | Tensor | None
+    hold_first: bool
+
+
+Prompts = str | Sequence[str]
+Concepts = Concept | Sequence[Concept]
+
+
+@overload
 def sample(
     model: Model,
-    prompts: str | Sequence[str],
-    concepts: Concept | Sequence[Concept] = (),
+    prompts: Prompts,
+    concepts: Concepts = (),
+    *,
+    return_maps: Literal[False] = False,
+    return_latents: Literal[False] = False,
+    **options: Unpack[Options],
+) -> list[Image]: ...
+@overload
+def sample(
+    model: Model,
+    prompts: Prompts,
+    concepts: Concepts = (),
+    *,
+    return_maps: Literal[True] | Sequence[str],
+    return_latents: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[list[Image], Maps]: ...
+@overload
+def sample(
+    model: Model,
+    prompts: Prompts,
+    concepts: Concepts = (),
+    *,
+    return_maps: Literal[False] = False,
+    return_latents: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[list[Image], Tensor]: ...
+@overload
+def sample(
+    model: Model,
+    prompts: Prompts,
+    concepts: Concepts = (),
+    *,
+    return_maps: Literal[True] | Sequence[str],
+    return_latents: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[list[Image], Maps, Tensor]: ...
+@overload
+def sample(
+    model: Model,
+    prompts: Prompts,
+    concepts: Concepts = (),
+    *,
+    return_maps: bool | Sequence[str] = False,
+    return_latents: bool = False,
+    **options: Unpack[Options],
+) -> list[Image] | tuple[Any, ...]: ...
+def sample(
+    model: Model,
+    prompts: Prompts,
+    concepts: Concepts = (),
     *,
     strengths: Sequence[float] | None = None,
     negative: str | Sequence[str] | None = "",
@@ -88,57 +208,45 @@ def sample(
     index: Sequence[int | None] | Tensor | None = None,
     hold_first: bool = False,
 ) -> list[Image] | tuple[Any, ...]:
-    """Pictures of prompts; with return_maps and return_latents a tuple: pictures, Maps, latents [P, C, h, w].
+    """Sample an image of each prompt; image i is drawn from seed + i, whatever the batch.
 
-    Picture i is drawn from seed + i, whatever the batch. strengths: one a concept. size: pixels, or (height, width).
-    negative: one for all, or one a prompt. guidance: 1 is none; None is the model's own. latents: the initial noise.
-    index: the concept of each prompt (None: none), all drawn together; without it every prompt has all concepts.
-    return_maps: True for the concepts' words, or a list of words. words: further learned words and their rows.
-    hold_first: the text's first token stays the frozen encoder's, as it does for concepts that were learned so.
-    on_step(step, steps, latents) after step 0, 1, ... of all batches; returning False ends the call with the pictures
-    of the batches that are finished.
+    Args:
+        concepts, strengths: one strength per concept; default: 1.
+        index: the concept of each prompt (None: none); default: every prompt has all concepts.
+        negative: one negative prompt for all, or one per prompt.
+        guidance: classifier-free guidance, 1 for none; default: 7.5 (5 for the embedded model).
+        sampler, eta: a name in sampling.NAMES; eta adds noise to ddim's steps.
+        size: pixels, or (height, width); default: the model's native size.
+        latents: the initial noise [P, C, h, w] in place of the seeds'.
+        lag: restrict the concepts to the subject's pixels (True, or a Lag with its options).
+        return_maps: attention maps of the concepts' words (True) or of these words.
+        on_step: called as on_step(step, steps, latents) over all batches; returning False ends the call.
+        words, hold_first: learned words beside the concepts', and whether the first token's state stays frozen.
+
+    Returns:
+        The images; with return_maps and return_latents a tuple: images, Maps, latents [P, C, h, w].
     """
-    guidance = _default_guidance(model) if guidance is None else float(guidance)
-    scene = make_scene(model, prompts, concepts, strengths, (negative or "") if guidance != 1 else None, index, words)
-    scene.hold_first |= hold_first
-    draw_batch = _sampler(sampler, eta)
-    count, like = len(scene.prompts), model.unet.conv_in.weight
-    pixels, shape = _sizes(model, size)
-    if latents is not None and tuple(latents.shape) != (count, *shape):
-        raise ValueError(f"latents must be the initial noise {[count, *shape]}, not {list(latents.shape)}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
-    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
-    images: list[Image] = []
-    maps: list[Maps] = []
-    finished: list[Tensor] = []
-    with scene.placed(), _Steps(on_step, steps * len(batches), progress) as counted:
-        attention = attention_of(scene, Lag() if lag is True else lag or None, return_maps)
-        for pictures in batches:
-            random = [torch.Generator().manual_seed(seed + i) for i in pictures]
-            noise = draw((len(pictures), *shape), random) if latents is None else latents[list(pictures)].float()
-            scene.choose(pictures)
-            predict = Predictor(
-                model.unet, scene.read(pictures), pixels, guidance, steps, attention, pictures, shape[1:]
-            )
-            x = draw_batch(predict, model.schedule, steps, noise.to(like.device), random, counted)
-            if counted.stopped:
-                break
-            _check_finite(x, scene.prompts, pictures)
-            images += decode(model, x)
-            maps += [predict.taker.maps()] if predict.taker else []
-            finished.append(x.cpu())
-    asked: list[Any] = [images]
-    asked += [Maps.joined(maps)] if return_maps else []
-    asked += [torch.cat([*finished, torch.zeros(0, *shape)])] if return_latents else []
-    return images if len(asked) == 1 else tuple(asked)
+    how = SampleOptions(
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        eta=eta,
+        seed=seed,
+        size=size,
+        lag=lag,
+        batch=batch,
+        maps=return_maps,
+        noise=latents,
+        on_step=on_step,
+        progress=progress,
+    )
+    without = None if guidance == 1 else negative or ""  # no guidance reads no negative prompt, right or wrong
+    drawn = draw(make_scene(model, prompts, concepts, strengths, without, index, words, hold_first), how)
+    asked = [drawn.images, *([drawn.maps] if return_maps else []), *([drawn.latents] if return_latents else [])]
+    return drawn.images if len(asked) == 1 else tuple(asked)
 
 
-def _default_guidance(model: Model) -> float:
-    return 5.0 if model.embedded else 7.5
-
-
-def _sampler(name: str, eta: float) -> Callable[..., Tensor]:
+def _sampler(name: str, eta: float) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"the sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     if eta and name != "ddim":
@@ -147,40 +255,51 @@ def _sampler(name: str, eta: float) -> Callable[..., Tensor]:
 
 
 def _sizes(model: Model, size: int | tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """(height and width in pixels, the shape of one picture's latents)"""
+    """(height and width in pixels, the shape [C, h, w] of one image's latents)"""
     channels, takes = model.vae.config.latent_channels, model.unet.settings["in_channels"]
     if takes != channels or model.unet.class_embedding is not None:
         raise ValueError(
             f"this UNet reads {takes} channels where its latents have {channels}, or classes too, as models for "
-            f"inpainting and enlarging do; sample() draws from a prompt alone"
+            f"inpainting and upscaling do; sample() draws from a prompt alone"
         )
     factor = latent_factor(model)
     size = own_size(model) if size is None else size
-    height, width = (size, size) if isinstance(size, int) else (int(s) for s in size)
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if min(height, width) < factor or height % factor or width % factor:
         raise ValueError(f"size must be multiples of {factor} pixels for this model, not {height} x {width}")
     return (height, width), (channels, height // factor, width // factor)
 
 
+def _batches(count: int, options: SampleOptions, shape: tuple[int, int, int]) -> list[range]:
+    """The images of each batch; ValueError where the options do not fit so many images of this shape."""
+    noise, batch = options.noise, options.batch
+    if noise is not None and tuple(noise.shape) != (count, *shape):
+        raise ValueError(f"latents must be the initial noise {[count, *shape]}, not {list(noise.shape)}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    return [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+
+
 class _Steps:
     """Counts the steps of all batches: for the progress bar, and for a callback that may end the call."""
 
-    def __init__(self, on_step: Callable[[int, int, Tensor], object] | None, total: int, progress: bool) -> None:
+    def __init__(self, on_step: OnStep, total: int, progress: bool) -> None:
         self.on_step, self.total, self.done, self.stopped = on_step, total, 0, False
-        self.progress, self.bar = progress, None
+        self.progress = progress
+        self.bar: Any = None
 
     def __enter__(self) -> _Steps:
         if self.progress:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=self.total, desc="drawing", unit="step")
+            self.bar = tqdm(total=self.total, desc="sampling", unit="step")
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def __call__(self, step: int, steps: int, x: Tensor) -> bool:
+    def __call__(self, _step: int, _steps: int, x: Tensor) -> bool:
         if self.bar is not None:
             self.bar.update()
         if self.on_step is not None and self.on_step(self.done, self.total, x) is False:

@@ -43,7 +43,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def draw(shape: Sequence[int], generator: Random, like: Tensor | None = None) -> Tensor:
+def unit_noise(shape: Sequence[int], generator: Random, like: Tensor | None = None) -> Tensor:
     """Unit noise in fp32; with one generator a picture, a picture's noise does not depend on its neighbours."""
 
     def one(shape: Sequence[int], g: torch.Generator | None) -> Tensor:
@@ -130,7 +130,7 @@ def ddim(
         spread = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
         x = math.sqrt(b) * clean + math.sqrt(max(1 - b - spread**2, 0.0)) * eps
         if eta > 0:
-            x = x + spread * draw(x.shape, generator, x)
+            x = x + spread * unit_noise(x.shape, generator, x)
         if not _goes_on(on_step, step, len(times), x):
             break
     return x
@@ -262,7 +262,7 @@ def euler_ancestral(
         up = after * math.sqrt(max(now**2 - after**2, 0.0)) / now
         down = math.sqrt(max(after**2 - up**2, 0.0))
         x = x + (down - now) * _slope(predict, x, float(times[step]), now, schedule.prediction)
-        x = x + up * draw(x.shape, generator, x)
+        x = x + up * unit_noise(x.shape, generator, x)
         if not _goes_on(on_step, step, len(times), x):
             break
     return x
