@@ -1,58 +1,81 @@
-"""What training holds in memory: four methods on three models within usual budgets, and kept bytes by plan.
+"""Memory of a training step: four methods on three models within usual budgets, and what each memory plan keeps.
 
     python benchmarks/memory.py            counts everything and writes benchmarks/results/memory.csv
     python benchmarks/memory.py --docs     writes docs/memory.md from that file
 
-Nothing is measured in seconds and no GPU is needed: the steps are counted on tensors without contents.
+Nothing is timed and no GPU is needed: a step is traced on meta tensors. Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import timing
+import torch
 from registry import SD15, SD21, SDXL
-from pcs_trainer.memory.planner import plan
-from pcs_trainer.unet.recompute import PLANS
+from pcs_trainer.files import written_text
+from pcs_trainer.memory.planner import Plan, plan
+from pcs_trainer.memory.networks import networks_of
+from pcs_trainer.memory.rehearsal import Rehearsal
+from pcs_trainer.methods import TITLES, settings_for
+from pcs_trainer.unet.plans import PLANS
 
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
 RESULTS = timing.RESULTS / "memory.csv"
 MODELS = {"SD1.5": (SD15, 512), "SD2.1": (SD21, 768), "SDXL": (SDXL, 1024)}
 METHODS = ("dreambooth", "custom_diffusion", "personalized_residuals", "textboost")
+NOT_MEASURED = {
+    "dreambooth_lora": "no memory goal is set for it; `pcs plan` counts it",
+    "textual_inversion": "no memory goal is set for it; `pcs plan` counts it",
+}
 BUDGETS = (4, 6, 8, 12, 24)
 # The goals for SD1.5 at 512 and batch 1, in GB without the CUDA context.
 TARGETS = {"dreambooth": 4.1, "custom_diffusion": 2.5, "personalized_residuals": 1.9, "textboost": 2.2}
-PARTS = {"weights": ("UNet weights", "text encoder weights", "trained in float32", "cached text"),
-         "optimizer": ("optimizer state", "copy of the last good state"), "gradients": ("gradients",),
-         "kept": ("kept activations",), "working": ("working memory",)}  # fmt: skip
+PARTS = {  # column of the results: the planner's components in it
+    "weights": ("UNet weights", "text encoder weights", "trained in float32", "cached text"),
+    "optimizer": ("optimizer state", "copy of the last good state"),
+    "gradients": ("gradients",),
+    "kept": ("kept activations",),
+    "working": ("working memory",),
+}
+KEPT = {"personalized_residuals": "kept, frozen", "dreambooth": "kept, trained"}  # whose kept bytes are counted by plan
+SHOWN = ("model", "method", "what", "budget_gb", "fits", "peak_gb", "kept_mb", "plans")  # printed of each row
+Row = dict[str, str]
 
 
-def row_of(model: str, found, what: str, budget: float | str) -> dict[str, object]:
-    parts = {
-        name: f"{sum(found.components.get(n, 0) for n in names) / 1e9:.3f}" for name, names in PARTS.items()
-    }  # fmt: skip
-    pictures = f"{found.batch}+{found.prior}" if found.prior else str(found.batch)
+def row_of(model: str, found: Plan, what: str, budget: float | str) -> dict[str, object]:
+    """One line of the results from what the planner found."""
+    parts = {n: sum(found.components.get(part, 0) for part in named) / 1e9 for n, named in PARTS.items()}
     return {
-        "what": what, "model": model, "resolution": found.resolution, "method": found.method, "budget_gb": budget,
-        "fits": "yes" if found.fits else "no", "pictures": pictures, "forwards": found.accumulate,
-        "peak_gb": f"{found.peak / 1e9:.3f}", "with_context_gb": f"{found.total / 1e9:.3f}",
-        **{f"{name}_gb": value for name, value in parts.items()}, "kept_mb": f"{found.kept / 1e6:.0f}",
-        "gradients_at_once_mb": f"{found.gradients / 1e6:.0f}", "plans": found.plans,
-        "more_work": f"{found.slowdown:.3f}", "missing": found.missing,
-    }  # fmt: skip
+        "what": what,
+        "model": model,
+        "resolution": found.resolution,
+        "method": found.method,
+        "budget_gb": budget,
+        "fits": "yes" if found.fits else "no",
+        "pictures": f"{found.batch}+{found.prior}" if found.prior else str(found.batch),
+        "forwards": found.accumulate,
+        "peak_gb": f"{found.peak / 1e9:.3f}",
+        "with_context_gb": f"{found.total / 1e9:.3f}",
+        **{f"{name}_gb": f"{value:.3f}" for name, value in parts.items()},
+        "kept_mb": f"{found.kept / 1e6:.0f}",
+        "gradients_at_once_mb": f"{found.gradients / 1e6:.0f}",
+        "plans": found.plans,
+        "more_work": f"{found.slowdown:.3f}",
+        "missing": found.missing,
+    }
 
 
 def rows(task: tuple[str, str]) -> list[dict[str, object]]:
     """All rows of one method on one model."""
     model, method = task
     config, resolution = MODELS[model]
-    made = [
-        row_of(model, plan(config, method, resolution, budget=f"{gb}GB"), "budget", gb) for gb in BUDGETS
-    ]  # fmt: skip
+    made = [row_of(model, plan(config, method, resolution, budget=f"{gb}GB"), "budget", gb) for gb in BUDGETS]
     if model == "SD1.5":
         within = f"{TARGETS[method] + 0.5}GB"
         made.append(row_of(model, plan(config, method, resolution, batch=1, budget=within), "target", TARGETS[method]))
@@ -60,35 +83,30 @@ def rows(task: tuple[str, str]) -> list[dict[str, object]]:
 
 
 def kept_rows(model: str, method: str) -> list[dict[str, object]]:
-    """Bytes kept for the backward at batch 1 under each plan: of a frozen UNet, and of one that trains whole."""
-    from pcs_trainer.memory.planner import _Counted
-    from pcs_trainer.memory.rehearsal import networks_of
-    from pcs_trainer.settings import settings_for
-    import torch
-
-    if method not in ("personalized_residuals", "dreambooth"):
+    """Bytes kept for the backward pass at batch 1 under each plan: of a frozen UNet, and of one that trains whole."""
+    if method not in KEPT:
         return []
     config, resolution = MODELS[model]
-    settings = settings_for(None, method)
-    counted = _Counted(networks_of(config), settings, (1, resolution // 8), torch.bfloat16, "cuda", False)
-    what = "kept, frozen" if method == "personalized_residuals" else "kept, trained"
-    return [
-        {"what": what, "model": model, "resolution": resolution, "method": method, "pictures": 1, "plans": name,
-         "kept_mb": f"{counted.count(name).kept / 1e6:.0f}"} for name in PLANS
-    ]  # fmt: skip
-
-
-def write(path: Path, text: str) -> None:
-    """The file whole, or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    step = Rehearsal(networks_of(config), settings_for(None, method), (1, resolution // 8), torch.bfloat16)
+    made: list[dict[str, object]] = []
+    for name in PLANS:
+        step.unet.set_plan(name)
+        kept = f"{step.count().kept / 1e6:.0f}"
+        made.append(
+            {
+                "what": KEPT[method],
+                "model": model,
+                "resolution": resolution,
+                "method": method,
+                "pictures": 1,
+                "plans": name,
+                "kept_mb": kept,
+            }
+        )
+    return made
 
 
 def csv_text(table: list[dict[str, object]]) -> str:
-    import io
-
     columns = list(dict.fromkeys(key for row in table for key in row))
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -97,66 +115,113 @@ def csv_text(table: list[dict[str, object]]) -> str:
     return file.getvalue()
 
 
-def cell(row: dict[str, str]) -> str:
+def batch_of(row: Row) -> str:
+    """4, 1+1 (one class image with it), 2+2 x 4 (in four forward passes)."""
+    return row["pictures"] + (f" x {row['forwards']}" if row["forwards"] != "1" else "")
+
+
+def cell(row: Row) -> str:
     if row["fits"] == "no":
         return f"no, {row['missing'].split()[0]} GB short"
-    per = f" x {row['forwards']}" if row["forwards"] != "1" else ""
-    return f"{row['with_context_gb']} GB, {row['pictures']}{per}: {row['plans']} (+{float(row['more_work']):.0%})"
+    return f"{row['with_context_gb']} GB, {batch_of(row)}: {row['plans']} (+{float(row['more_work']):.0%})"
 
 
-def docs_text(table: list[dict[str, str]]) -> str:
-    """docs/memory.md from the results."""
-    kind = lambda what: [row for row in table if row["what"] == what]  # noqa: E731
-    lines = [HEAD.strip(), ""]
-    for model, (_, resolution) in MODELS.items():
-        lines += [f"### {model} at {resolution} x {resolution}", ""]
-        lines += ["| method | " + " | ".join(f"{gb} GB" for gb in BUDGETS) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
-        for method in METHODS:
-            mine = {row["budget_gb"]: row for row in kind("budget") if (row["model"], row["method"]) == (model, method)}
-            lines += [f"| {method} | " + " | ".join(cell(mine[str(gb)]) for gb in BUDGETS) + " |"]
-        lines += [""]
-    lines += [PARTS_HEAD.strip(), "", "| method | goal | peak | weights | optimizer, copy | kept | working | plans |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in kind("target"):
-        parts = " | ".join(row[f"{name}_gb"] for name in ("peak", "weights", "optimizer", "kept", "working"))
-        lines += [f"| {row['method']} | {row['budget_gb']} | {parts} | {row['plans']} |"]
-    lines += [
-        "",
-        KEPT_HEAD.strip(),
-        "",
-        "| model | UNet | " + " | ".join(PLANS) + " |",
-        "|---" * (len(PLANS) + 2) + "|",
+def budget_lines(table: list[Row], model: str) -> list[str]:
+    """A model's table: each method within each budget."""
+    lines = ["| method | " + " | ".join(f"{gb} GB" for gb in BUDGETS) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
+    for method in METHODS:
+        mine = {
+            row["budget_gb"]: row
+            for row in table
+            if (row["what"], row["model"], row["method"]) == ("budget", model, method)
+        }
+        lines += [f"| {TITLES[method]} | " + " | ".join(cell(mine[str(gb)]) for gb in BUDGETS) + " |"]
+    return lines
+
+
+def target_lines(table: list[Row]) -> list[str]:
+    """SD1.5's steps at batch 1, part by part, beside their goals."""
+    lines = [
+        "| method | goal | peak | weights | optimizer state, copy | kept activations | working memory | plans |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    for row in table:
+        if row["what"] == "target":
+            parts = " | ".join(row[f"{name}_gb"] for name in ("peak", "weights", "optimizer", "kept", "working"))
+            lines += [f"| {TITLES[row['method']]} | {row['budget_gb']} | {parts} | {row['plans']} |"]
+    return lines
+
+
+def kept_lines(table: list[Row]) -> list[str]:
+    """MB kept for the backward pass, by model and plan."""
+    lines = ["| model | UNet | " + " | ".join(PLANS) + " |", "|---" * (len(PLANS) + 2) + "|"]
     for model, (_, resolution) in MODELS.items():
         for what in ("frozen", "trained"):
-            kept = {r["plans"]: r["kept_mb"] for r in kind(f"kept, {what}") if r["model"] == model}
+            mine = [row for row in table if (row["what"], row["model"]) == (f"kept, {what}", model)]
+            kept = {row["plans"]: row["kept_mb"] for row in mine}
             lines += [f"| {model} {resolution} | {what} | " + " | ".join(kept[name] for name in PLANS) + " |"]
+    return lines
+
+
+def docs_text(table: list[Row]) -> str:
+    """docs/memory.md from the results."""
+    lines = [HEAD.strip(), ""]
+    for model, (_, resolution) in MODELS.items():
+        lines += [f"### {model} at {resolution} x {resolution}", "", *budget_lines(table, model), ""]
+    lines += [PARTS_HEAD.strip(), "", *target_lines(table), ""]
+    lines += [KEPT_HEAD.strip(), "", *kept_lines(table)]
     return "\n".join(lines) + "\n"
 
 
+def least_table(table: list[Row]) -> str:
+    """The README's table: the smallest step counted for each method and model, and the batch it is for."""
+    models = [f"{model} {resolution}" for model, (_, resolution) in MODELS.items()]
+    lines = [LEAST_HEAD.strip(), "", f"| method | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for method in METHODS:
+        cells = []
+        for model in MODELS:
+            # Where a budget is too small, the row holds the smallest step there is.
+            mine = [r for r in table if (r["model"], r["method"]) == (model, method) and r["with_context_gb"]]
+            least = min(mine, key=used)
+            cells.append(f"fits in {-(-used(least) // 10) / 100:.2f} GB (batch {batch_of(least)})")
+        lines.append(f"| {TITLES[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def used(row: Row) -> int:
+    """MB of a step with the CUDA context."""
+    return round(1000 * float(row["with_context_gb"]))
+
+
 HEAD = """
-# What training holds in memory
+# Memory of a training step
 
-Counted, not measured: every tensor of a training step, on tensors without contents, in bfloat16 (what is trained beside
-the network in float32). On the CPU these counts agree with torch's allocator to the byte, or within 8 % where kernels
-repack small weights; what a GPU's libraries take as workspace and what its allocator loses between blocks is not in
-them. GB is 10^9 bytes. Rebuild with `python benchmarks/memory.py && python benchmarks/memory.py --docs`; ask for other
-models, sizes and budgets with `pcs plan`.
+Computed by tracing, not measured: the lifetime of every tensor of a training step, on meta tensors, in bfloat16 (what
+trains beside the network in float32). On the CPU these counts agree with torch's allocator to the byte, or within 8 %
+where kernels repack small weights. Not included: a GPU library's workspace, and what its allocator loses between
+blocks. GB is 10^9 bytes. Rebuild with `python benchmarks/memory.py && python benchmarks/memory.py --docs`; ask for
+other models, sizes and budgets with `pcs plan`.
 
-Each cell: memory with 0.5 GB for the CUDA context, pictures in one forward (subject + prior; x forwards a step), how
-many of the UNet's layers follow which memory plan, and the work beyond the fastest plans. Where a method's own batch
-does not fit, the planner halves it and accumulates gradients.
+Each cell: memory with 0.5 GB for the CUDA context; images in one forward pass (subject + class; x N: N forward passes
+for one optimizer step); how many of the UNet's layers follow which memory plan; and the compute added to that of the
+fastest plans. Where a method's own batch does not fit, the planner halves it and accumulates gradients.
 """
 PARTS_HEAD = """
-## SD1.5 at 512, one picture of the subject in a forward, against the project's goals
+## SD1.5 at 512, batch 1, against the project's goals
 
-GB at the peak, without the CUDA context. Gradients are no column: with the optimizer's step in the backward, and for
-the small methods, they are under a percent of the peak. The copy is of what trains: the last state known to be good.
+GB at the peak, without the CUDA context. Gradients have no column: with the optimizer's step in the backward pass, and
+for the small methods, they are under a percent of the peak. The copy is of the trainable parameters: the last good
+state.
 """
 KEPT_HEAD = """
-## Kept for the backward, by memory plan
+## Activations kept for the backward pass, by memory plan
 
-MB for one picture: of a frozen UNet with low-rank residuals on its output projections, and of a UNet that trains whole.
+MB for one image: of a frozen UNet with low-rank residuals on its output projections, and of a UNet that trains whole.
+"""
+LEAST_HEAD = """
+The smallest training step counted, with the batch it is for: subject images (+ class images) in one forward pass, x N
+where N passes make one optimizer step. bfloat16; computed by tracing, not measured; includes 0.5 GB for the CUDA
+context.
 """
 
 
@@ -164,11 +229,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", action="store_true", help="write docs/memory.md from the results, count nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file to write")
-    parser.add_argument("--model", choices=list(MODELS), help="this model alone")
+    parser.add_argument("--model", choices=list(MODELS), help="count this model alone")
     options = parser.parse_args()
     if options.docs:
         with options.out.open(newline="") as file:
-            write(DOCS, docs_text(list(csv.DictReader(file))))
+            written_text(DOCS, docs_text(list(csv.DictReader(file))))
         print(f"written: {DOCS.name}")
         return
     tasks = [(model, method) for model in reversed(MODELS) for method in reversed(METHODS)]
@@ -177,11 +242,9 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(tasks, pool.map(rows, tasks), strict=True))
     table = [facts | row for task in reversed(tasks) for row in found[task]]
-    write(options.out, csv_text(table))
+    written_text(options.out, csv_text(table))
     for row in table:
-        print(
-            *(row.get(k, "") for k in ("model", "method", "what", "budget_gb", "fits", "peak_gb", "kept_mb", "plans"))
-        )
+        print(*(row.get(name, "") for name in SHOWN))
 
 
 if __name__ == "__main__":

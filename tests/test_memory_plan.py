@@ -8,8 +8,9 @@ import torch
 from kept_bytes import Storages
 from pcs_trainer.memory.assign import Table, fastest, fastest_within, smallest
 from pcs_trainer.memory.ledger import LayerCount, StepCount
+from pcs_trainer.memory.networks import KNOWN_TEXT, Networks, networks_of
 from pcs_trainer.memory.planner import Plan, _Counted, plan
-from pcs_trainer.memory.rehearsal import KNOWN_TEXT, Networks, Rehearsal, networks_of, state_bytes
+from pcs_trainer.memory.rehearsal import Rehearsal, state_bytes
 from pcs_trainer.methods import settings_for
 from pcs_trainer.unet.recompute import PLANS
 from pcs_trainer.units import parse_bytes

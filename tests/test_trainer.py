@@ -196,7 +196,7 @@ def test_several_concepts_train_together(model):
     alike = Trainer(model, "dreambooth_lora", concepts=both, identifier="learned", **SMALL).learner
     first, second = alike.words.values()
     alike.restore()
-    assert not torch.equal(first[0], second[0])  # words that do not train must not be the same words
+    assert not torch.equal(first.rows[0], second.rows[0])  # words that do not train must not be the same words
 
 
 def test_pictures_of_several_classes_in_one_folder_need_captions(model, tmp_path):

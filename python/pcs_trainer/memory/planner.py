@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..methods import settings_for
 from ..model.model import Model, load_model
-from ..settings import Settings, settings_for
+from ..settings import Settings
 from ..unet.recompute import PLANS
 from ..units import parse_bytes
 from .assign import Table, fastest, fastest_within, smallest
 from .ledger import StepCount
-from .recipes import FIELDS
-from .rehearsal import Networks, Rehearsal, networks_of
+from .networks import Networks, networks_of
+from .rehearsal import Rehearsal
 
 CUDA_CONTEXT = 500_000_000  # what the driver takes before the first tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -133,11 +134,25 @@ class _Counted:
         return Table({plan: self.count(plan) for plan in PLANS}, sum(self.lasting().values()))
 
 
-@functools.lru_cache(maxsize=8)
-def _counted(networks: str, chosen: str, size: tuple[int, int], dtype: torch.dtype, device: str,
-             accumulate: bool) -> _Counted:  # fmt: skip
-    settings = Settings(**json.loads(chosen))
-    return _Counted(Networks(**json.loads(networks)), settings, size, dtype, device, accumulate)
+@dataclass(frozen=True)
+class _Request:
+    """What a count depends on."""
+
+    networks: Networks
+    settings: Settings
+    size: tuple[int, int]  # (pictures in one forward, side of the latents)
+    dtype: torch.dtype
+    device: str
+    accumulate: bool
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # configurations are dicts, which have no hash of their own
+
+
+@functools.lru_cache(maxsize=8)  # a budget is tried with a few batch sizes; a count holds the networks' shapes
+def _counted(request: _Request) -> _Counted:
+    r = request
+    return _Counted(r.networks, r.settings, r.size, r.dtype, r.device, r.accumulate)
 
 
 def plan(
@@ -176,10 +191,8 @@ def plan(
     wanted = (s.batch if batch is None else batch) * s.accumulate
 
     def counted(pictures: int) -> _Counted:
-        config = json.dumps({"unet": dict(networks.unet), "text": networks.text, "pixels": networks.pixels})
-        chosen = json.dumps({name: getattr(s, name) for name in FIELDS})
         size = pictures * (1 + prior), resolution // networks.pixels
-        return _counted(config, chosen, size, dtype, device, wanted > pictures)
+        return _counted(_Request(networks, s, size, dtype, device, wanted > pictures))
 
     pictures = s.batch if batch is None else batch
     chosen = counted(pictures)

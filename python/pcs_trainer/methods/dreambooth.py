@@ -19,11 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..concept import grammar
-from ..distributed import rank_and_world
 from ..model.model import Model
 from ..model.text_adapters import file_name
 from ..settings import Identifier, Settings
-from ..unet.layers import replace_data
 from .learner import Learner
 from .method import ExtraInput, Method
 
@@ -48,9 +46,6 @@ class DreamBooth(Settings):
 
 def setup(model: Model, s: DreamBooth, learner: Learner) -> None:
     """The whole UNet, and what the settings add."""
-    for parameter in model.unet.parameters():
-        if parameter.ndim == 4 and rank_and_world()[1] == 1:  # the layout in which a convolution's gradient comes
-            replace_data(parameter, parameter.data.contiguous(memory_format=torch.channels_last))
     learner.train_whole_unet()
     train_text_encoders(model, s, learner)
     learner.add_subject_word(s)
@@ -66,7 +61,7 @@ def train_text_encoders(model: Model, s: DreamBooth, learner: Learner) -> None:
 
 
 def small_picture(s: DreamBooth) -> ExtraInput | None:
-    """What an up-scaler is told: the picture at a quarter of its size, upsampled, with noise of variance noise_level."""
+    """What an up-scaler is told: the picture at a quarter of its size, upsampled, with some noise on it."""
     if s.stage == "base":
         return None
 

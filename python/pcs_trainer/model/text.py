@@ -74,7 +74,7 @@ def encode(model: Model, prompts: Sequence[str], words: Words | None = None, hol
         parts.append(states)
         ids.append(said)
     joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]  # [B, T, C]
-    return Text(_by_block(model, joined), pooled, ids)
+    return Text(by_block(model, joined), pooled, ids)
 
 
 def _states(encoder: TextEncoder, said: Ids, table: Tensor | None, penultimate: bool) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +113,7 @@ def _held(encoder: TextEncoder, tokenizer: Any, prompts: Sequence[str], states: 
     return torch.where(is_empty | first, empty, states)  # [B, T, C]
 
 
-def _by_block(model: Model, states: Tensor) -> Tensor | dict[str, Tensor]:
+def by_block(model: Model, states: Tensor) -> Tensor | dict[str, Tensor]:
     """The states, or with residuals on what single blocks read, one tensor per block."""
     state = adapters(model.text_encoder)
     if not state.context or not state.on:

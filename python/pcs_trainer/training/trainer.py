@@ -19,6 +19,7 @@ from ..methods import settings_for
 from ..methods.learner import Learner, learner_for
 from ..model.model import Model, load_model
 from ..settings import Settings
+from ..unet.layers import replace_data
 from .events import Event
 from .objective import Objective, compute_dtype
 from .proof import compare_gradients
@@ -107,6 +108,8 @@ class Trainer:
         """The loss of this training: pictures as latents, what trains on the model, frozen texts encoded."""
         data = prepare(self.task, say)
         learner = self.learner
+        if learner.trains_whole_network and rank_and_world()[1] == 1:
+            _channels_last(self.model.unet)
         self.model.unet.set_plan(self.settings.plan)
         return Objective(self.task, data, learner)
 
@@ -166,6 +169,13 @@ def trainable(
     found = learner.parameters
     learner.restore()
     return found
+
+
+def _channels_last(unet: nn.Module) -> None:
+    """Convolution weights in the layout in which their gradients come: otherwise each step re-orders all of them."""
+    for parameter in unet.parameters():
+        if parameter.ndim == 4:
+            replace_data(parameter, parameter.data.contiguous(memory_format=torch.channels_last))
 
 
 def _never() -> bool:

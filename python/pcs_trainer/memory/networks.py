@@ -1,0 +1,68 @@
+"""What is planned for: the configurations of a model's networks, found without loading any weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..concept.grammar import TEXT_PARTS
+from ..model.model import Model
+from ..model.sources import Folder, find_source, read_json
+from ..unet.unet import UNet
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+# The text encoders of the known families, by the width of the text states; for a UNet that comes without any.
+KNOWN_TEXT = {
+    768: [CLIP_L],
+    1024: [CLIP_H],
+    2048: [CLIP_L, CLIP_G | {"projection_dim": 1280, "architectures": ["CLIPTextModelWithProjection"]}],
+}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The configurations of a model's UNet and text encoders, and how many pixels a latent one stands for."""
+
+    unet: dict[str, Any]
+    text: list[dict[str, Any]]
+    pixels: int = 8
+
+    @property
+    def resolution(self) -> int:
+        """The side of the pictures that the model was made for."""
+        return (self.unet.get("sample_size") or 64) * self.pixels
+
+
+def networks_of(model: Any) -> Networks:
+    """The configurations of a Model, a UNet, a folder, a hub name or a configuration; nothing is loaded."""
+    if isinstance(model, UNet):
+        return _with_text(model.config, [])
+    if isinstance(model, dict):
+        text = model.get("text_encoder", [])
+        return _with_text(model.get("unet", model), [text] if isinstance(text, dict) else list(text))
+    if isinstance(model, (str, Path)) and (Path(model) / "config.json").is_file():
+        return _with_text(read_json(Path(model) / "config.json"), [])
+    if isinstance(model, (str, Path)):
+        source = find_source(model, None, fp16=True)
+        model = Model(source, None, "cpu")
+    if not isinstance(model, Model):
+        kinds = "a Model, a UNet, a folder, a hub name or a UNet's configuration"
+        raise ValueError(f"model must be {kinds}, not {type(model).__name__}")
+    if not isinstance(model.source, Folder):
+        return _with_text(model.unet.config, [encoder.config.to_dict() for encoder in model.text_encoders])
+    source = model.source
+    text = [read_json(source.part(n) / "config.json") for n in TEXT_PARTS if source.has(n)]
+    pixels = 8
+    if source.has("vae"):
+        levels = read_json(source.part("vae") / "config.json").get("block_out_channels", (0,) * 4)
+        pixels = 2 ** (len(levels) - 1)
+    return _with_text(read_json(source.part("unet") / "config.json"), text, pixels)
+
+
+def _with_text(unet: dict[str, Any], text: list[dict[str, Any]], pixels: int = 8) -> Networks:
+    width = unet.get("cross_attention_dim", 1280)
+    width = width if isinstance(width, int) else width[0]
+    return Networks(dict(unet), text or KNOWN_TEXT.get(width, []), pixels)
