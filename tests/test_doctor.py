@@ -9,7 +9,7 @@ import pytest
 import torch
 from pcs_trainer import machine
 from pcs_trainer.cli import doctor
-from pcs_trainer.report import of_a_run as run_report
+from pcs_trainer.report import run_report
 
 import pcs_kernels
 from pcs_kernels import _native, diagnostics

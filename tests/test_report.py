@@ -1,8 +1,9 @@
-"""The report page: its parts, its faithfulness to what it is given, and that it asks nobody for anything."""
+"""The report page: its parts, its faithfulness to what it is given, and that it makes no external request."""
 
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from pcs_trainer import version
 from pcs_trainer.cli.progress import Progress, line_of
 from pcs_trainer.report.figures import curve_svg, data_uri, heat, ticks
 from pcs_trainer.report.page import page, write_report
@@ -75,7 +77,7 @@ def full() -> dict:
                 {"prompt": "a <mug> mug at night", "cells": [picture(), None]},
             ],
         },
-        "numbers": {"columns": ["method", "numbers learned"], "rows": [["TextBoost", 24704]]},
+        "numbers": {"columns": ["method", "trainable parameters"], "rows": [["TextBoost", 24704]]},
         "curves": [{"name": "TextBoost", "steps": steps, "loss": loss, "smoothed": loss, "probe": probe}],
         "attention": {
             "items": [{"label": "TextBoost", "picture": picture(), "maps": [rng.random((16, 16)) for _ in range(6)]}]
@@ -101,7 +103,7 @@ def test_every_part_is_there_and_every_tag_is_closed():
         "1 min 15 s",
         "23.0 MB",
         "no space",
-        "drifted by 4.2%",
+        "moved by 4.2%",
         "held-out",
     ):
         assert said in text
@@ -134,6 +136,19 @@ def test_a_section_without_data_is_left_out():
 def test_wrong_data_is_named(change, says):
     with pytest.raises(ValueError, match=says):
         page({"title": "T"} | change)
+
+
+def test_the_version_is_the_distributions_and_its_absence_is_a_sentence(monkeypatch):
+    assert version.own_version() == importlib.metadata.version("pcs_kernels")
+
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(version, "version", nothing)
+    assert "pcs_kernels is not installed. Fix: pip install" in version.own_version()
+    assert "pcs_kernels is not installed" in page(
+        {"title": "T", "photos": [picture()]}
+    )  # a page is written all the same
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path):

@@ -33,7 +33,7 @@ def overview() -> str:
 
 def run(words: Sequence[str]) -> int:
     """Run one command line; errors come out as exceptions."""
-    from ..report.page import own_version
+    from ..version import own_version
 
     first = words[0] if words else "--help"
     if first in ("-h", "--help", "help"):

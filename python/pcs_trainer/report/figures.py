@@ -1,4 +1,4 @@
-"""What a report draws: pictures as data URIs, attention maps as coloured layers, loss curves as inline SVG."""
+"""Figures of a report: images as data URIs, attention maps as coloured layers, loss curves as inline SVG."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 640  # pixels a side; larger pictures are shrunk for the page
+LARGEST = 640  # pixels a side, twice the width of a column of the page; larger images are shrunk
+EXACT = 256  # pixels a side up to which an image is stored as PNG, without loss
+MAP_SIDE = 40  # pixels of an attention map; the browser upsamples it smoothly
+MOST_POINTS = 800  # of a curve: two a pixel at the width that the page shows it
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 400, 220, 40, 22, 8, 6
-# A map from nothing to its maximum: what is not looked at goes dark, what is looked at keeps its colours and glows.
+# RGBA from a map's minimum to its maximum: pixels without attention go dark, those with it keep their colours and glow.
 RAMP = np.array([[12, 10, 30, 200], [44, 24, 62, 165], [190, 86, 50, 105], [255, 186, 80, 60], [255, 246, 190, 36]])
 
 
@@ -33,9 +36,9 @@ def picture(value: Any) -> Any:
 
 
 def data_uri(value: Any) -> str:
-    """PNG below 257 pixels a side, else JPEG of at most 640."""
+    """The data URI of an image: PNG up to EXACT pixels a side, else JPEG of at most LARGEST."""
     shown = picture(value)
-    small = max(shown.size) <= 256
+    small = max(shown.size) <= EXACT
     if max(shown.size) > LARGEST:
         shown.thumbnail((LARGEST, LARGEST))
     return _encoded(shown, "PNG" if small else "JPEG")
@@ -57,14 +60,15 @@ def heat(values: Any, side: int = 64) -> Any:
     low, high = float(grid.min()), float(grid.max())
     grid = (grid - low) / (high - low) if high > low else np.zeros_like(grid)
     width = max(1, round(side * grid.shape[1] / grid.shape[0]))
-    grid = np.asarray(Image.fromarray(grid, "F").resize((width, side), Image.BICUBIC)).clip(0, 1)
+    grid = np.asarray(Image.fromarray(grid, "F").resize((width, side), Image.Resampling.BICUBIC)).clip(0, 1)
     stops = np.linspace(0, 1, len(RAMP))
     layers = [np.interp(grid, stops, RAMP[:, c]) for c in range(4)]
     return Image.fromarray(np.stack(layers, -1).round().astype(np.uint8), "RGBA")
 
 
 def heat_uri(values: Any) -> str:
-    return _encoded(heat(values, 40), "PNG")  # the browser enlarges it smoothly
+    """The data URI of `heat`."""
+    return _encoded(heat(values, MAP_SIDE), "PNG")
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -85,7 +89,7 @@ def limits(lines: Sequence[dict[str, Any]]) -> tuple[float, float, float, float]
     fine = np.isfinite(y)
     if not fine.any():
         raise ValueError("a curve without a finite value cannot be drawn")
-    low, high = np.percentile(y[fine], [0, 99])
+    low, high = np.percentile(y[fine], [0, 99])  # one value in a hundred may be a spike
     pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     bottom = 0.0 if low >= 0 and low < 0.5 * high else low - pad
     return float(x.min()), float(max(x.max(), x.min() + 1)), float(bottom), float(high + pad)
@@ -115,7 +119,7 @@ def curve_svg(name: str, lines: Sequence[dict[str, Any]]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def thinned(points: list[tuple[float, float]], most: int = 800) -> list[tuple[float, float]]:
+def thinned(points: list[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
     """Every n-th point and the last, so that a long run does not fill the page."""
     step = max(1, math.ceil(len(points) / most))
     return points[::step] + ([points[-1]] if points and (len(points) - 1) % step else [])

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of what was learned: pictures inside it, no request to anywhere, no framework.
+"""A report as one self-contained HTML page: images inside it, no external requests, no framework.
 
     write_report("out/report.html", {"title": "A mug", "photos": [...], ...})
 
@@ -15,7 +15,7 @@ Every key but the title may be left out, and its section with it:
     proof            [{"name": str, "checks": [{"what": str, "passed": bool}]}]
     settings         [{"name": str, "values": {name: value}}]
     environment      {name: value}
-    failures         [str]: pieces that could not be made
+    failures         [str]: what could not be made
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ from typing import Any
 
 from ..files import written_text
 from ..units import bytes_text, time_text
+from ..version import own_version
 from .figures import curve_svg, data_uri, heat_uri
-
-KEYS = ("title", "lead", "photos", "sheet", "numbers", "curves", "attention", "timings", "memory", "proof")
-KEYS += ("settings", "environment", "failures")
 
 
 def _figure(value: Any, alt: str, caption: str = "") -> str:
@@ -107,9 +105,13 @@ def _curves(curves: list[dict[str, Any]]) -> str:
             ]
             key = f'<ul class="key">{"".join(shown)}</ul>'
             if probe.get("step"):
-                key += f'<p class="note">The class drifted by {probe["drift"][-1]:.1%} of its prediction.</p>'
+                key += (
+                    f'<p class="note">Class drift: the prediction for the class moved by {probe["drift"][-1]:.1%}.</p>'
+                )
             figures.append(f"<figure><h3>{escape(curve['name'])}</h3>{curve_svg(curve['name'], lines)}{key}</figure>")
-    note = "Every step faint, smoothed in bold; held-out: the photos' loss on noise that training never sees."
+    note = (
+        "Thin: every step; bold: smoothed. Held-out: validation loss of the photos, on noise that training never uses."
+    )
     return f'<p class="note">{note}</p><div class="two">{"".join(figures)}</div>'
 
 
@@ -194,22 +196,27 @@ def _failures(failures: Iterable[str]) -> str:
 
 
 SECTIONS: list[tuple[str, str, Callable[[Any], str]]] = [
-    ("failures", "What failed", _failures),
+    ("failures", "Failures", _failures),
     ("photos", "Photos", _photos),
-    ("sheet", "Pictures", _sheet),
+    ("sheet", "Samples", _sheet),
     ("numbers", "Numbers", _numbers),
-    ("attention", "Where the model looks", _attention),
+    ("attention", "Attention", _attention),
     ("curves", "Loss", _curves),
-    ("proof", "Proof that it trained", _proof),
+    ("proof", "Checks", _proof),
     ("timings", "Time", _timings),
     ("memory", "Memory", _memory),
     ("settings", "Settings", _settings),
     ("environment", "Machine", _list),
 ]
+KEYS = ("title", "lead", *(key for key, _, _ in SECTIONS))
 
 
 def page(data: dict[str, Any]) -> str:
-    """The HTML of a report; a wrong key is named."""
+    """The HTML of a report.
+
+    Args:
+        data: the keys that this file's docstring lists; ValueError names an unknown one.
+    """
     unknown = [key for key in data if key not in KEYS]
     if unknown or not data.get("title"):
         what = f"has no section {unknown[0]!r}" if unknown else "needs a title"
@@ -224,22 +231,11 @@ def page(data: dict[str, Any]) -> str:
         lead=escape(data.get("lead", "")),
         contents=contents,
         sections="\n".join(sections),
-        footer=f"Made by pcs {version} on {today}. This page holds all it shows and asks nobody for anything.",
-        version=version,
+        footer=escape(f"Made by pcs {version} on {today}. Self-contained page: no external requests."),
+        version=escape(version),
     )
 
 
-def own_version() -> str:
-    """The package's version, read without importing torch."""
-    from importlib.util import find_spec
-
-    spec = find_spec("pcs_kernels")
-    if spec is None or spec.origin is None:
-        raise ImportError("pcs_kernels is not installed beside pcs_trainer; mend: pip install it again")
-    found = re.search(r'^__version__ = "(.+)"', Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else "unknown"
-
-
 def write_report(path: str | Path, data: dict[str, Any]) -> Path:
-    """Write the page, whole or not at all."""
+    """Write the page of `page(data)` whole or not at all, and return its path."""
     return written_text(Path(path), page(data))

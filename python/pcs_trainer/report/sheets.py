@@ -1,4 +1,4 @@
-"""The demo's picture files: the contact sheet, the loss curves, the attention maps laid over the pictures."""
+"""Image files of the demo: contact sheet, loss curves, attention maps laid over the images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from ..files import written
 from .figures import heat, limits, picture, thinned, ticks
 
+# The colours of the page (template.html), light scheme.
 PAPER, INK, QUIET, LINE = (251, 250, 248), (30, 29, 27), (107, 104, 98), (226, 223, 216)
 COLOURS = ((168, 68, 28), (47, 102, 144), (107, 127, 42))
 CELL, GAP, MARGIN = 128, 8, 24
@@ -30,11 +31,18 @@ def _canvas(width: int, height: int) -> tuple[Any, Any]:
 
 
 def save_picture(shown: Any, path: Path) -> Path:
+    """Write a PIL image as PNG, whole or not at all, and return its path."""
     return written(path, lambda part: shown.save(part, "PNG", optimize=True))
 
 
 def contact_sheet(photos: Sequence[Any], columns: dict[str, list[Any]], prompts: Sequence[str]) -> Any:
-    """Photos on top; below, one column a model and one row a prompt; a picture that is missing stays empty."""
+    """A PIL image with the photos on top and the samples below.
+
+    Args:
+        photos: what `figures.picture` takes.
+        columns: title -> one image a prompt; None leaves an empty frame.
+        prompts: title of each row.
+    """
     from PIL import Image
 
     step, head, top = CELL + GAP, 44, MARGIN + 26 + CELL + 36
@@ -62,7 +70,7 @@ def contact_sheet(photos: Sequence[Any], columns: dict[str, list[Any]], prompts:
 
 
 def loss_curves(curves: Sequence[dict[str, Any]]) -> Any:
-    """Two panels a row: every step faint, smoothed in bold, subject and prior apart."""
+    """A PIL image with one panel a run, two in a row: every step thin, smoothed bold, subject and prior apart."""
     width, height, scale = 480, 280, 2
     rows = math.ceil(len(curves) / 2)
     sheet, pen = _canvas(2 * width * scale, rows * height * scale)
@@ -100,7 +108,7 @@ def _panel(pen: Any, curve: dict[str, Any], box: tuple[int, int, int, int], scal
 
 
 def attention_sheet(items: Sequence[dict[str, Any]], shown: int = 6) -> Any:
-    """One row an item: its picture, then the maps of `shown` sampling steps laid over it."""
+    """A PIL image with one row an item (label, picture, maps): the picture, then `shown` of its maps laid over it."""
     from PIL import Image
 
     step, side = CELL + GAP, MARGIN + 132
