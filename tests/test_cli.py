@@ -302,7 +302,7 @@ SHORT = {
 @pytest.mark.slow
 def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pcs_trainer.cli.demo.memory_of", lambda _: [])  # slow, and the demo's own tests have it
+    monkeypatch.setattr("pcs_trainer.cli.demo.report.memory_of", lambda _: [])  # slow, and the demo's own tests have it
     for name in ("examples", "my-photos", "my-dog", "my-cat"):
         os.symlink(ROOT / "examples" if name == "examples" else PHOTOS, name)
     Path("captions.txt").write_text("a blue boat by the sea\na red house in the snow\n" * 40)

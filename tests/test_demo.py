@@ -7,18 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pcs_trainer.cli import demo as demo_module
-from pcs_trainer.cli.demo import METHODS, PROMPTS, WITH_LAG, example_photos, run_demo
+from pcs_trainer.cli.demo import DEFAULT_METHODS, report, running
+from pcs_trainer.cli.demo.running import example_photos, run_demo
+from pcs_trainer.cli.demo.state import PROMPTS, with_lag
 from pcs_trainer.data.pictures import load_pictures
 from pcs_trainer.tiny.subjects import photos, subject
 from PIL import Image
 
+WITH_LAG = with_lag("personalized_residuals")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "photos"
 
 
 def test_the_example_photos_are_the_subject_that_an_installed_package_draws():
-    assert subject(demo_module.EXAMPLE_SUBJECT).kind == "mug"
-    drawn = [photo.picture for photo in photos(demo_module.EXAMPLE_SUBJECT, 4)]
+    assert subject(running.EXAMPLE_SUBJECT).kind == "mug"
+    drawn = [photo.picture for photo in photos(running.EXAMPLE_SUBJECT, 4)]
     files = [picture.pixels for picture in load_pictures(EXAMPLES).pictures]
     assert len(files) == 4 and all(np.array_equal(a, b) for a, b in zip(drawn, files, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(example_photos(None), files, strict=True))
@@ -29,7 +31,7 @@ def test_every_part_is_made(tmp_path):
     done = run_demo(tmp_path / "demo", effort=0.002, quiet=True)
     assert done.failures == []
     names = [column.name for column in done.columns]
-    assert len(names) == len(METHODS) + 2 and WITH_LAG in names
+    assert len(names) == len(DEFAULT_METHODS) + 2 and WITH_LAG in names
     for column in done.columns:
         assert len(column.pictures) == len(PROMPTS) * done.each
         assert len(column.maps) == done.sampling_steps and all(m.shape == column.maps[0].shape for m in column.maps)
@@ -51,18 +53,24 @@ def test_every_part_is_made(tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_part_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_module, "METHODS", ("textboost",))
-    monkeypatch.setattr(demo_module, "contact_sheet", lambda *_: 1 / 0)
-    done = run_demo(tmp_path, effort=0.002, quiet=True)
+    monkeypatch.setattr(report, "contact_sheet", lambda *_: 1 / 0)
+    done = run_demo(tmp_path, effort=0.002, methods=["textboost"], quiet=True)
     assert done.failures == ["Report failed: division by zero"]
     assert "ZeroDivisionError" in (tmp_path / "failures.txt").read_text()
-    monkeypatch.setattr(demo_module, "contact_sheet", lambda *_: Image.new("RGB", (8, 8)))
-    monkeypatch.setattr(demo_module, "memory_of", lambda _: [])
+    monkeypatch.setattr(report, "contact_sheet", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(report, "memory_of", lambda _: [])
     monkeypatch.setattr("pcs_trainer.training.trainer.Trainer.train", lambda *_: [][0])
-    done = run_demo(tmp_path, effort=0.002, quiet=True)
+    done = run_demo(tmp_path, effort=0.002, methods=["textboost"], quiet=True)
     assert done.failures == ["TextBoost: training failed: list index out of range"]
     assert [column.name for column in done.columns] == ["Base model"]
     assert "TextBoost: training failed" in done.report.read_text()
+
+
+@pytest.mark.slow
+def test_any_method_can_be_shown(tmp_path):
+    done = run_demo(tmp_path, effort=0.002, methods=["textual_inversion"], quiet=True)
+    assert done.failures == [] and [c.name for c in done.columns] == ["Base model", "Textual Inversion"]
+    assert "One way to learn a mug" in done.report.read_text()
 
 
 def test_a_stop_before_the_first_part_makes_nothing(tmp_path):

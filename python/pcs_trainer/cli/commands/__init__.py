@@ -8,7 +8,7 @@ from ...errors import UsageError
 from ..options import Command, meant
 
 COMMANDS = {
-    "demo": "learn the example subject by all four methods and write a report",
+    "demo": "learn the example subject by several methods and write a report",
     "train": "learn a subject from a few photos",
     "sample": "draw pictures with what was learned",
     "merge": "join several concepts into one, without training",

@@ -17,6 +17,7 @@ from ...files import written_text
 from ..exit_codes import DONE
 from ..options import Command, Option, grouped, integer, one_of
 from ..progress import Progress
+from . import COMMANDS
 from .common import METHODS, MODEL_FLAGS, RESOLUTION, open_model
 from .other_trainers import MODEL_TRANSLATE
 
@@ -122,7 +123,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 COMMAND = Command(
     name="bench",
-    about="time training and drawing on this machine",
+    about=COMMANDS["bench"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,

@@ -7,6 +7,7 @@ import argparse
 from ...errors import UsageError
 from ..exit_codes import DONE
 from ..options import COMMON, Command, Option, one_of
+from . import COMMANDS
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -39,7 +40,7 @@ if [ "$funcstack[1]" = "_pcs" ]; then _pcs "$@"; else compdef _pcs pcs; fi
 
 
 def tables() -> dict[str, tuple[str, Command]]:
-    from . import COMMANDS, command
+    from . import command
 
     return {name: (about, command(name)) for name, about in COMMANDS.items()}
 
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="completion",
-    about="print a completion script for bash, zsh or fish",
+    about=COMMANDS["completion"],
     options=(Option("shell", "bash, zsh or fish", one_of("shell", SHELLS), metavar="SHELL", group="words"),),
     examples=(
         ("pcs completion bash", 'bash: put  eval "$(pcs completion bash)"  into ~/.bashrc'),

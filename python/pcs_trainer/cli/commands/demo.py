@@ -1,4 +1,4 @@
-"""pcs demo: the example subject by all four methods, and a report."""
+"""pcs demo: the example subject by several methods, and a report."""
 
 from __future__ import annotations
 
@@ -6,23 +6,40 @@ import argparse
 from pathlib import Path
 
 from ...errors import UsageError
+from ..demo import DEFAULT_METHODS
 from ..exit_codes import DONE, FAILED, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
-from ..options import Command, Option, number
+from ..options import Command, Option, grouped, number, one_of
+from . import COMMANDS
+from .common import METHODS
 
 OPTIONS = (
-    Option("--photos", "other photos to learn from; none is the example mug", metavar="FOLDER", group="demo"),
-    Option("--class", "what they show", metavar="WORD", default="mug", group="demo", dest="class_word"),
-    Option(
-        "--effort", "share of the training steps, for a quick look", number(0.001, 1, "0.1"), 1.0, "X", group="demo"
+    *grouped(
+        "demo",
+        Option("--photos", "photos to learn from", metavar="FOLDER", otherwise="the example mug"),
+        Option("--class", "what they show", metavar="WORD", default="mug", dest="class_word"),
+        Option(
+            "--methods",
+            f"a method to show: {', '.join(METHODS)}; may be repeated",
+            one_of("method", METHODS),
+            metavar="NAME",
+            many=True,
+            also=("--method",),
+            otherwise=", ".join(DEFAULT_METHODS),
+        ),
+        Option("--effort", "share of the training steps, for a quick look", number(0.001, 1, "0.1"), 1.0, "X"),
     ),
-    Option("--out", "folder for the report and its parts", metavar="FOLDER", default="out/demo", group="output"),
-    Option("--quiet", "print the report's path alone", None, False, group="output"),
+    *grouped(
+        "output",
+        Option("--out", "folder for the report and its parts", metavar="FOLDER", default="out/demo"),
+        Option("--quiet", "print only the report's path", None, False),
+    ),
 )
 
 EXAMPLES = (
-    ("pcs demo", "everything, in a few minutes on two CPU cores, into out/demo"),
+    ("pcs demo", "four methods, in a few minutes on two CPU cores, into out/demo"),
     ("pcs demo --effort 0.05 --out out/quick-demo", "the same in little time, to see that it runs; it learns little"),
+    ("pcs demo --methods textboost --methods textual_inversion --out out/words", "the methods that learn a word"),
 )
 
 
@@ -31,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--photos: {options.photos} does not exist; give a folder of photos")
     if Path(options.out).is_file():
         raise UsageError(f"--out: {options.out} is a file; name a folder")
-    from ..demo import run_demo
+    from ..demo.running import run_demo
 
     with stop_on_ctrl_c("stopping after this step") as stop:
         result = run_demo(
@@ -39,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             options.photos,
             options.class_word,
             options.effort,
+            list(dict.fromkeys(options.methods or DEFAULT_METHODS)),
             should_stop=stop,
             quiet=options.quiet,
         )
@@ -50,11 +68,11 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="demo",
-    about="learn the example subject by all four methods and write a report",
+    about=COMMANDS["demo"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="DreamBooth, Custom Diffusion, Personalized Residuals (drawn with and without LAG) and TextBoost learn "
-    "four photos of one mug on the embedded model. It leaves a contact sheet, loss curves, attention maps, numbers and "
-    "one self-contained report.html.",
+    details="The methods learn four photos of one mug on the embedded model; Personalized Residuals is sampled with "
+    "and without LAG. The demo leaves a contact sheet, loss curves, attention maps, scores and one "
+    "self-contained report.html.",
 )

@@ -6,6 +6,7 @@ import argparse
 
 from ..exit_codes import DONE, FAILED
 from ..options import Command
+from . import COMMANDS
 
 
 def run(options: argparse.Namespace) -> int:
@@ -18,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="doctor",
-    about="what this machine has, what is used, and what to do about the rest",
+    about=COMMANDS["doctor"],
     options=(),
     examples=(
         ("pcs doctor", "device, precision, each operation's backend and its error here, versions, one line to do"),

@@ -14,6 +14,7 @@ from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import Stopped, stop_on_ctrl_c
 from ..options import Command, Option, grouped, integer
 from ..progress import Progress
+from . import COMMANDS
 from .common import GUIDANCE, MODEL_FLAGS, SEED, STEPS, concept_file, open_concept, open_model
 from .other_trainers import MODEL_TRANSLATE
 
@@ -124,7 +125,7 @@ def drawer(model: Any, options: argparse.Namespace, progress: Progress, stop: St
 
 COMMAND = Command(
     name="evaluate",
-    about="how like the photos and how true to the prompts the pictures are",
+    about=COMMANDS["evaluate"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,

@@ -9,6 +9,7 @@ from ...errors import UsageError
 from ..config import write_config
 from ..exit_codes import DONE
 from ..options import Command, Option, grouped, number, one_of
+from . import COMMANDS
 from .common import CONCEPT_FILE, MODEL_FLAGS, concept_file, open_concept, open_model, say
 from .other_trainers import MODEL_TRANSLATE
 
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="export",
-    about="write a concept for diffusers, ComfyUI or A1111, or as a whole pipeline",
+    about=COMMANDS["export"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,

@@ -9,6 +9,7 @@ from ...errors import UsageError
 from ..config import write_config
 from ..exit_codes import DONE
 from ..options import Command, Option, grouped, number, one_of
+from . import COMMANDS
 from .common import MODEL_FLAGS, concept_file, open_concept, open_model, say, subjects_of
 from .other_trainers import MODEL_TRANSLATE
 
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="merge",
-    about="join several concepts into one, without training",
+    about=COMMANDS["merge"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import DoesNotFit, UsageError
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
+from . import COMMANDS
 from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, RESOLUTION, say
 from .other_trainers import MODEL_TRANSLATE
 
@@ -112,7 +113,7 @@ def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) 
 
 COMMAND = Command(
     name="plan",
-    about="what a training needs in memory, and the fastest plan within a budget",
+    about=COMMANDS["plan"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,

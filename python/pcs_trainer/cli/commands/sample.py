@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...files import written
+from ...sampling import NAMES as SAMPLERS
 from ..config import write_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
 from ..options import Command, Option, grouped, integer, number, one_of
 from ..progress import Progress
+from . import COMMANDS
 from .common import (
     GUIDANCE,
     MODEL_FLAGS,
-    SAMPLERS,
     SEED,
     STEPS,
     concept_file,
@@ -155,7 +156,7 @@ def save_picture(picture: Any, path: Path) -> Path:
 
 COMMAND = Command(
     name="sample",
-    about="draw pictures with what was learned",
+    about=COMMANDS["sample"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,

@@ -17,6 +17,7 @@ from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
 from ..options import Command
 from ..progress import Progress
+from . import COMMANDS
 from .common import CONCEPT_FILE, HUB_EXAMPLE, open_model, say
 from .other_trainers import NEEDLESS, TRAIN_TRANSLATE
 from .train_flags import OPTIONS, overrides
@@ -117,7 +118,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         say(f"stopped and saved after {concept.meta.get('steps')} steps; go on with: {again(folder)}")
         return INTERRUPTED
     if not options.no_report:
-        from ...report.of_a_run import write_run_report
+        from ...report.run_report import write_run_report
 
         seconds = time.monotonic() - started
         say(f"report: {write_run_report(folder, model, trainer, concept, events, seconds)}")
@@ -192,7 +193,7 @@ def again(folder: Path) -> str:
 
 COMMAND = Command(
     name="train",
-    about="learn a subject from a few photos",
+    about=COMMANDS["train"],
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,

@@ -9,9 +9,10 @@ from typing import Any
 
 from ...errors import UsageError
 from ...settings import Settings, literal_choices, type_hints
+from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..setting_values import as_kind
-from .common import METHOD, MODEL_FLAGS, PLANS, RESOLUTION
+from .common import METHOD, MODEL_FLAGS, RESOLUTION
 
 
 def further_subject(text: str) -> str:
@@ -93,7 +94,9 @@ OPTIONS = (
         "memory",
         Option("--budget", "memory limit, e.g. 6GB; picks the fastest recomputation plan that fits", byte_size,
                metavar="SIZE", otherwise="no limit"),
-        Option("--plan", f"recomputation plan: {', '.join(PLANS)}", one_of("recomputation plan", PLANS), metavar="PLAN",
+        Option("--plan", "recomputation plan, from most memory to least: " +
+               ", ".join(f"{long} ({short})" for short, long in PLAN_NAMES.items()),
+               one_of("recomputation plan", (*PLAN_NAMES.values(), *PLAN_NAMES)), metavar="PLAN",
                otherwise=str(Settings.plan), setting="plan"),
         replace(RESOLUTION, setting="resolution"),
         Option("--optimizer", ", ".join(OPTIMIZERS), one_of("optimizer", OPTIMIZERS), metavar="NAME",
