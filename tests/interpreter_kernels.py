@@ -18,14 +18,17 @@ from pcs_kernels.ops.adamw8bit import triton_impl as adamw
 from pcs_kernels.ops.adamw8bit.codes import code_map
 from pcs_kernels.ops.cross_attention import reference as cross_reference
 from pcs_kernels.ops.cross_attention import triton_impl as cross
+from pcs_kernels.ops.cross_attention.op import Needs as CrossNeeds
 from pcs_kernels.ops.frozen_conv import reference as conv_reference
 from pcs_kernels.ops.frozen_conv import triton_impl as conv
 from pcs_kernels.ops.geglu import reference as geglu_reference
 from pcs_kernels.ops.geglu import triton_impl as geglu
 from pcs_kernels.ops.group_norm_silu import reference as norm_reference
 from pcs_kernels.ops.group_norm_silu import triton_impl as norm
+from pcs_kernels.ops.group_norm_silu.op import Needs as NormNeeds
 from pcs_kernels.ops.lowrank_residual import reference as lowrank_reference
 from pcs_kernels.ops.lowrank_residual import triton_impl as lowrank
+from pcs_kernels.ops.lowrank_residual.op import Needs as LowrankNeeds
 from pcs_kernels.ops.self_attention import reference as attention_reference
 from pcs_kernels.ops.self_attention import triton_impl as attention
 from tests.closeness import assert_no_worse_than
@@ -104,9 +107,9 @@ def test_group_norm_silu(layout, silu, dtype):
     check(result, norm_reference.forward, x, groups, weight, bias, 1e-5, silu, names="y mean rstd")
     _, mean, rstd = result
     call = dy, x, mean, rstd, groups, weight, bias, silu
-    check(norm.backward(*call, True, True, True), norm_reference.backward, *call, True, True, True,
-          names="dx dweight dbias")  # fmt: skip
-    only_bias = norm.backward(*call, False, False, True)
+    everything = NormNeeds(True, True, True)
+    check(norm.backward(*call, everything), norm_reference.backward, *call, everything, names="dx dweight dbias")
+    only_bias = norm.backward(*call, NormNeeds(False, False, True))
     assert only_bias[0].numel() == 0 and only_bias[1].numel() == 0
 
 
@@ -135,7 +138,7 @@ def test_cross_attention(shape, dtype):
     dmaps = torch.randn(batch, groups, n) if groups else None
     for given in ((dout, dmaps), (None, dmaps), (dout, None)):
         if given != (None, None):
-            call = *given, q, k, v, capture, scale, True, True, True
+            call = *given, q, k, v, capture, scale, CrossNeeds(True, True, True)
             check(cross.backward(*call), cross_reference.backward, *call, names="dq dk dv")
 
 
@@ -143,8 +146,8 @@ def test_cross_attention(shape, dtype):
 def test_cross_attention_gives_only_the_needed_gradients(needs):
     q, k = heads_last(1, 2, 33, 40, torch.float32), heads_last(1, 2, 77, 40, torch.float32)
     call = torch.randn(q.shape), None, q, k, k, None, 0.2
-    wanted = cross.backward(*call, True, True, True)
-    for needed, gradient, full in zip(needs, cross.backward(*call, *needs), wanted, strict=True):
+    wanted = cross.backward(*call, CrossNeeds(True, True, True))
+    for needed, gradient, full in zip(needs, cross.backward(*call, CrossNeeds(*needs)), wanted, strict=True):
         assert torch.equal(gradient, full) if needed else gradient.numel() == 0
 
 
@@ -203,9 +206,10 @@ def test_lowrank_residual(shape, strided, dtype):
     check(lowrank.forward(*call), lowrank_reference.forward, *call, names="y")
     call = dy, x, weight, down, up, mask, 0.7, index
     names = "dx dweight dbias ddown dup dmask"
-    for needs in ((True,) * 6, (False, False, False, True, True, True)):
-        check(lowrank.backward(*call, *needs), lowrank_reference.backward, *call, *needs, names=names)
-    assert lowrank.backward(dy, None, *call[2:], True, False, False, False, False, False)[0].shape == x.shape
+    for needs in (LowrankNeeds(*[True] * 6), LowrankNeeds(False, False, False, True, True, True)):
+        check(lowrank.backward(*call, needs), lowrank_reference.backward, *call, needs, names=names)
+    only_x = LowrankNeeds(True, False, False, False, False, False)
+    assert lowrank.backward(dy, None, *call[2:], only_x)[0].shape == x.shape
 
 
 # batch, inputs, outputs, height, width, kernel, stride, padding, channels-last

@@ -55,7 +55,7 @@ def odd_cases(arch: int) -> list:
     attention, lowrank, conv = (implementation(op) for op in ("self_attention", "lowrank_residual", "frozen_conv"))
     full = torch.float32
     pixel, stats = meta(1, 1, 1, 1), meta(1, 1, dtype=full)
-    needs = (True,) * 6
+    three = cross.Needs(True, True, True)
     one, wide = meta(1, 1, 1, 8), meta(1, 2, 80, 40, dtype=full)
     lse, maps, weight = meta(1, 2, 80, dtype=full), meta(1, 6, 80, dtype=full), meta(1, 1, 1, dtype=full)
     rows, adapter, stack = meta(2, 80, 64, dtype=full), meta(40, 64, dtype=full), meta(3, 1, 64, dtype=full)
@@ -63,16 +63,16 @@ def odd_cases(arch: int) -> list:
     calls = (
         lambda: geglu.backward(meta(1, 1), meta(1, 2)),
         lambda: norm.forward(pixel, 1, None, None, 1e-5, True),
-        lambda: norm.backward(pixel, pixel, stats, stats, 1, None, None, True, True, True, True),
+        lambda: norm.backward(pixel, pixel, stats, stats, 1, None, None, True, norm.Needs(True, True, True)),
         lambda: cross.forward(one, one, one, weight, 1.0),
-        lambda: cross.backward(one, weight, one, one, one, weight, 1.0, *needs[:3]),
+        lambda: cross.backward(one, weight, one, one, one, weight, 1.0, three),
         lambda: cross.forward(wide, wide, wide, maps, 1.0),
-        lambda: cross.backward(None, maps, wide, wide, wide, maps, 1.0, *needs[:3]),
+        lambda: cross.backward(None, maps, wide, wide, wide, maps, 1.0, three),
         lambda: attention.forward(one, one, one, 1.0),
         lambda: attention.backward(wide, wide, wide, wide, wide, lse, 1.0),
         lambda: lowrank.forward(meta(1, 1), meta(1, 1), None, meta(1, 1), meta(1, 1), None, 1.0, None),
         lambda: lowrank.backward(rows, rows, meta(64, 64, dtype=full), adapter, adapter.t(), None, 1.0, None,
-                                 True, False, False, True, True, False),
+                                 lowrank.Needs(True, False, False, True, True, False)),
         lambda: lowrank.forward(rows, meta(64, 64, dtype=full), None, stack, stack.transpose(1, 2), None, 1.0, index),
         lambda: conv.forward_conv(image, meta(8, 8, 3, 3, dtype=full), None, 2, 0, True),
         lambda: conv.backward_linear(meta(1, 1), meta(1, 1), True),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._layout import attention_sizes, heads_last_empty, unit_rows
+from .op import Needs
 
 LIBRARY = _native.library()
 
@@ -36,16 +37,14 @@ def backward(
     v: Tensor,
     capture: Tensor | None,
     scale: float,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = map(unit_rows, (q, k, v))
     dout = None if dout is None else unit_rows(dout)
     capture = None if capture is None else capture.contiguous()
     dmaps = None if dmaps is None else dmaps.to(torch.float32).contiguous()
     groups = 0 if capture is None or dmaps is None else capture.shape[1]
-    gradients = [heads_last_empty(x) if need else None for x, need in ((q, need_q), (k, need_k), (v, need_v))]
+    gradients = [heads_last_empty(x) if needed else None for x, needed in zip((q, k, v), needs, strict=True)]
     LIBRARY.cross_attention_backward(
         _native.dtype_code(q), _native.heads(dout), _native.address(dmaps), *map(_native.heads, (q, k, v)),
         _native.address(capture), groups, *map(_native.heads, gradients), attention_sizes(q, k), scale,

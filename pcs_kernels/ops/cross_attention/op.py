@@ -10,6 +10,8 @@ Kept for the backward: q, k, v (and capture); nothing of size N x T.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,14 @@ from ..._layout import heads_last_empty
 
 OP = Op("cross_attention", __package__)
 MAX_TOKENS = 320
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward must compute."""
+
+    q: bool
+    k: bool
+    v: bool
 
 
 def _check_call(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float) -> None:
@@ -57,7 +67,7 @@ def _forward_fake(q, k, v, capture, scale, backend):
 def _backward(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
     return distinct(
         OP.select(backend, q.device.type, q, k, v, capture, scale).backward(
-            dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v
+            dout, dmaps, q, k, v, capture, scale, Needs(need_q, need_k, need_v)
         )
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import accumulator
+from .op import Needs
 
 
 def heads_last(x: Tensor) -> Tensor:
@@ -37,9 +38,7 @@ def backward(
     v: Tensor,
     capture: Tensor | None,
     scale: float,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dP = dout v^T + dmaps^T capture / H;  dS = P (dP - rowsum(P dP));  dq = scale dS k;  dk = scale dS^T q"""
     p = probabilities(q, k, scale)
@@ -49,9 +48,9 @@ def backward(
     if dmaps is not None and capture is not None:
         dp = dp + (dmaps.transpose(-1, -2) @ capture.to(dmaps.dtype))[:, None] / q.shape[1]
     ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
-    dq = heads_last(ds @ k) if need_q else q.new_empty(0)
-    dk = heads_last(ds.transpose(-1, -2) @ q) if need_k else q.new_empty(0)
+    dq = heads_last(ds @ k) if needs.q else q.new_empty(0)
+    dk = heads_last(ds.transpose(-1, -2) @ q) if needs.k else q.new_empty(0)
     dv = q.new_empty(0)
-    if need_v:
+    if needs.v:
         dv = heads_last(p.to(v.dtype).transpose(-1, -2) @ dout) if dout is not None else heads_last(torch.zeros_like(v))
     return dq, dk, dv

@@ -25,7 +25,7 @@ from ..._launch import (
 )
 from ..._layout import heads_last_empty, unit_rows
 from ..._math import LOG2_E, common_align, head_reason, strides, sum_partials
-from .op import MAX_TOKENS
+from .op import MAX_TOKENS, Needs
 from .triton_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel, cross_fwd_kernel
 
 MAX_BLOCK_G = 4
@@ -99,7 +99,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
 
 def backward(
     dout: Tensor | None, dmaps: Tensor | None, q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float,
-    need_q: bool, need_k: bool, need_v: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     dout = None if dout is None else unit_rows(dout)
@@ -115,15 +115,15 @@ def backward(
     layout = *strides(q, align), *strides(k, align), *strides(v, align), *strides(dout, align)
     given = {"HAS_DOUT": dout is not None, "HAS_DMAPS": dmaps is not None}
     inputs = q, k, v, *(q if t is None else t for t in (dout, capture, dmaps))
-    dq = heads_last_empty(q) if need_q else q.new_empty(0)
-    rows = q.new_empty((2, batch, heads, queries), dtype=torch.float32) if need_k or need_v else None
+    dq = heads_last_empty(q) if needs.q else q.new_empty(0)
+    rows = q.new_empty((2, batch, heads, queries), dtype=torch.float32) if needs.k or needs.v else None
     lse, delta = (None, None) if rows is None else (rows[0], rows[1])
     tiles = blocks(queries, config["BLOCK_N"])
-    if need_q or rows is not None:
+    if needs.q or rows is not None:
         launch(
             cross_bwd_rows_kernel, (batch * heads * tiles,), *inputs, dq, lse, delta,
             queries, tokens, heads, groups, tiles, float(scale), scale * LOG2_E, *layout,
-            NEED_Q=need_q, SAVE_ROWS=rows is not None, **given, **config,
+            NEED_Q=needs.q, SAVE_ROWS=rows is not None, **given, **config,
         )  # fmt: skip
     if rows is None:
         return dq, q.new_empty(0), q.new_empty(0)
@@ -132,12 +132,12 @@ def backward(
     splits, per_split = _splits(batch * heads * columns, queries, config["BLOCK_N"], current_arch(q.device))
     shape = (splits, batch, tokens, heads, q.shape[3])
     dtype = q.dtype if splits == 1 else torch.float32
-    dk = q.new_empty(shape, dtype=dtype) if need_k else None
-    dv = q.new_empty(shape, dtype=dtype) if need_v else None
+    dk = q.new_empty(shape, dtype=dtype) if needs.k else None
+    dv = q.new_empty(shape, dtype=dtype) if needs.v else None
     launch(
         cross_bwd_tokens_kernel, (batch * heads * splits, columns), *inputs, lse, delta, dk, dv,
         queries, tokens, heads, batch, groups, splits, per_split, float(scale), scale * LOG2_E, *layout,
-        NEED_K=need_k, NEED_V=need_v, **given, **config,
+        NEED_K=needs.k, NEED_V=needs.v, **given, **config,
     )  # fmt: skip
     return dq, _add_splits(dk, k), _add_splits(dv, v)
 
@@ -176,9 +176,9 @@ def aot_cases(arch: int) -> list[AotCase]:
         calls = (
             ("", lambda q=q, k=k: forward(q, k, k, None, 0.1)),
             (" capture", lambda q=q, k=k, c=c: forward(q, k, k, c, 0.1)),
-            ("", lambda q=q, k=k: backward(q, None, q, k, k, None, 0.1, True, True, True)),
-            (" dq only", lambda q=q, k=k: backward(q, None, q, k, k, None, 0.1, True, False, False)),
-            (" capture", lambda q=q, k=k, c=c, dm=dm: backward(q, dm, q, k, k, c, 0.1, True, True, True)),
+            ("", lambda q=q, k=k: backward(q, None, q, k, k, None, 0.1, Needs(True, True, True))),
+            (" dq only", lambda q=q, k=k: backward(q, None, q, k, k, None, 0.1, Needs(True, False, False))),
+            (" capture", lambda q=q, k=k, c=c, dm=dm: backward(q, dm, q, k, k, c, 0.1, Needs(True, True, True))),
         )
         for kind, call in calls:
             cases += record(arch, f"{label} bf16{kind}", call)

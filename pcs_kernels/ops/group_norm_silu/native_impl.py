@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from .op import Needs
 
 LIBRARY = _native.library()
 
@@ -60,16 +61,14 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     silu: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dense = _in_layout(x, x)
     dy = _in_layout(dy, dense)
-    dx = torch.empty_like(dense) if need_x else None
+    dx = torch.empty_like(dense) if needs.x else None
     weight, bias = _contiguous(weight), _contiguous(bias)
-    dweight = torch.empty_like(weight, dtype=torch.float32) if need_weight and weight is not None else None
-    dbias = torch.empty_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+    dweight = torch.empty_like(weight, dtype=torch.float32) if needs.weight and weight is not None else None
+    dbias = torch.empty_like(bias, dtype=torch.float32) if needs.bias and bias is not None else None
     LIBRARY.group_norm_silu_backward(
         _native.dtype_code(x), _native.address(dy), _native.address(dense), _shape(dense, groups),
         _native.address(mean), _native.address(rstd), _native.values(weight), _native.values(bias), silu,

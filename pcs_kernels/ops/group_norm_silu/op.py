@@ -5,6 +5,8 @@ x [B, C, *spatial] -> y of x's shape and memory format.  Kept for the backward: 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,14 @@ from ..._dispatch import Op, define, distinct, forced_backend
 from ..._dtypes import accumulator
 
 OP = Op("group_norm_silu", __package__)
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward must compute."""
+
+    x: bool
+    weight: bool
+    bias: bool
 
 
 def _check_call(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -48,7 +58,7 @@ def _forward_fake(x, groups, weight, bias, eps, silu, backend):
 def _backward(dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend):
     return distinct(
         OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu).backward(
-            dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias
+            dy, x, mean, rstd, groups, weight, bias, silu, Needs(need_x, need_weight, need_bias)
         )
     )
 

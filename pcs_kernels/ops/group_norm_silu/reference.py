@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import accumulator
+from .op import Needs
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -45,9 +46,7 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     silu: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz = dy silu'(z);  dx = rstd (weight dz - <weight dz> - x_hat <weight dz x_hat>), <> the mean over a group"""
     rows = _grouped(x, groups).to(accumulator(x.dtype))
@@ -59,13 +58,13 @@ def backward(
         s = torch.sigmoid(z)
         dz = dz * s * (1 + z * (1 - s))
     dx = dweight = dbias = x.new_empty(0)
-    if need_x:
+    if needs.x:
         g, h = _grouped(dz * w, groups), _grouped(x_hat, groups)
         d = g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)
         dx = _like((d * rstd[..., None]).reshape(x.shape), x)
     others = [d for d in range(x.dim()) if d != 1]
-    if need_weight and weight is not None:
+    if needs.weight and weight is not None:
         dweight = (dz * x_hat).sum(others).to(weight.dtype)
-    if need_bias and bias is not None:
+    if needs.bias and bias is not None:
         dbias = dz.sum(others).to(bias.dtype)
     return dx, dweight, dbias

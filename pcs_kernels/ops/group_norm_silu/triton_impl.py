@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._launch import AotCase, blocks, current_arch, launch, meta, pow2, record, unavailable
 from ..._math import sum_partials
+from .op import Needs
 from .triton_kernels import (
     gn_apply_kernel,
     gn_bwd_combine_kernel,
@@ -100,7 +101,7 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None,
-    silu: bool, need_x: bool, need_weight: bool, need_bias: bool,
+    silu: bool, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     xf, dyf = _flat(x), _flat(dy)
     mean, rstd, weight, bias = mean.contiguous(), rstd.contiguous(), _dense(weight), _dense(bias)
@@ -114,11 +115,11 @@ def backward(
         channels, pixels, splits, per_split, groups, *xf.stride(), *dyf.stride(), **affine, **config,
     )  # fmt: skip
     dx = dweight = dbias = x.new_empty(0)
-    if need_weight and weight is not None:
+    if needs.weight and weight is not None:
         dweight = sum_partials(part[1].flatten(0, 1), weight.new_empty(channels))
-    if need_bias and bias is not None:
+    if needs.bias and bias is not None:
         dbias = sum_partials(part[0].flatten(0, 1), bias.new_empty(channels))
-    if need_x:
+    if needs.x:
         means = x.new_empty((2, batch, groups), dtype=torch.float32)
         launch(
             gn_bwd_combine_kernel, (batch * groups,), part[0], part[1], weight, means[0], means[1],
@@ -152,7 +153,7 @@ def aot_cases(arch: int) -> list[AotCase]:
             cases += record(arch, name, lambda x=x, w=weight, s=silu: forward(x, 32, w, w, 1e-5, s))
             cases += record(
                 arch, name,
-                lambda x=x, w=weight, m=stats, s=silu: backward(x, x, m, m, 32, w, w, s, True, True, True),
+                lambda x=x, w=weight, m=stats, s=silu: backward(x, x, m, m, 32, w, w, s, Needs(True, True, True)),
             )  # fmt: skip
     half = meta(2, 640, 32, 32, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     weight = meta(640, dtype=torch.float32)

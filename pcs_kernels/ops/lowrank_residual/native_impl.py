@@ -8,6 +8,7 @@ from torch import Tensor
 from ... import _native
 from ..._packed import packed
 from . import reference
+from .op import Needs
 
 LIBRARY = _native.library()
 
@@ -96,29 +97,21 @@ def backward(
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_down: bool,
-    need_up: bool,
-    need_mask: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx is the same projection the other way round; its low-rank part t also gives ddown."""
     dx = t = None
-    if need_x:
+    if needs.x:
         w = packed(weight, "lowrank backward", lambda weight: _pack(weight, rows_are_columns=False))
         a, b = (_adapter(p, dy.dtype, rows_are_columns=False) for p in (up, down))
         dx, low = _project(dy, w, weight.shape[1], None, a, b, down.shape[-2], mask, scale, index)
         t = low[:, : down.shape[-2]]
-    ddown_here = need_down and t is not None and x is not None
+    ddown_here = needs.down and t is not None and x is not None
     empty = dy.new_empty(0)
-    if not (need_weight or need_bias or need_up or need_mask or (need_down and not ddown_here)):
-        gradients = (empty,) * 6
-    else:
-        gradients = reference.backward(
-            dy, x, weight, down, up, mask, scale, index, False, need_weight, need_bias, need_down and not ddown_here,
-            need_up, need_mask,
-        )  # fmt: skip
+    others = needs._replace(x=False, down=needs.down and not ddown_here)
+    gradients = (empty,) * 6
+    if any(others):
+        gradients = reference.backward(dy, x, weight, down, up, mask, scale, index, others)
     _, dweight, dbias, ddown, dup, dmask = gradients
     if t is not None and x is not None and ddown_here:
         samples = 1 if index is None else x.shape[0]

@@ -10,6 +10,8 @@ Kept for the backward: x where down, up, weight or mask take a gradient, else no
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,17 @@ from ... import _check as check
 from ..._dispatch import Op, define, distinct, forced_backend
 
 OP = Op("lowrank_residual", __package__)
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward must compute."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    down: bool
+    up: bool
+    mask: bool
 
 
 def _check_call(x, weight, bias, down, up, mask, scale, index) -> None:
@@ -81,22 +94,25 @@ def _forward_fake(x, weight, bias, down, up, mask, scale, index, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _backward(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm, backend):
+def _backward(dy, x, weight, down, up, mask, scale, index, *rest):
+    *flags, backend = rest
     implementation = OP.select(backend, dy.device.type, dy, weight, None, down, up, mask, scale, index)
-    return distinct(implementation.backward(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm))
+    return distinct(implementation.backward(dy, x, weight, down, up, mask, scale, index, Needs(*flags)))
 
 
-def _backward_fake(dy, x, weight, down, up, mask, scale, index, nx, nw, nb, nd, nu, nm, backend):
+def _backward_fake(dy, x, weight, down, up, mask, scale, index, *rest):
+    needs = Needs(*rest[:-1])
+
     def gradient(needed, shape, dtype):
         return dy.new_empty(shape if needed else 0, dtype=dtype if needed else dy.dtype)
 
     return (
-        gradient(nx, (*dy.shape[:-1], weight.shape[1]), dy.dtype),
-        gradient(nw, weight.shape, dy.dtype),
-        gradient(nb, (weight.shape[0],), dy.dtype),
-        gradient(nd, down.shape, down.dtype),
-        gradient(nu, up.shape, up.dtype),
-        gradient(nm and mask is not None, None if mask is None else mask.shape, None if mask is None else mask.dtype),
+        gradient(needs.x, (*dy.shape[:-1], weight.shape[1]), dy.dtype),
+        gradient(needs.weight, weight.shape, dy.dtype),
+        gradient(needs.bias, (weight.shape[0],), dy.dtype),
+        gradient(needs.down, down.shape, down.dtype),
+        gradient(needs.up, up.shape, up.dtype),
+        gradient(needs.mask and mask is not None, getattr(mask, "shape", None), getattr(mask, "dtype", None)),
     )
 
 

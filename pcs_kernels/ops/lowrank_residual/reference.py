@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .op import Needs
+
 
 def per_sample(x: Tensor, down: Tensor, up: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x as [B, M, C] (B = 1 without index) and each sample's own down [B, R, C_in] and up [B, C_out, R]."""
@@ -52,12 +54,7 @@ def backward(
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_down: bool,
-    need_up: bool,
-    need_mask: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """t = scale mask dy up;  dx = dy W + t down;  ddown = t^T x;  dup = scale (mask dy)^T (x down^T)"""
     empty = dy.new_empty(0)
@@ -68,19 +65,19 @@ def backward(
         weighted = weighted * mask.reshape(rows_dy.shape[0], -1, 1).to(dy.dtype)
     t = weighted @ b
     dx = dweight = dbias = ddown = dup = dmask = empty
-    if need_x:
+    if needs.x:
         dx = (dy @ weight) + (t @ a).reshape(*dy.shape[:-1], -1)
-    if need_bias:
+    if needs.bias:
         dbias = flat.sum(0)
     if x is not None:
         rows_x = x.reshape(rows_dy.shape[0], -1, x.shape[-1])
         s = rows_x @ a.transpose(1, 2)
-        if need_weight:
+        if needs.weight:
             dweight = flat.transpose(0, 1) @ x.reshape(-1, x.shape[-1])
-        if need_down:
+        if needs.down:
             ddown = sum_by_concept(t.transpose(1, 2) @ rows_x, index, down)
-        if need_up:
+        if needs.up:
             dup = sum_by_concept(weighted.transpose(1, 2) @ s, index, up)
-        if need_mask and mask is not None:
+        if needs.mask and mask is not None:
             dmask = ((rows_dy * scale) * (s @ b.transpose(1, 2))).sum(-1).reshape(mask.shape).to(mask.dtype)
     return dx, dweight, dbias, ddown, dup, dmask

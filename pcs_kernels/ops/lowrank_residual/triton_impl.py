@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..._launch import MULTIPROCESSORS, AotCase, blocks, current_arch, launch, meta, pow2, record, unavailable
 from ..._math import sum_partials
+from .op import Needs
 from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank_project_kernel
 
 MAX_RANK = 256
@@ -141,34 +142,33 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float,
-    index: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool, need_down: bool, need_up: bool,
-    need_mask: bool,
+    index: Tensor | None, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """t = dy up;  dx = dy W + mask scale t down;  ddown = (mask scale t)^T x;  dup = (mask scale dy)^T (x down^T)"""
     dx = dweight = dbias = ddown = dup = dmask = dy.new_empty(0)
     rows_mask, index = _dense_rows(mask), _dense_rows(index)
     dy3 = _samples(dy, index)
-    if need_bias:
+    if needs.bias:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
     t = dy3.new_empty(0)
-    if need_x:
+    if needs.x:
         flipped = weight.transpose(0, 1), None, up.transpose(-1, -2), down.transpose(-1, -2)
-        dx, t = _product(dy3, *flipped, rows_mask, scale, index, keep_s=need_down or need_mask)
+        dx, t = _product(dy3, *flipped, rows_mask, scale, index, keep_s=needs.down or needs.mask)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    elif need_down or need_mask:
+    elif needs.down or needs.mask:
         t = _project(dy3, up.transpose(-1, -2), index)
     if x is None:
         return dx, dweight, dbias, ddown, dup, dmask
     x3 = _samples(x, index)
-    if need_weight:
+    if needs.weight:
         dweight = dy.reshape(-1, dy.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
-    if need_down:
+    if needs.down:
         ddown = _adapter_grad(x3, t.view(*x3.shape[:2], -1), rows_mask, scale, index, down, features_first=False)
-    if need_up or need_mask:
+    if needs.up or needs.mask:
         s = _project(x3, down, index)
-        if need_up:
+        if needs.up:
             dup = _adapter_grad(dy3, s.view(*dy3.shape[:2], -1), rows_mask, scale, index, up, features_first=True)
-        if need_mask and mask is not None:
+        if needs.mask and mask is not None:
             dmask = ((s.view(t.shape) * t).sum(-1) * scale).to(mask.dtype).view(mask.shape)
     return dx, dweight, dbias, ddown, dup, dmask
 
@@ -200,6 +200,6 @@ def _recorded(arch: int, label: str, shape: tuple[int, ...], dtype: torch.dtype)
     down, up = meta(*stack, rank, ins, dtype=torch.float32), meta(*stack, outs, rank, dtype=torch.float32)
     mask = meta(batch, rows, dtype=torch.float32)
     index = meta(batch, dtype=torch.int64) if concepts else None
-    needs = True, False, False, True, True, True
+    needs = Needs(True, False, False, True, True, True)
     cases = record(arch, label, lambda: forward(x, weight, bias, down, up, mask, 1.0, index))
-    return cases + record(arch, label, lambda: backward(dy, x, weight, down, up, mask, 1.0, index, *needs))
+    return cases + record(arch, label, lambda: backward(dy, x, weight, down, up, mask, 1.0, index, needs))
