@@ -1,6 +1,7 @@
 """A concept: its file, its place on the model, what broken files say."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from pcs_trainer import load_model
 from pcs_trainer.concept.attach import attached, predict
 from pcs_trainer.concept.blending import blend
 from pcs_trainer.concept.concept import Concept, subject_words
+from pcs_trainer.concept.grammar import Kind
 from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.files import read_header, write_safetensors
 from pcs_trainer.model.fingerprint import fingerprint, same_base
@@ -185,3 +187,38 @@ def test_learned_words_stand_where_they_are_said(model):
         torch.testing.assert_close(
             encode(model, ["a red mug"]).states, encode(model, ["a <r> mug"], {"<r>": [row]}).states
         )
+
+
+GOLDEN = Path(__file__).parent / "golden" / "concept-1.safetensors"  # written by the first release of the format
+
+
+def test_a_concept_file_of_the_first_version_is_read_bit_for_bit(tmp_path):
+    """Every kind of tensor is in it; the values are i, i + 1/4, i + 2/4 ... of the i-th name, every second in bf16."""
+    concept = Concept.load(GOLDEN)
+    attention, block = "text_model.encoder.layers.0", "mid_block.attentions.0"
+    names = [
+        *(f"unet.{block}.proj_out.{half}" for half in ("down", "up")),
+        *(f"text_encoder.{attention}.self_attn.q_proj.{half}" for half in ("down", "up")),
+        *(f"text_encoder_2.{attention}.mlp.fc2.causal_{half}" for half in ("down", "up")),
+        *(f"context.{block}.transformer_blocks.0.{half}" for half in ("down", "up")),
+        "unet.conv_in.weight",
+        "text_encoder.text_model.final_layer_norm.bias",
+        "unet.conv_out.bias.diff",
+    ]
+    assert concept.tensors.keys() == set(names)
+    for i, name in enumerate(names):
+        shape = (1, 3) if name.endswith("down") else (3, 1) if name.endswith("up") else (2, 2)
+        dtype = torch.bfloat16 if i % 2 else torch.float32
+        expected = (torch.arange(shape[0] * shape[1]) / 4 + i).reshape(shape).to(dtype)
+        assert concept.tensors[name].dtype == dtype and torch.equal(concept.tensors[name], expected), name
+    rows = {word: [(tuple(r.shape), set(r.flatten().tolist())) for r in rows] for word, rows in concept.words.items()}
+    assert rows == {"<dog>": [((2, 3), {1.5}), ((2, 4), {2.5})], "a.down": [((1, 3), {3.5}), ((1, 4), {4.5})]}
+    assert {slot.kind for slot in concept.residuals()} == {Kind.PAIR, Kind.CAUSAL, Kind.CONTEXT}
+    assert {slot.kind for slot in concept.changes()} == {Kind.VALUE, Kind.DIFFERENCE}
+    assert f"text_encoder_2.{attention}.mlp.fc2.causal" in concept.pairs() and len(concept.pairs()) == 4
+    assert (concept.method, concept.base, concept.token) == ("textboost", "0123456789abcdef:1,2,3", "<dog>")
+    assert concept.hold_first and concept.subjects == [("<dog>", "dog"), ("a.down", "cat")]
+    concept.save(tmp_path / "again.safetensors")
+    again = Concept.load(tmp_path / "again.safetensors")
+    assert all(torch.equal(again.tensors[n], t) for n, t in concept.tensors.items()) and again.meta == concept.meta
+    assert read_header(tmp_path / "again.safetensors") == read_header(GOLDEN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -135,3 +138,21 @@ def test_the_helpers_spell_what_methods_learn():
     assert word_name(1, "<dog>") == "word.1.<dog>" and is_word("word.0.x") and not is_word("unet.word.x")
     with pytest.raises(ValueError, match="numbered 0 to 1"):
         word_name(2, "<dog>")
+
+
+CONCEPT = Path(__file__).parents[1] / "python" / "pcs_trainer" / "concept"
+STARTS = ("unet.", "text_encoder.", "text_encoder_2.", "context.", "word.")
+ENDS = (".down", ".up", ".causal_down", ".causal_up", ".diff")
+
+
+@pytest.mark.parametrize("file", sorted(CONCEPT.rglob("*.py")), ids=lambda file: file.relative_to(CONCEPT).as_posix())
+def test_only_the_grammar_spells_prefixes_and_endings(file):
+    tree = ast.parse(file.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    spelled = [
+        f"{file.name}:{node.lineno}: {node.value!r}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+        if node.value.startswith(STARTS) or node.value.endswith(ENDS)
+    ]
+    assert bool(spelled) == (file.name == "grammar.py"), f"ask concept/grammar.py instead: {spelled}"

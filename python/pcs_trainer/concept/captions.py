@@ -1,4 +1,4 @@
-"""Two hundred captions of ordinary pictures: what the text states of general text look like."""
+"""Two hundred captions of ordinary photos and drawings: examples of general text, for methods that preserve it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,12 @@ a painter on a ladder; a ginger cat watches the rain
 
 
 def general_captions(model: Model | None = None, count: int = COUNT) -> list[str]:
-    """General captions: the embedded model's own kind for that model, ordinary ones (at most COUNT) for every other."""
+    """General captions, all different.
+
+    Args:
+        model: the embedded model gets captions of its own small world, every other model (and None) ordinary ones.
+        count: how many; of the ordinary ones there are COUNT.
+    """
     if getattr(model, "embedded", False):
         from ..tiny.training_set import training_captions, training_scene
 

@@ -93,7 +93,7 @@ def _encoder(concept: Concept, model: Model, number: int) -> nn.Module:
 
 
 def _add_words(words: dict[str, Tensor], tokenizer: Any, encoder: Any) -> None:
-    """New tokens for the words' rows; the further rows of a word are called word_1, word_2, as diffusers calls them."""
+    """Add tokens for the words' embeddings; the further ones of a word are word_1, word_2, as diffusers calls them."""
     new = {f"{word}_{i}" if i else word: row for word, rows in words.items() for i, row in enumerate(rows)}
     for token in new:
         if token in tokenizer.get_vocab():
@@ -101,7 +101,7 @@ def _add_words(words: dict[str, Tensor], tokenizer: Any, encoder: Any) -> None:
     if not new:
         return
     tokenizer.add_tokens(list(new))
-    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # all new rows are set below
     table = token_table(encoder).weight
     with torch.no_grad():
         for token, row in new.items():
