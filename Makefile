@@ -41,7 +41,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Ops, training steps, LAG, memory and quality against peers; then the README's tables and the figures anew.
+# Ops, training steps, LAG, memory and quality, compared with peers; then the README's tables, docs pages and figures.
+# About half an hour on two cores.
 # torchao, a peer of one op, stays apart: transformers would load it wherever it finds it.
 bench: setup
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/peers torchao
