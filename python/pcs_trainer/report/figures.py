@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 640  # pixels a side, twice the width of a column of the page; larger images are shrunk
+LARGEST = 640  # pixels a side, the width at which the page zooms (40rem); larger images are shrunk
 EXACT = 256  # pixels a side up to which an image is stored as PNG, without loss
 MAP_SIDE = 40  # pixels of an attention map; the browser upsamples it smoothly
-MOST_POINTS = 800  # of a curve: two a pixel at the width that the page shows it
+MOST_POINTS = 800  # of a curve: two for each unit of WIDTH, more than the eye resolves
+# Of a curve and its margins, in units of the SVG's viewBox.
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 400, 220, 40, 22, 8, 6
 # RGBA from a map's minimum to its maximum: pixels without attention go dark, those with it keep their colours and glow.
 RAMP = np.array([[12, 10, 30, 200], [44, 24, 62, 165], [190, 86, 50, 105], [255, 186, 80, 60], [255, 246, 190, 36]])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PLACES = ("", " on the beach", " in the snow", " at night")
 STEPS = 25
+SMOOTHING = 0.95  # as the trainer smooths the whole loss (training/log.py): the curves of a page then compare
 LAG_METHODS = ("personalized_residuals",)  # the paper of this method samples with LAG; a column shows both
 
 
@@ -41,7 +42,7 @@ def read_losses(folder: Path) -> dict[str, Any]:
     return curve
 
 
-def smooth(values: list[float], keep: float = 0.95) -> list[float]:
+def smooth(values: list[float], keep: float = SMOOTHING) -> list[float]:
     """The exponential moving average of the values."""
     result: list[float] = []
     for value in values:
@@ -121,12 +122,13 @@ def write_run_report(
         seconds: training time.
     """
     s, title = trainer.settings, TITLES[concept.method]
-    prompts, sheet, attention = _samples(model, concept)
+    subject = concept.subject_words
+    sheet, attention = _samples(model, concept)
     photos = [picture.pixels for one in trainer.subjects for picture in one.loaded.pictures]
     steps = concept.meta.get("steps", s.steps)
     data = {
         "title": f"{title}: {concept.class_word}",
-        "lead": f"{len(photos)} photos, {steps} steps on {model.name}; subject prompt: {prompts[0]!r}.",
+        "lead": f"{len(photos)} photos, {steps} steps on {model.name}. Prompts call the subject {subject!r}.",
         "photos": photos,
         "sheet": sheet,
         "numbers": {
@@ -135,7 +137,7 @@ def write_run_report(
                 ["trainable parameters", f"{concept.parameters:,}"],
                 ["file size", bytes_text((folder / "concept.safetensors").stat().st_size)],
                 ["training time", time_text(seconds)],
-                ["training prompt", concept.instance_prompt],
+                ["subject prompt", concept.instance_prompt],
             ],
         },
         "attention": attention,
@@ -148,8 +150,8 @@ def write_run_report(
     return write_report(folder / "report.html", data)
 
 
-def _samples(model: Model, concept: Concept) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """The prompts, and the report's "sheet" and "attention"."""
+def _samples(model: Model, concept: Concept) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report's "sheet" and "attention"."""
     prompts = [f"a photo of a {concept.subject_words}{place}" for place in PLACES]
     base = drawn(model, None, [f"a photo of a {concept.class_word}{place}" for place in PLACES])
     learned, maps = drawn(model, concept, prompts, maps=True)
@@ -168,4 +170,4 @@ def _samples(model: Model, concept: Concept) -> tuple[list[str], dict[str, Any],
         ],
         "note": f"Cross-attention to {concept.token!r} at each position, from the first sampling step to the last.",
     }
-    return prompts, sheet, attention
+    return sheet, attention
