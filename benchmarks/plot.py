@@ -1,70 +1,50 @@
-"""Rebuild the README's tables, docs/speed.md and its figure from results/: python benchmarks/plot.py
+"""Write the README's tables, docs/speed.md and docs/step.png from results/: python benchmarks/plot.py
 
-Only the newest run of each file is shown; the test suite fails when the README says anything else.
+Measures nothing; takes seconds. The README shows the newest run of each results file, docs/speed.md the last run of
+every machine; the test suite fails where either says anything else.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
+import memory
 import speed_docs
-import timing
-from quality.jobs import NAMES
+from quality.jobs import NAMES, RESULTS
 from quality.statistics import cell, column
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def memory_table() -> str:
-    """For each method and model the smallest of the budgets that fits, and what is used of it."""
-    rows = [
-        row
-        for row in speed_docs.newest(timing.RESULTS / "memory.csv")
-        if row["what"] == "budget" and row["fits"] == "yes"
-    ]
-    if not rows:
-        return ""
-    models = list(dict.fromkeys(f"{row['model']} {row['resolution']}" for row in rows))
-    lines = [
-        "The smallest card of 4, 6, 8, 12 or 24 GB that a training step fits on, counted, 0.5 GB for CUDA included:\n"
-    ]
-    lines += [f"| method | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for model in models:
-            fitting = [r for r in rows if r["method"] == method and f"{r['model']} {r['resolution']}" == model]
-            least = min(fitting, key=lambda r: float(r["budget_gb"]), default=None)
-            cells.append(f"{least['budget_gb']} GB ({float(least['with_context_gb']):.1f} used)" if least else "more")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    """The smallest step counted for each method and model."""
+    rows = speed_docs.newest(memory.RESULTS)
+    return memory.least_table(rows) if rows else ""
 
 
 def quality_table() -> str:
-    """The methods on unseen subjects of the small world: the latest model's rows of results/quality.csv."""
-    path = timing.RESULTS / "quality.csv"
-    if not path.exists():
+    """The methods on unseen subjects of the embedded model's world: the newest weights' rows of results/quality.csv."""
+    if not RESULTS.exists():
         return ""
-    with path.open(newline="") as file:
+    with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     rows = [row for row in rows if row["model"] == rows[-1]["model"]]
-    lines = [
-        "| method | likeness: share of the gap closed | prompts kept | diversity | subjects |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| method | subject fidelity | prompt fidelity | diversity | subjects |", "|---|---|---|---|---|"]
     for setting, name in NAMES.items():
         where = ("main", setting)
         if subjects := column(rows, where, "gap_closed"):
             cells = [cell(rows, where, m) for m in ("gap_closed", "prompt_kept", "diversity")]
             lines.append(f"| {name} | {' | '.join(cells)} | {len(subjects)} |")
-    said = (
-        "Likeness: 0 is the base model's picture of the class, 1 another photo of the subject; 95 % intervals."
-        ' TextBoost is its second version here (`variant="causal++"`): the embedded text encoder has three layers.\n'
-    )
-    return "\n".join(lines) + f"\n\n{said}" if len(lines) > 2 else ""
+    return "\n".join([*lines, "", QUALITY_NOTE.strip(), ""]) if len(lines) > 2 else ""
+
+
+QUALITY_NOTE = """
+Subject fidelity: 0 for the base model's images of the class, 1 for other photos of the subject. Prompt fidelity: the
+share of what a prompt asks for that is drawn, relative to the base model. Means with 95 % confidence intervals. For
+TextBoost the variant is `causal++` (the paper's second version), because the embedded text encoder has three layers.
+"""
 
 
 def replaced(readme: str, name: str, text: str) -> str:
@@ -74,14 +54,14 @@ def replaced(readme: str, name: str, text: str) -> str:
 
 
 def with_numbers(readme: str) -> str:
-    """The README with the parts between the markers made anew."""
-    readme = replaced(readme, "numbers", "".join(speed_docs.tables(0)))
+    """The README with the text between its markers replaced."""
+    readme = replaced(readme, "numbers", speed_docs.summary())
     readme = replaced(readme, "memory", memory_table())
     return replaced(readme, "quality", quality_table())
 
 
 def step_figure(path: Path) -> None:
-    """Seconds of a training step by variant, as bars."""
+    """Bars: seconds of a training step by variant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,17 +78,22 @@ def step_figure(path: Path) -> None:
     colours = ["#2f6fb0" if name.startswith("pcs") else "#b9bec6" for name in names]
     figure, axes = pyplot.subplots(figsize=(7, 3.2))
     axes.barh(names[::-1], values[::-1], xerr=[s[::-1] for s in spread], color=colours[::-1], ecolor="#555", capsize=2)
-    axes.set_xlabel("seconds a step")
+    axes.set_xlabel("seconds per step")
     axes.set_title(f"SD1.5 at 512, batch 1, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     README.write_text(with_numbers(README.read_text()))
     docs = README.parent / "docs"
     docs.mkdir(exist_ok=True)
     step_figure(docs / "step.png")
     (docs / "speed.md").write_text(speed_docs.page())
-    print("README.md and docs/speed.md: the tables are made anew; docs/step.png")
+    print("written: the tables of README.md, docs/speed.md, docs/step.png")
+
+
+if __name__ == "__main__":
+    main()
