@@ -1,17 +1,66 @@
 """What the README claims is what the results files say, and its code runs."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_methods
+import memory
+import plot
+import step_methods
+from pcs_trainer.methods import TITLES
+from quality import jobs
+
 ROOT = Path(__file__).parents[1]
+SCRIPTS = ("gpu.py", "lag.py", "memory.py", "plot.py", "quality", "run.py", "step.py", "step_methods.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_says_what_it_measures_how_long_it_takes_and_what_it_writes(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the scripts put their folders there
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert re.search(r"takes (about|a few|seconds|on a card)", said, re.IGNORECASE), "how long does it take?"
+    assert re.search(r"benchmarks/results/|docs/|--out folder", said), "what does it write?"
+
+
+def test_quality_runs_as_a_module_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quality", "--help"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks.quality", run_name="__main__")
+    assert ended.value.code == 0 and "--minutes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", [gpu_methods, memory, step_methods, jobs], ids=lambda module: module.__name__)
+def test_every_method_is_measured_or_named_with_the_reason_why_not(benchmark):
+    measured, named = set(benchmark.METHODS), benchmark.NOT_MEASURED
+    assert measured | set(named) == set(TITLES) and not measured & set(named)
+    assert all(named.values()), "say why it is not measured"
+
+
+def test_the_least_memory_is_the_smallest_row_and_never_rounded_down():
+    def row(method, used, pictures="1", forwards="1", model="SD1.5"):
+        return dict(model=model, method=method, with_context_gb=used, pictures=pictures, forwards=forwards)
+
+    rows = [row(method, "9.000", model=model) for method in memory.METHODS for model in memory.MODELS]
+    rows += [row("textboost", "3.991"), row("textboost", "4.500", "4", "2"), row("textboost", "")]
+    rows += [row("dreambooth", "5.990", "1+1", "2")]
+    table = memory.least_table(rows).splitlines()
+    assert next(line for line in table if "TextBoost" in line).startswith("| TextBoost | fits in 4.00 GB (batch 1) |")
+    assert any("| DreamBooth | fits in 5.99 GB (batch 1+1 x 2) |" in line for line in table)
 
 
 def test_numbers_are_those_of_the_results():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import plot
-
     readme = plot.README.read_text()
     assert plot.with_numbers(readme) == readme, "run: python benchmarks/plot.py"
     assert (ROOT / "docs" / "speed.md").read_text() == plot.speed_docs.page(), "run: python benchmarks/plot.py"
