@@ -102,7 +102,8 @@ void step_block(P* p, const G* g, uint8_t* m_codes, uint8_t* v_codes, float* m_s
   *m_scale = m_after;
   *v_scale = v_after;
   // Under 5e-38 the reciprocal overflows; such states are zero for every purpose.
-  const float m_inverse = m_after > 5e-38f ? 1.0f / m_after : 0.0f, v_inverse = v_after > 5e-38f ? 1.0f / v_after : 0.0f;
+  const float m_inverse = m_after > 5e-38f ? 1.0f / m_after : 0.0f,
+              v_inverse = v_after > 5e-38f ? 1.0f / v_after : 0.0f;
   const Encoder<true> encode_m(m_codec);
   const Encoder<false> encode_v(v_codec);
   over(count, [&](int64_t i, auto lanes) {
@@ -121,9 +122,8 @@ void step_8bit(P* p, const G* g, uint8_t* m_codes, uint8_t* v_codes, float* m_sc
   parallel_for((blocks + run - 1) / run, threads, [&](int64_t task) {
     for (int64_t block = task * run; block < std::min(blocks, (task + 1) * run); block++) {
       const int64_t at = block * size;
-      step_block(p + at, g + at, m_codes + at, v_codes + at, m_scales + block, v_scales + block,
-                 std::min(size, n - at), update, m_codec, v_codec, hash32(uint32_t(uint64_t(at) >> 32) ^ update.key),
-                 uint32_t(at));
+      step_block(p + at, g + at, m_codes + at, v_codes + at, m_scales + block, v_scales + block, std::min(size, n - at),
+                 update, m_codec, v_codec, hash32(uint32_t(uint64_t(at) >> 32) ^ update.key), uint32_t(at));
     }
   });
 }

@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "gemm.h"
-#include "parallel.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace PCS_ISA {
 
@@ -16,8 +16,8 @@ PCS_INLINE void write_row(T* dst, const float* src, int64_t n, float factor) {
   if (i < n) store_n(dst + i, load(src + i) * factor, int(n - i));
 }
 
-// One row of scores in units of log2, m of them: whole vectors where they lie, then a last part that ends at a whole step
-// of the products and holds nothing there.
+// One row of scores in units of log2, m of them: whole vectors where they lie, then a last part that ends at a whole
+// step of the products and holds nothing there.
 template <class E>
 struct ScoreRow {
   const float* scores;
@@ -61,8 +61,7 @@ template <class T>
 struct QueryBlock {
   using E = typename Packed<T>::type;
   Buffer<E> as_columns, as_rows;
-  QueryBlock(int64_t D, int64_t block)
-      : as_columns(packed_size<E>(block, D)), as_rows(packed_size<E>(D, block)) {}
+  QueryBlock(int64_t D, int64_t block) : as_columns(packed_size<E>(block, D)), as_rows(packed_size<E>(D, block)) {}
   void pack(const T* source, int64_t stride, int64_t lanes, int64_t D) {
     pack_rows_as_columns<E, T>(as_columns.get(), source, stride, lanes, D);
     pack_rows<E, T>(as_rows.get(), source, stride, D, lanes);

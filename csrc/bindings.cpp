@@ -22,9 +22,12 @@ NormShape norm_shape(const py::tuple& t) {
 Values values(const py::tuple& t) { return {t[0].cast<intptr_t>(), DType(t[1].cast<int>())}; }
 AdamW adamw(const py::tuple& t) {
   const bool stochastic = !t[8].is_none();
-  return {t[0].cast<double>(), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<double>(), t[4].cast<double>(),
-          t[5].cast<int64_t>(), t[6].cast<int64_t>(), t[7].cast<double>(), stochastic,
-          stochastic ? t[8].cast<int64_t>() : 0, t[9].cast<bool>()};
+  return {t[0].cast<double>(),  t[1].cast<double>(),
+          t[2].cast<double>(),  t[3].cast<double>(),
+          t[4].cast<double>(),  t[5].cast<int64_t>(),
+          t[6].cast<int64_t>(), t[7].cast<double>(),
+          stochastic,           stochastic ? t[8].cast<int64_t>() : 0,
+          t[9].cast<bool>()};
 }
 
 }  // namespace
@@ -52,14 +55,13 @@ PYBIND11_MODULE(PCS_MODULE, m) {
           self_attention_backward(DType(dtype), dO, Q, K, V, O, lse, dQ, dK, dV, s, scale, threads);
         });
 
-  m.def("cross_attention_forward",
-        [](int dtype, py::tuple q, py::tuple k, py::tuple v, py::tuple out, intptr_t capture, intptr_t maps, int64_t G,
-           py::tuple shape, float scale, int threads) {
-          const auto Q = heads(q), K = heads(k), V = heads(v), O = heads(out);
-          const auto s = attention_shape(shape);
-          py::gil_scoped_release release;
-          cross_attention_forward(DType(dtype), Q, K, V, O, capture, maps, G, s, scale, threads);
-        });
+  m.def("cross_attention_forward", [](int dtype, py::tuple q, py::tuple k, py::tuple v, py::tuple out, intptr_t capture,
+                                      intptr_t maps, int64_t G, py::tuple shape, float scale, int threads) {
+    const auto Q = heads(q), K = heads(k), V = heads(v), O = heads(out);
+    const auto s = attention_shape(shape);
+    py::gil_scoped_release release;
+    cross_attention_forward(DType(dtype), Q, K, V, O, capture, maps, G, s, scale, threads);
+  });
   m.def("cross_attention_backward",
         [](int dtype, py::tuple dout, intptr_t dmaps, py::tuple q, py::tuple k, py::tuple v, intptr_t capture,
            int64_t G, py::tuple dq, py::tuple dk, py::tuple dv, py::tuple shape, float scale, int threads) {
@@ -79,14 +81,13 @@ PYBIND11_MODULE(PCS_MODULE, m) {
     geglu_backward(DType(dtype), dy, x, dx, rows, F, threads);
   });
 
-  m.def("group_norm_silu_forward",
-        [](int dtype, intptr_t x, intptr_t y, py::tuple shape, py::tuple weight, py::tuple bias, intptr_t mean,
-           intptr_t rstd, float eps, bool silu, int threads) {
-          const auto s = norm_shape(shape);
-          const auto gain = values(weight), shift = values(bias);
-          py::gil_scoped_release release;
-          group_norm_silu_forward(DType(dtype), x, y, s, gain, shift, mean, rstd, eps, silu, threads);
-        });
+  m.def("group_norm_silu_forward", [](int dtype, intptr_t x, intptr_t y, py::tuple shape, py::tuple weight,
+                                      py::tuple bias, intptr_t mean, intptr_t rstd, float eps, bool silu, int threads) {
+    const auto s = norm_shape(shape);
+    const auto gain = values(weight), shift = values(bias);
+    py::gil_scoped_release release;
+    group_norm_silu_forward(DType(dtype), x, y, s, gain, shift, mean, rstd, eps, silu, threads);
+  });
   m.def("group_norm_silu_backward",
         [](int dtype, intptr_t dy, intptr_t x, py::tuple shape, intptr_t mean, intptr_t rstd, py::tuple weight,
            py::tuple bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias, int threads) {
@@ -97,14 +98,13 @@ PYBIND11_MODULE(PCS_MODULE, m) {
         });
 
   m.def("adamw8bit_knows", &adamw8bit_knows);
-  m.def("adamw8bit_step",
-        [](int param_type, int grad_type, intptr_t param, intptr_t grad, intptr_t state1, intptr_t state2,
-           intptr_t absmax1, intptr_t absmax2, int64_t n, py::tuple settings, int threads) {
-          const auto s = adamw(settings);
-          py::gil_scoped_release release;
-          adamw8bit_step(DType(param_type), DType(grad_type), param, grad, state1, state2, absmax1, absmax2, n, s,
-                         threads);
-        });
+  m.def("adamw8bit_step", [](int param_type, int grad_type, intptr_t param, intptr_t grad, intptr_t state1,
+                             intptr_t state2, intptr_t absmax1, intptr_t absmax2, int64_t n, py::tuple settings,
+                             int threads) {
+    const auto s = adamw(settings);
+    py::gil_scoped_release release;
+    adamw8bit_step(DType(param_type), DType(grad_type), param, grad, state1, state2, absmax1, absmax2, n, s, threads);
+  });
   m.def("adamw32bit_step", [](int param_type, int grad_type, intptr_t param, intptr_t grad, intptr_t exp_avg,
                               intptr_t exp_avg_sq, int64_t n, py::tuple settings, int threads) {
     const auto s = adamw(settings);
@@ -112,7 +112,8 @@ PYBIND11_MODULE(PCS_MODULE, m) {
     adamw32bit_step(DType(param_type), DType(grad_type), param, grad, exp_avg, exp_avg_sq, n, s, threads);
   });
 
-  m.def("packed_bytes", [](int dtype, int64_t columns, int64_t depth) { return packed_bytes(DType(dtype), columns, depth); });
+  m.def("packed_bytes",
+        [](int dtype, int64_t columns, int64_t depth) { return packed_bytes(DType(dtype), columns, depth); });
   m.def("low_rank_width", [](int dtype, int64_t rank) { return low_rank_width(DType(dtype), rank); });
   m.def("pack_operand", [](int dtype, intptr_t out, intptr_t source, int64_t columns, int64_t depth,
                            bool rows_are_columns, int threads) {

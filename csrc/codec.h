@@ -11,14 +11,14 @@ namespace PCS_ISA {
 constexpr int OCTAVES = 32;          // binary exponents from 2^-24 on; each holds at most one decade's edge
 constexpr int FIRST_EXPONENT = 103;  // the biased exponent of 2^-24
 
-// Magnitudes count k = 1, 2, ...: signed code = 127 +- k with k = 0 for zero; unsigned code = k - 1 with k = 1 for zero.
+// Magnitudes count k = 1, 2, ...: signed code = 127 +- k with k = 0 for zero; unsigned code = k - 1, k = 1 for zero.
 // Decade e holds k in [2^e, 2^(e+1)).
 template <bool SIGNED>
 struct Codec {
-  alignas(64) float offset[16], slope[16];                     // decode, by the low bits of k's exponent
-  alignas(64) float scale[16], shift[16], start[16];            // encode, by decade + 1 (0: zero)
+  alignas(64) float offset[16], slope[16];            // decode, by the low bits of k's exponent
+  alignas(64) float scale[16], shift[16], start[16];  // encode, by decade + 1 (0: zero)
   alignas(64) float edge[OCTAVES];
-  alignas(64) int32_t below[OCTAVES];                          // decade + 1 under the octave's edge
+  alignas(64) int32_t below[OCTAVES];  // decade + 1 under the octave's edge
   float values[256];
 
   Codec() {
@@ -100,9 +100,9 @@ struct Decoder {
     const __m512i e = _mm512_srli_epi32(bits, 23);  // permutes look at the low four bits
     const __m512 mantissa = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
         bits, _mm512_set1_epi32(0x7FFFFF), _mm512_set1_epi32(0x3F800000), 0xEA));  // (bits & low) | one
-    const __m512 value = _mm512_maskz_fmadd_ps(_mm512_cmpgt_epi32_mask(k, _mm512_set1_epi32(SIGNED ? 0 : 1)),
-                                               _mm512_permutexvar_ps(e, slope), mantissa,
-                                               _mm512_permutexvar_ps(e, offset));
+    const __m512 value =
+        _mm512_maskz_fmadd_ps(_mm512_cmpgt_epi32_mask(k, _mm512_set1_epi32(SIGNED ? 0 : 1)),
+                              _mm512_permutexvar_ps(e, slope), mantissa, _mm512_permutexvar_ps(e, offset));
     if constexpr (!SIGNED) return (vf)value;
     const __m512i sign = _mm512_and_epi32(from_zero, _mm512_set1_epi32(int(0x80000000u)));
     return (vf)_mm512_or_ps(value, _mm512_castsi512_ps(sign));

@@ -12,8 +12,8 @@ constexpr int64_t SPLIT = 512;  // queries that share one partial sum of dk and 
 template <class T>
 struct Forward {
   using E = typename Packed<T>::type;
-  static constexpr int64_t BQ = BLOCK<E>;       // queries of a tile
-  static constexpr int FEW = 4, MANY = -1;      // maps that are summed on the way; more are read off the mean of P
+  static constexpr int64_t BQ = BLOCK<E>;   // queries of a tile
+  static constexpr int FEW = 4, MANY = -1;  // maps that are summed on the way; more are read off the mean of P
   const Heads &q, &k, &v, &out;
   const float* capture;  // [B, G, M]
   float* maps;           // [B, G, N]
@@ -66,12 +66,13 @@ struct Forward {
       }
       T* to = out.at<T>(b, h, i);
       const int64_t stride = out.row, D = s.D;
-      gemm<E>(n, D, s.M, p.get(), tokens, packed_v.get() + bh * v_size, zero_init, [=, &share](int64_t r, int64_t c, vf x) {
-        if (c + W <= D)
-          store(to + r * stride + c, x * share[r]);
-        else
-          store_n(to + r * stride + c, x * share[r], int(D - c));
-      });
+      gemm<E>(n, D, s.M, p.get(), tokens, packed_v.get() + bh * v_size, zero_init,
+              [=, &share](int64_t r, int64_t c, vf x) {
+                if (c + W <= D)
+                  store(to + r * stride + c, x * share[r]);
+                else
+                  store_n(to + r * stride + c, x * share[r], int(D - c));
+              });
     }
     for (int64_t g = 0; g < G; g++)
       for (int64_t r = 0; r < n; r++)
@@ -168,8 +169,7 @@ struct Backward {
     }
     if (!dq && !dk) return;
     maps_gradient(b, i, n, dp.get());
-    if (dout)
-      gemm_into<E>(dp.get(), LANES, true, s.M, n, keys.depth, keys.v.get(), keys.depth, douts.as_columns.get());
+    if (dout) gemm_into<E>(dp.get(), LANES, true, s.M, n, keys.depth, keys.v.get(), keys.depth, douts.as_columns.get());
     softmax_gradient(p.get(), dp.get(), rows.get(), n);
     if (dk) accumulate(n, rows.get(), queries.as_rows.get(), part_of(dk_parts, b, h, split));
     if (dq) {
@@ -253,9 +253,8 @@ void backward(const Heads* dout, const float* dmaps, const Heads& q, const Heads
               const float* capture, int64_t G, const Heads* dq, const Heads* dk, const Heads* dv, AttentionShape s,
               float scale, int threads) {
   Backward<T> job{dout, q, k, v, dq, dk, dv, dmaps, capture, G, s, scale};
-  parallel_for(s.B * s.H * job.splits, threads, [&](int64_t t) {
-    job.run(t / job.splits / s.H, t / job.splits % s.H, t % job.splits);
-  });
+  parallel_for(s.B * s.H * job.splits, threads,
+               [&](int64_t t) { job.run(t / job.splits / s.H, t / job.splits % s.H, t % job.splits); });
   parallel_for(s.B * s.H, threads, [&](int64_t bh) { job.reduce(bh / s.H, bh % s.H); });
 }
 

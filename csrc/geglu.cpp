@@ -18,7 +18,9 @@ void for_rows(int64_t rows, int64_t columns, int threads, const Body& body) {
 }
 
 template <class T>
-PCS_INLINE vf gelu(vf b) { return b * 0.5f * (1.0f + erf<T>(b * 0.70710678118654752f)); }
+PCS_INLINE vf gelu(vf b) {
+  return b * 0.5f * (1.0f + erf<T>(b * 0.70710678118654752f));
+}
 
 template <class T>
 void forward(const T* x, T* y, int64_t rows, int64_t F, int threads) {

@@ -229,8 +229,8 @@ void gemm_into(float* c, int64_t ldc, bool add, int64_t rows, int64_t columns, i
     gemm<E>(rows, columns, depth, a, lda, b, zero_init, done);
 }
 
-// done(row, column, vector of A B, vector of A2 B2): two products of one shape, element by element. `scratch` (row stride
-// ld) holds the first one where there are no tiles.
+// done(row, column, vector of A B, vector of A2 B2): two products of one shape, element by element. `scratch` (row
+// stride ld) holds the first one where there are no tiles.
 template <class E, class Done>
 void gemm_pair(float* scratch, int64_t ld, int64_t rows, int64_t columns, const Product<E>& p, const Product<E>& p2,
                const Done& done) {

@@ -134,8 +134,8 @@ struct GroupNorm {
   const T* x;
   int64_t B, C, S, G;  // S spatial positions
   bool channels_last;
-  Values weight, bias;         // [C] or null
-  const float *mean, *rstd;    // [B, G]
+  Values weight, bias;       // [C] or null
+  const float *mean, *rstd;  // [B, G]
   int threads;
   int64_t per_group = C / G;
   // Channels-last tasks are runs of positions of one sample, cut by the shape alone.
@@ -211,16 +211,18 @@ struct GroupNorm {
 
   void apply(T* y) const {
     if (!channels_last) {
-      parallel_for(B * C, threads, [&](int64_t bc) {
+      const auto channel = [&](int64_t bc) {
         affine_row<T, SILU>(x + bc * S, y + bc * S, S, Fixed{gains.get()[bc]}, Fixed{shifts.get()[bc]});
-      }, true);
+      };
+      parallel_for(B * C, threads, channel, true);
       return;
     }
-    parallel_for(B * runs, threads, [&](int64_t t) {
+    const auto pixels = [&](int64_t t) {
       const int64_t b = t / runs, first = t % runs * run, last = std::min(S, first + run);
       for (int64_t at = (b * S + first) * C; at < (b * S + last) * C; at += C)
         affine_row<T, SILU>(x + at, y + at, C, Along{gains.get() + b * C}, Along{shifts.get() + b * C});
-    }, true);
+    };
+    parallel_for(B * runs, threads, pixels, true);
   }
 
   // sums[b][0][c] = sum of dz, sums[b][1][c] = sum of dz x_hat, over the positions of sample b.
@@ -228,7 +230,8 @@ struct GroupNorm {
     if (!channels_last) {
       parallel_for(B * C, threads, [&](int64_t bc) {
         const int64_t b = bc / C, c = bc % C;
-        const auto [plain, weighted] = channel_sums(x + bc * S, dy + bc * S, S, gains.get()[bc], shifts.get()[bc], means.get()[bc]);
+        const auto [plain, weighted] =
+            channel_sums(x + bc * S, dy + bc * S, S, gains.get()[bc], shifts.get()[bc], means.get()[bc]);
         sums[b * 2 * C + c] = float(plain);
         sums[b * 2 * C + C + c] = float(weighted * rstd[b * G + c / per_group]);
       });
@@ -292,16 +295,18 @@ struct GroupNorm {
                             at_channel(slopes), at_channel(offsets));
     };
     if (!channels_last) {
-      parallel_for(B * C, threads, [&](int64_t bc) {
+      const auto channel = [&](int64_t bc) {
         row(bc * S, S, [bc](const Buffer<float>& values) { return Fixed{values.get()[bc]}; });
-      }, true);
+      };
+      parallel_for(B * C, threads, channel, true);
       return;
     }
-    parallel_for(B * runs, threads, [&](int64_t t) {
+    const auto pixels = [&](int64_t t) {
       const int64_t b = t / runs, first = t % runs * run, last = std::min(S, first + run), base = b * C;
       for (int64_t i = first; i < last; i++)
         row((b * S + i) * C, C, [base](const Buffer<float>& values) { return Along{values.get() + base}; });
-    }, true);
+    };
+    parallel_for(B * runs, threads, pixels, true);
   }
 };
 
@@ -346,8 +351,8 @@ void group_norm_silu_forward(DType dtype, intptr_t x, intptr_t y, const NormShap
 }
 
 void group_norm_silu_backward(DType dtype, intptr_t dy, intptr_t x, const NormShape& s, intptr_t mean, intptr_t rstd,
-                              Values weight, Values bias, bool silu, intptr_t dx, intptr_t dweight,
-                              intptr_t dbias, int threads) {
+                              Values weight, Values bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias,
+                              int threads) {
   auto run = dtype == BFLOAT16 ? (silu ? backward<bf16, true> : backward<bf16, false>)
                                : (silu ? backward<float, true> : backward<float, false>);
   run(dy, x, s, pointer<float>(mean), pointer<float>(rstd), weight, bias, dx, pointer<float>(dweight),

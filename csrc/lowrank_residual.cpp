@@ -52,7 +52,8 @@ struct Job {
     const int64_t j = task % column_tasks * COLUMNS, row_task = task / column_tasks;
     const int64_t sample = row_task / tasks_a_sample, first = row_task % tasks_a_sample * ROWS;
     const int64_t n = std::min(ROWS, s.rows_a_sample - first), row = sample * s.rows_a_sample + first;
-    const int64_t columns = std::min(COLUMNS, s.outputs - j), steps = steps_of<E>(s.inputs), extra = steps_of<E>(s.rank);
+    const int64_t columns = std::min(COLUMNS, s.outputs - j), steps = steps_of<E>(s.inputs),
+                  extra = steps_of<E>(s.rank);
     const E* low_rows;
     if constexpr (std::is_same_v<E, T>)
       low_rows = low + row * low_width;
@@ -78,9 +79,17 @@ struct Job {
 template <class T>
 void apply(const LowrankArguments& a, const LowrankShape& s, float scale, int threads) {
   using E = typename Packed<T>::type;
-  Job<T> job{pointer<const T>(a.x), pointer<const E>(a.weight), pointer<const E>(a.down), pointer<const E>(a.up),
-             pointer<const T>(a.bias), pointer<const float>(a.mask), pointer<const int64_t>(a.concepts),
-             pointer<T>(a.low), pointer<T>(a.y), s, scale};
+  Job<T> job{pointer<const T>(a.x),
+             pointer<const E>(a.weight),
+             pointer<const E>(a.down),
+             pointer<const E>(a.up),
+             pointer<const T>(a.bias),
+             pointer<const float>(a.mask),
+             pointer<const int64_t>(a.concepts),
+             pointer<T>(a.low),
+             pointer<T>(a.y),
+             s,
+             scale};
   const int64_t row_tasks = s.samples * job.tasks_a_sample, column_tasks = (s.outputs + COLUMNS - 1) / COLUMNS;
   if (column_tasks == 1) {
     parallel_for(row_tasks, threads, [&](int64_t t) {

@@ -15,9 +15,9 @@ struct AttentionShape {
 };
 void self_attention_forward(DType, const Heads& q, const Heads& k, const Heads& v, const Heads& out, intptr_t lse,
                             AttentionShape, float scale, int threads);
-void self_attention_backward(DType, const Heads& dout, const Heads& q, const Heads& k, const Heads& v,
-                             const Heads& out, intptr_t lse, const Heads& dq, const Heads& dk, const Heads& dv,
-                             AttentionShape, float scale, int threads);
+void self_attention_backward(DType, const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+                             intptr_t lse, const Heads& dq, const Heads& dk, const Heads& dv, AttentionShape,
+                             float scale, int threads);
 
 // capture [B, G, M] and maps [B, G, N] are float32; G = 0 without them.
 void cross_attention_forward(DType, const Heads& q, const Heads& k, const Heads& v, const Heads& out, intptr_t capture,
@@ -43,8 +43,8 @@ struct NormShape {
   int64_t B, C, S, G;
   bool channels_last;
 };
-void group_norm_silu_forward(DType, intptr_t x, intptr_t y, const NormShape&, Values weight, Values bias,
-                             intptr_t mean, intptr_t rstd, float eps, bool silu, int threads);
+void group_norm_silu_forward(DType, intptr_t x, intptr_t y, const NormShape&, Values weight, Values bias, intptr_t mean,
+                             intptr_t rstd, float eps, bool silu, int threads);
 void group_norm_silu_backward(DType, intptr_t dy, intptr_t x, const NormShape&, intptr_t mean, intptr_t rstd,
                               Values weight, Values bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias,
                               int threads);

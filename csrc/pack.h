@@ -1,7 +1,8 @@
 // How the operands of a product lie in memory, and how they get there.
 //
-// E is the element of the packed operands. float: one multiply-add a step. bf16 (AVX512-BF16 and AMX only): a step takes
-// pairs of neighbours in k (one of them, or a tile's 16), so A rows hold pairs and a panel of B holds [k / 2][columns][2].
+// E is the element of the packed operands. float: one multiply-add a step. bf16 (AVX512-BF16 and AMX only): a step
+// takes pairs of neighbours in k (one of them, or a tile's 16), so A rows hold pairs and a panel of B holds
+// [k / 2][columns][2].
 #pragma once
 #include <algorithm>
 #include <type_traits>

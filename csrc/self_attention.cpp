@@ -74,14 +74,15 @@ void forward(const Heads& q, const Heads& k, const Heads& v, const Heads& out, f
   Forward<T> job{q, k, v, out, lse, s, scale};
   const int64_t key_tiles = (s.M + BK - 1) / BK, query_tiles = (s.N + job.BQ - 1) / job.BQ;
   parallel_for(s.B * s.H * key_tiles, threads, [&](int64_t t) { job.pack(t / key_tiles, t % key_tiles * BK); });
-  parallel_for(s.B * s.H * query_tiles, threads, [&](int64_t t) { job.rows(t / query_tiles, t % query_tiles * job.BQ); });
+  parallel_for(s.B * s.H * query_tiles, threads,
+               [&](int64_t t) { job.rows(t / query_tiles, t % query_tiles * job.BQ); });
 }
 
 template <class T>
 struct Backward {
   using E = typename Packed<T>::type;
   static constexpr int64_t LANES = (IN_TILES<E> ? 4 : 2) * NR;  // queries of a block: they lie along the vectors
-  static constexpr int64_t KEYS = 2 * BLOCK<E>;                 // keys of a block: whole steps, so that none straddles blocks
+  static constexpr int64_t KEYS = 2 * BLOCK<E>;  // keys of a block: whole steps, so that none straddles blocks
   const Heads &dout, &q, &k, &v, &out, &dq, &dk, &dv;
   const float* lse;
   AttentionShape s;
@@ -175,8 +176,8 @@ void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v,
 
 }  // namespace
 
-void self_attention_forward(DType dtype, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
-                            intptr_t lse, AttentionShape s, float scale, int threads) {
+void self_attention_forward(DType dtype, const Heads& q, const Heads& k, const Heads& v, const Heads& out, intptr_t lse,
+                            AttentionShape s, float scale, int threads) {
   if (dtype == BFLOAT16)
     forward<bf16>(q, k, v, out, pointer<float>(lse), s, scale, threads);
   else

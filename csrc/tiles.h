@@ -10,7 +10,7 @@ namespace PCS_ISA {
 // The compiler does not know what the tile instructions read: this has all of it in memory before they do.
 inline void written(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
 
-// Which shapes this thread's tiles have. Whoever else uses them (oneDNN) sets their own, so ours last for one task list.
+// Which shapes this thread's tiles have. Whoever else uses them (oneDNN) sets their own, so ours last one task list.
 inline thread_local int tile_shapes = 0;
 
 // Tiles 0, 1 (sums) and 4 (rows of A) are `first` rows high, tiles 2, 3 and 5 `second`; 6 and 7 hold columns of B.
