@@ -137,6 +137,17 @@ def test_custom_diffusion_lacking_layers_is_filled_from_the_base(model, pipe, tm
     assert_same(ours(model, [concept], said), theirs(model, pipe, said), ours(model, [], said))
 
 
+@pytest.mark.parametrize("layer", ["to_q", "to_out.0"])
+def test_a_lora_beside_whole_values_in_one_attention_needs_a_pipeline(model, tmp_path, layer):
+    """diffusers' Custom Diffusion processor replaces the attention's projections, which a LoRA then would not reach."""
+    concept = custom_diffusion(model)
+    stem = next(iter(concept.tensors)).rpartition(".attn2.")[0] + f".attn2.{layer}"
+    weight = dict(model.unet.named_parameters())[f"{stem.removeprefix('unet.')}.weight"]
+    concept.tensors |= {f"{stem}.down": torch.ones(1, weight.shape[1]), f"{stem}.up": torch.ones(weight.shape[0], 1)}
+    with pytest.raises(ValueError, match="goes into a whole pipeline's weights"):
+        export(concept, tmp_path)
+
+
 def test_compressed_custom_diffusion_as_kohya(model, pipe, tmp_path):
     concept = compress(custom_diffusion(model), model, 0.6)
     assert len({len(d) for d, _ in concept.pairs().values()}) > 1

@@ -67,7 +67,8 @@ def needs_pipeline(concept: Concept) -> bool:
     found = [_cross(slot) for slot in concept.changes()]
     replaced = {match[1] for match in found if match}
     # A processor of Custom Diffusion computes its own projections, which a LoRA on them would not reach.
-    clash = any(slot.layer.rpartition(".")[0] in replaced for slot in plain_pairs(concept))
+    own = tuple(f"{module}." for module in replaced)
+    clash = any(slot.part == UNET and slot.layer.startswith(own) for slot in plain_pairs(concept))
     return not all(found) or clash
 
 
