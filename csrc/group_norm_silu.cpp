@@ -211,18 +211,22 @@ struct GroupNorm {
 
   void apply(T* y) const {
     if (!channels_last) {
-      const auto channel = [&](int64_t bc) {
-        affine_row<T, SILU>(x + bc * S, y + bc * S, S, Fixed{gains.get()[bc]}, Fixed{shifts.get()[bc]});
-      };
-      parallel_for(B * C, threads, channel, true);
+      parallel_for(
+          B * C, threads,
+          [&](int64_t bc) {
+            affine_row<T, SILU>(x + bc * S, y + bc * S, S, Fixed{gains.get()[bc]}, Fixed{shifts.get()[bc]});
+          },
+          true);
       return;
     }
-    const auto pixels = [&](int64_t t) {
-      const int64_t b = t / runs, first = t % runs * run, last = std::min(S, first + run);
-      for (int64_t at = (b * S + first) * C; at < (b * S + last) * C; at += C)
-        affine_row<T, SILU>(x + at, y + at, C, Along{gains.get() + b * C}, Along{shifts.get() + b * C});
-    };
-    parallel_for(B * runs, threads, pixels, true);
+    parallel_for(
+        B * runs, threads,
+        [&](int64_t t) {
+          const int64_t b = t / runs, first = t % runs * run, last = std::min(S, first + run);
+          for (int64_t at = (b * S + first) * C; at < (b * S + last) * C; at += C)
+            affine_row<T, SILU>(x + at, y + at, C, Along{gains.get() + b * C}, Along{shifts.get() + b * C});
+        },
+        true);
   }
 
   // sums[b][0][c] = sum of dz, sums[b][1][c] = sum of dz x_hat, over the positions of sample b.
@@ -295,18 +299,20 @@ struct GroupNorm {
                             at_channel(slopes), at_channel(offsets));
     };
     if (!channels_last) {
-      const auto channel = [&](int64_t bc) {
-        row(bc * S, S, [bc](const Buffer<float>& values) { return Fixed{values.get()[bc]}; });
-      };
-      parallel_for(B * C, threads, channel, true);
+      parallel_for(
+          B * C, threads,
+          [&](int64_t bc) { row(bc * S, S, [bc](const Buffer<float>& values) { return Fixed{values.get()[bc]}; }); },
+          true);
       return;
     }
-    const auto pixels = [&](int64_t t) {
-      const int64_t b = t / runs, first = t % runs * run, last = std::min(S, first + run), base = b * C;
-      for (int64_t i = first; i < last; i++)
-        row((b * S + i) * C, C, [base](const Buffer<float>& values) { return Along{values.get() + base}; });
-    };
-    parallel_for(B * runs, threads, pixels, true);
+    parallel_for(
+        B * runs, threads,
+        [&](int64_t t) {
+          const int64_t b = t / runs, first = t % runs * run, last = std::min(S, first + run), base = b * C;
+          for (int64_t i = first; i < last; i++)
+            row((b * S + i) * C, C, [base](const Buffer<float>& values) { return Along{values.get() + base}; });
+        },
+        true);
   }
 };
 
