@@ -20,7 +20,7 @@ def overview() -> str:
     lines += [
         "",
         "Examples",
-        "  pcs demo                                          all four methods on the example photos, and a report",
+        "  pcs demo                                          several methods on the example photos, and a report",
         "  pcs train examples/photos --class mug             learn a mug on the embedded model",
         '  pcs sample "a photo of {} on the beach" --concept out/mug',
         "  pcs train my-photos --class dog --model path/to/stable-diffusion-v1-5 --budget 6GB",
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> int:
     if first not in COMMANDS:
         what = "flag" if first.startswith("-") else "command"
         names = ["--help", "--version", *COMMANDS]
-        raise UsageError(f"{first} is no {what} of pcs{meant(first, names) or '; pcs --help shows all commands'}")
+        raise UsageError(f"unknown {what} {first}{meant(first, names) or '; pcs --help shows all commands'}")
     chosen = command(first)
     if any(word in ("-h", "--help") for word in words[1:]):
         print(help_text(chosen), end="")
@@ -57,7 +57,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def sentence(error: BaseException) -> str:
-    """An error in one line, with the mend where we know one."""
+    """An error in one line, with the fix where we know one."""
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
     if isinstance(error, PermissionError) and error.filename:
@@ -66,7 +66,7 @@ def sentence(error: BaseException) -> str:
         return f"{error.filename or 'the system'}: {error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name} is not installed; mend: pip install 'pcs_kernels[trainer]'"
+        return f"{error.name} is not installed. Fix: pip install 'pcs_kernels[trainer]'"
     if isinstance(error, (ValueError, ImportError, OSError)) or type(error).__module__.startswith("pcs_"):
         return text
     return f"{type(error).__name__}: {text[:300]} (pcs ... --debug shows where)"

@@ -1,4 +1,4 @@
-"""Text to a setting's value, by the type hints of a method's settings: `--set NAME=VALUE`."""
+"""Settings on the command line: text to a value by the type hints of a method's settings, and names that are wrong."""
 
 from __future__ import annotations
 
@@ -66,3 +66,14 @@ def _in_words(kind: Any) -> str:
         return f"{_in_words(get_args(kind)[0])}, several of them with ';' between"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "none"}
     return words.get(kind, "")
+
+
+def why_unknown(method: str, setting: str) -> str:
+    """One sentence on a setting that the method does not have: who has it, or what was meant."""
+    from ..methods import settings_for
+
+    try:
+        settings_for(None, method, **{setting: None})
+    except ValueError as error:
+        return str(error)
+    return f"{method} has no setting {setting!r}"

@@ -10,18 +10,19 @@ from ..options import Command, meant
 COMMANDS = {
     "demo": "learn the example subject by several methods and write a report",
     "train": "learn a subject from a few photos",
-    "sample": "draw pictures with what was learned",
-    "merge": "join several concepts into one, without training",
-    "export": "write a concept for diffusers, ComfyUI or A1111, or as a whole pipeline",
-    "plan": "what a training needs in memory, and the fastest plan within a budget",
-    "evaluate": "how like the photos and how true to the prompts the pictures are",
-    "doctor": "what this machine has, what is used, and what to do about the rest",
-    "bench": "time training and drawing on this machine",
+    "sample": "sample images with learned concepts",
+    "merge": "merge several concepts into one, without training",
+    "export": "export a concept for diffusers, ComfyUI or A1111, or as a whole pipeline",
+    "plan": "memory of a training step, and the fastest recomputation plan within a budget",
+    "evaluate": "subject fidelity, prompt fidelity and class drift of a concept",
+    "doctor": "what this machine has, what is used of it, and one thing to do about the rest",
+    "bench": "time training and sampling on this machine",
     "completion": "print a completion script for bash, zsh or fish",
 }
 
 
 def command(name: str) -> Command:
+    """A command by its name; UsageError, with the nearest name, where there is none."""
     if name not in COMMANDS:
-        raise UsageError(f"{name} is no command of pcs{meant(name, COMMANDS) or '; pcs --help shows all commands'}")
+        raise UsageError(f"unknown command {name}{meant(name, COMMANDS) or '; pcs --help shows all commands'}")
     return import_module(f".{name}", __name__).COMMAND

@@ -1,4 +1,4 @@
-"""pcs bench: time training and drawing on this machine."""
+"""pcs bench: time training and sampling on this machine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...files import written_text
+from ...methods import methods_with
 from ..exit_codes import DONE
 from ..options import Command, Option, grouped, integer, one_of
 from ..progress import Progress
@@ -45,8 +46,11 @@ OPTIONS = (
 )
 
 EXAMPLES = (
-    ("pcs bench", "seconds a training step of every method, and seconds a picture"),
-    ("pcs bench --method personalized_residuals --steps 5 --out out/bench.json", "one method, the numbers in a file"),
+    ("pcs bench", "seconds per training step of every method, and seconds per image"),
+    (
+        "pcs bench --method personalized_residuals --steps 5 --out out/bench.json",
+        "one method, timings in a file",
+    ),
 )
 
 
@@ -59,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         for method in options.method or METHODS:
             progress.label = method
             rows.append(time_method(model, method, options, progress))
-        rows.append(time_pictures(model, options.resolution))
+        rows.append(time_sampling(model, options.resolution))
     print(f"{'':<26}{'seconds':>10}{'spread':>10}  of what")
     for row in rows:
         print(f"{row['name']:<26}{row['seconds']:>10.4f}{row['spread']:>10.0%}  {row['what']}")
@@ -69,16 +73,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_ops() -> int:
+    """The ops' benchmark of the repository, in a process of its own; its exit code."""
     script = Path(__file__).parents[4] / "benchmarks" / "run.py"
     if not script.is_file():
-        raise UsageError(
-            "--ops needs a checkout of the repository, for its benchmarks/run.py; this is an installed package"
-        )
+        raise UsageError("--ops needs a checkout of the repository, for its benchmarks; this is an installed package")
     return subprocess.run([sys.executable, str(script)], check=False).returncode
 
 
 def time_method(model: Model, method: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Median seconds of a step after two that warm up; drawn pictures of noise stand for photos."""
+    """Median seconds of a training step after two warmup steps; images of noise stand for photos."""
     import numpy as np
 
     from ...model.autoencoder import own_size
@@ -86,7 +89,8 @@ def time_method(model: Model, method: str, options: argparse.Namespace, progress
 
     side = options.resolution or min(own_size(model))
     noise = np.random.default_rng(0).integers(0, 255, (4, side, side, 3), dtype=np.uint8)
-    chosen = {"steps": options.steps + 2, "prior_images": 1, "bank": 8, "check_backend": False}
+    chosen = {"steps": options.steps + 2, "prior_images": 1, "check_backend": False}
+    chosen |= {"bank": 8} if method in methods_with("bank") else {}
     chosen |= {key: value for key in ("batch", "resolution") if (value := getattr(options, key))}
     times: list[float] = []
 
@@ -99,12 +103,13 @@ def time_method(model: Model, method: str, options: argparse.Namespace, progress
     trainer.train(on_event)
     steps = [b - a for a, b in pairwise(times[1:])]
     batch = trainer.settings.batch
-    prior = " and as many of the class" * bool(trainer.settings.prior_weight)
-    what = f"a training step of {batch} picture{'s' * (batch > 1)}{prior}"
+    prior = " and as many class images" * bool(trainer.settings.prior_weight)
+    what = f"a training step of {batch} image{'s' * (batch > 1)}{prior}"
     return {"name": method, "what": what} | summary(steps)
 
 
-def time_pictures(model: Model, size: int | None) -> dict[str, Any]:
+def time_sampling(model: Model, size: int | None) -> dict[str, Any]:
+    """Median seconds per image of three batches of four."""
     from ...sampling.drawing import sample
 
     times = []
@@ -112,7 +117,7 @@ def time_pictures(model: Model, size: int | None) -> dict[str, Any]:
         started = time.perf_counter()
         sample(model, ["a photo of a mug"] * 4, steps=25, seed=seed, size=size)
         times.append((time.perf_counter() - started) / 4)
-    return {"name": "drawing", "what": "a picture of 25 steps, four at a time"} | summary(times)
+    return {"name": "sampling", "what": "an image of 25 steps, four at a time"} | summary(times)
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -127,6 +132,6 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="Nothing else should run beside it. Spread is the slowest less the fastest, over the median.",
+    details="Run nothing else beside it. Spread is (slowest - fastest) / median.",
     translate=MODEL_TRANSLATE,
 )

@@ -1,4 +1,4 @@
-"""pcs doctor: what this machine has, what is used, and what to do about the rest."""
+"""pcs doctor: what this machine has, what is used of it, and one thing to do about the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..options import Command
 from . import COMMANDS
 
 
-def run(options: argparse.Namespace) -> int:
+def run(_: argparse.Namespace) -> int:
     from ..doctor import examine, report
 
     found = examine()
@@ -21,8 +21,6 @@ COMMAND = Command(
     name="doctor",
     about=COMMANDS["doctor"],
     options=(),
-    examples=(
-        ("pcs doctor", "device, precision, each operation's backend and its error here, versions, one line to do"),
-    ),
+    examples=(("pcs doctor", "device, precision, backend and error of each op, versions, and one thing to do"),),
     run=run,
 )

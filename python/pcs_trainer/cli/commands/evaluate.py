@@ -1,4 +1,4 @@
-"""pcs evaluate: how like the photos and how true to the prompts the pictures of a concept are."""
+"""pcs evaluate: subject fidelity, prompt fidelity and class drift of a concept."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from .common import GUIDANCE, MODEL_FLAGS, SEED, STEPS, concept_file, open_conce
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from ...concept.concept import Concept
+    from ...model.model import Model
     from ...training.stop import Stop
 
 OPTIONS = (
@@ -56,17 +60,23 @@ OPTIONS = (
 )
 
 EXAMPLES = (
-    ("pcs evaluate out/mug --photos examples/photos", "likeness, prompts and drift, beside the base model's"),
-    ("pcs evaluate out/mug --photos examples/photos --lag --count 16 --out out/mug/evaluation.json",
-     "with LAG, from more pictures, the numbers in a file"),
-)  # fmt: skip
+    (
+        "pcs evaluate out/mug --photos examples/photos",
+        "subject and prompt fidelity and class drift, and the base model's",
+    ),
+    (
+        "pcs evaluate out/mug --photos examples/photos --lag --count 16 --out out/mug/evaluation.json",
+        "with LAG, from more images, the scores in a file",
+    ),
+)
 
 
 def check(options: argparse.Namespace) -> None:
+    """UsageError for what is wrong already, before anything is loaded."""
     if len(options.concept or []) != 1:
         raise UsageError("pcs evaluate needs one concept: pcs evaluate out/mug --photos examples/photos")
     if not options.photos:
-        raise UsageError("--photos is missing: a folder of real pictures of the subject")
+        raise UsageError("--photos is missing: give a folder of photos of the subject")
     for flag in ("photos", "clip", "dino"):
         value = getattr(options, flag)
         if value and not Path(value).exists():
@@ -84,41 +94,59 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(options: argparse.Namespace, stop: Stop) -> int:
+    """Sample, measure and print the scores; the exit code."""
     from ...evaluation.scores import evaluate
 
     model = open_model(options)
     if not model.embedded and not options.clip and not options.dino:
-        raise UsageError("pictures of a real checkpoint are measured by networks: --clip FOLDER, --dino FOLDER")
+        raise UsageError(
+            "a real checkpoint needs an image encoder to be evaluated. Fix: --clip FOLDER, --dino FOLDER or both"
+        )
     concept = open_concept(options.concept[0], model)
-    with Progress("drawing", quiet=options.quiet) as progress:
+    with Progress("sampling", quiet=options.quiet) as progress:
         found = evaluate(
-            model, concept, options.photos, prompts=options.prompt or None, count=options.count, lag=options.lag,
-            clip=options.clip, dino=options.dino, draw=drawer(model, options, progress, stop),
-        )  # fmt: skip
+            model,
+            concept,
+            options.photos,
+            prompts=options.prompt or None,
+            count=options.count,
+            lag=options.lag,
+            clip=options.clip,
+            dino=options.dino,
+            draw=sampler_for(model, options, progress, stop),
+        )
     print(found)
     if options.out:
         written_text(Path(options.out), json.dumps(found.asdict(), indent=1))
     return DONE
 
 
-def drawer(model: Any, options: argparse.Namespace, progress: Progress, stop: Stop) -> Callable[..., list[Any]]:
-    """Draws for the evaluation, with progress; Ctrl-C ends it."""
+def sampler_for(
+    model: Model, options: argparse.Namespace, progress: Progress, stop: Stop
+) -> Callable[..., list[np.ndarray]]:
+    """What samples for the evaluation, with progress; Ctrl-C ends it by Stopped."""
     import numpy as np
 
     from ...sampling.drawing import sample
 
-    def on_step(step: int, steps: int, latents: Any) -> None:
+    def on_step(step: int, steps: int, *_: object) -> None:
         if stop():
             raise Stopped
         progress.count(step + 1, steps)
 
-    def draw(prompts: list[str], concepts: list[Any], **masked: Any) -> list[Any]:
-        progress.label = f"drawing {len(prompts)} pictures with the {'concept' if concepts else 'base model'}"
-        drawn = sample(
-            model, prompts, concepts, steps=options.steps, guidance=options.guidance, seed=options.seed,
-            on_step=on_step, **masked,
-        )  # fmt: skip
-        return [np.asarray(picture) for picture in drawn]
+    def draw(prompts: list[str], concepts: list[Concept], **masked: Any) -> list[np.ndarray]:
+        progress.label = f"sampling {len(prompts)} images with the {'concept' if concepts else 'base model'}"
+        images = sample(
+            model,
+            prompts,
+            concepts,
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed,
+            on_step=on_step,
+            **masked,
+        )
+        return [np.asarray(image) for image in images]
 
     return draw
 
@@ -129,8 +157,8 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="On the embedded model its judge looks: a small network that was trained apart and knows that world alone. "
-    "On real checkpoints CLIP and DINO look, from folders on this machine; CLIP-T is the text similarity, CLIP-I the "
+    details="The embedded model is evaluated by its judge, a small network that was trained apart and knows only that "
+    "world; real checkpoints by CLIP and DINO, from folders on this machine: CLIP-T is the text similarity, CLIP-I the "
     "image similarity, DINO the subject similarity.",
     translate=MODEL_TRANSLATE,
 )

@@ -1,4 +1,4 @@
-"""pcs export: files that other programs load."""
+"""pcs export: a concept as files that other programs load."""
 
 from __future__ import annotations
 
@@ -56,9 +56,11 @@ EXAMPLES = (
     ("pcs export out/mug", "for diffusers' load_lora_weights"),
     ("pcs export out/mug --format kohya --out out/for-comfyui", "for ComfyUI and A1111"),
     ("pcs export out/mug --format pipeline --out out/mug-pipeline", "a whole diffusers pipeline"),
-    ("pcs export out/for-comfyui/mug.safetensors --format concept --out out/imported",
-     "another program's LoRA as a concept"),
-)  # fmt: skip
+    (
+        "pcs export out/for-comfyui/mug.safetensors --format concept --out out/imported",
+        "another program's LoRA as a concept",
+    ),
+)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,6 +96,6 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="Every export says how many tensors it wrote and names each that the format cannot hold.",
+    details="Every export reports the tensors it wrote, and names each that the format cannot hold.",
     translate=MODEL_TRANSLATE,
 )

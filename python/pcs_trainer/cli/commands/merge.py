@@ -1,9 +1,10 @@
-"""pcs merge: join several concepts into one, without training."""
+"""pcs merge: several concepts as one, without training."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ..config import write_config
@@ -12,6 +13,9 @@ from ..options import Command, Option, grouped, number, one_of
 from . import COMMANDS
 from .common import MODEL_FLAGS, concept_file, open_concept, open_model, say, subjects_of
 from .other_trainers import MODEL_TRANSLATE
+
+if TYPE_CHECKING:
+    from ...concept.concept import Concept
 
 OPTIONS = (
     Option("concepts", "runs' folders or concept files", metavar="CONCEPT", many=True, group="words"),
@@ -57,14 +61,19 @@ OPTIONS = (
 )
 
 EXAMPLES = (
-    ("pcs merge out/mug out/tuned --how blend --weight 0.5 --weight 0.5 --rename \"<one>\" --rename \"<two>\"",
-     "a weighted sum"),
-    ("pcs merge out/cat out/dog --captions captions.txt --compress 0.6 --out out/both.safetensors",
-     "two Custom Diffusion concepts in one small file"),
-)  # fmt: skip
+    (
+        'pcs merge out/mug out/tuned --how blend --weight 0.5 --weight 0.5 --rename "<one>" --rename "<two>"',
+        "a weighted sum",
+    ),
+    (
+        "pcs merge out/cat out/dog --captions captions.txt --compress 0.6 --out out/both.safetensors",
+        "two Custom Diffusion concepts in one small file",
+    ),
+)
 
 
 def check(options: argparse.Namespace) -> None:
+    """UsageError for what is wrong already, before anything is loaded."""
     concepts = options.concepts or []
     if len(concepts) < 2:
         raise UsageError("pcs merge needs at least two concepts: pcs merge out/cat out/dog")
@@ -72,11 +81,11 @@ def check(options: argparse.Namespace) -> None:
         concept_file(where)
     for flag, values in (("--weight", options.weight), ("--rename", options.rename)):
         if values and len(values) != len(concepts):
-            raise UsageError(f"{len(values)} times {flag} and {len(concepts)} concepts: give one for each concept")
+            raise UsageError(f"{flag} is given {len(values)} times for {len(concepts)} concepts; give one for each")
     if options.weight and options.how == "optimize":
-        raise UsageError("--weight belongs to --how blend; optimize keeps every concept whole")
+        raise UsageError("--weight is only for --how blend; optimize keeps every concept at full strength")
     if options.captions and not Path(options.captions).is_file():
-        raise UsageError(f"--captions: {options.captions} does not exist; give a text file with a caption a line")
+        raise UsageError(f"--captions: {options.captions} does not exist; give a text file with one caption per line")
     if Path(options.out).is_dir():
         raise UsageError(f"--out: {options.out} is a folder; name a file, such as {options.out}/merged.safetensors")
 
@@ -95,17 +104,18 @@ def run(options: argparse.Namespace) -> int:
     how = options.how or ("optimize" if all(c.method == "custom_diffusion" for c in concepts) else "blend")
     if how == "optimize":
         lines = Path(options.captions).read_text(encoding="utf-8").splitlines() if options.captions else []
-        merged = merge(concepts, model, [line.strip() for line in lines if line.strip()] or None)
-        say(f"the concepts' own words keep their keys and values within {merged.constraint_residual:.1e}")
+        optimized = merge(concepts, model, [line.strip() for line in lines if line.strip()] or None)
+        say(f"keys and values of the concepts' tokens are kept within {optimized.constraint_residual:.1e}")
+        merged: Concept = optimized
     else:
         merged = blend(concepts, options.weight or [1.0] * len(concepts), model)
     if options.compress:
         before = merged.parameters
         merged = compress(merged, model, options.compress)
-        say(f"compressed to {merged.parameters / before:.0%} of its numbers")
+        say(f"compressed to {merged.parameters / before:.0%} of its parameters")
     path = merged.save(options.out)
     write_config(path.with_suffix(".toml"), COMMAND, options, how=how)
-    say(f"it knows {' and '.join(subjects_of(concepts))}")
+    say(f"the merged concept holds {' and '.join(subjects_of(concepts))}")
     print(path)
     return DONE
 
@@ -116,6 +126,6 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="Custom Diffusion's concepts are joined by its constrained least squares, all others by a weighted sum.",
+    details="Custom Diffusion's concepts are merged by its constrained least squares, all others by a weighted sum.",
     translate=MODEL_TRANSLATE,
 )

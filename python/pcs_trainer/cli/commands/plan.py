@@ -1,4 +1,4 @@
-"""pcs plan: what a training step needs in memory, and the fastest plan within a budget."""
+"""pcs plan: the memory of a training step, and the fastest recomputation plan within a budget."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DoesNotFit, UsageError
+from ...methods import methods_with
+from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
+from ..setting_values import why_unknown
 from . import COMMANDS
 from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, RESOLUTION, say
 from .other_trainers import MODEL_TRANSLATE
@@ -52,11 +55,13 @@ OPTIONS = grouped(
 )
 
 EXAMPLES = (
-    (f"pcs plan --method dreambooth --model {HUB_EXAMPLE} --resolution 512 --budget 8GB",
-     "does DreamBooth of SD1.5 fit on an 8 GB card, and how?"),
-    ("pcs plan --method personalized_residuals", "the embedded model, as fast as it goes"),
-    ("pcs plan --method textboost --batch 4 --budget 1GB", "at a batch of one's own"),
-)  # fmt: skip
+    (
+        f"pcs plan --method dreambooth --model {HUB_EXAMPLE} --resolution 512 --budget 8GB",
+        "does DreamBooth of SD 1.5 fit into 8 GB, and how?",
+    ),
+    ("pcs plan --method personalized_residuals", "the embedded model, at full speed"),
+    ("pcs plan --method textboost --batch 4 --budget 1GB", "with a given batch size"),
+)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,13 +70,21 @@ def run(options: argparse.Namespace) -> int:
     from ...memory.planner import plan
 
     if options.model is None:
-        say("no --model given: the embedded model is planned for")
-    extra = {"rank": options.rank} if options.rank else {}
+        say("no --model given: planning for the embedded model")
+    if options.rank and options.method not in methods_with("rank"):
+        raise UsageError(f"--rank: {why_unknown(options.method, 'rank')}")
     found = plan(
-        options.model or "tiny", options.method, options.resolution, options.batch, options.budget,
-        dtype=getattr(torch, options.dtype), device=options.device, accumulate=options.accumulate,
-        measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only, **extra,
-    )  # fmt: skip
+        options.model or "tiny",
+        options.method,
+        options.resolution,
+        options.batch,
+        options.budget,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        accumulate=options.accumulate,
+        measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only,
+        rank=options.rank,
+    )
     if options.device == "cpu":
         warn_of_the_reference()
     print(found)
@@ -79,35 +92,52 @@ def run(options: argparse.Namespace) -> int:
 
 
 def warn_of_the_reference() -> None:
-    """A CPU without our kernels holds more than what is counted."""
+    """Say that a CPU without our kernels needs more than what is counted."""
     from ...machine import slow_note
 
     if slow_note():
-        say("counted for the kernels; plain torch, which runs on this CPU, holds more (attention scores above all)")
+        say("counted for the kernels; plain PyTorch, which runs on this CPU, needs more (attention scores above all)")
 
 
 def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Settings that keep a training of `method` within the budget; the plan is said in a line."""
+    """Settings that keep a run within the budget, and a line that says what they are.
+
+    Args:
+        method: its name.
+        budget: bytes.
+        chosen: the settings that the user chose.
+
+    Raises:
+        DoesNotFit: where no plan is small enough, with what is missing.
+    """
     import torch
 
     from ...memory.planner import plan
 
     weight = model.unet.conv_in.weight
-    known = {name: chosen[name] for name in ("rank",) if chosen.get(name)}
+    apart = ("resolution", "batch", "accumulate")  # arguments of plan() itself
+    others = {name: value for name, value in chosen.items() if name not in apart}
     found: Plan = plan(
-        model, method, chosen.get("resolution"), chosen.get("batch"), budget, dtype=weight.dtype,
-        device=weight.device.type, accumulate=chosen.get("accumulate"), **known,
-    )  # fmt: skip
+        model,
+        method,
+        chosen.get("resolution"),
+        chosen.get("batch"),
+        budget,
+        dtype=weight.dtype,
+        device=weight.device.type,
+        accumulate=chosen.get("accumulate"),
+        **others,
+    )
     if not found.fits:
         raise DoesNotFit(f"{method} does not fit: {found.missing}")
     if weight.device.type == "cuda":
         total = torch.cuda.get_device_properties(weight.device).total_memory
         if budget > total:
-            raise UsageError(f"--budget: this GPU has {total / 1e9:.1f} GB, and {budget / 1e9:.1f} were allowed")
+            raise UsageError(f"--budget: {bytes_text(budget)} is more than this GPU's {bytes_text(total)}")
         torch.cuda.set_per_process_memory_fraction((budget - found.context) / total, weight.device)
     if weight.device.type == "cpu":
         warn_of_the_reference()
-    say(f"within {budget / 1e9:.2f} GB: {found.total / 1e9:.2f} GB counted, memory plans {found.plans}")
+    say(f"budget {bytes_text(budget)}: {bytes_text(found.total)} needed, recomputation plans {found.plans}")
     return {"plan": found.assignment, "batch": found.batch, "accumulate": found.accumulate}
 
 
@@ -117,7 +147,7 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="The step is counted storage by storage without a GPU and without weights; on a GPU one real step of each "
-    "candidate runs under a hard cap. Exit code 3 says that nothing fits, and by how much.",
+    details="A training step is traced, tensor by tensor, without a GPU and without weights; on a GPU one real step of "
+    "each candidate runs under a hard memory cap. Exit code 3: nothing fits; the last line says what is missing.",
     translate=MODEL_TRANSLATE,
 )

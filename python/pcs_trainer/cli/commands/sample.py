@@ -1,10 +1,11 @@
-"""pcs sample: draw pictures with what was learned."""
+"""pcs sample: images of what was learned."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ...files import written
@@ -30,13 +31,17 @@ from .common import (
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ...concept.concept import Concept
+    from ...model.model import Model
     from ...training.stop import Stop
 
 # fmt: off
 OPTIONS = (
     *grouped(
         "words",
-        Option("prompts", "what to draw; {} stands for the subject", metavar="PROMPT", many=True),
+        Option("prompts", "what to sample; {} stands for the subject", metavar="PROMPT", many=True),
         Option("--prompt", "a prompt given as a flag; may be repeated", metavar="TEXT", many=True),
     ),
     *grouped(
@@ -75,34 +80,39 @@ OPTIONS = (
 # fmt: on
 
 EXAMPLES = (
-    ('pcs sample "a photo of {} on the beach" --concept out/mug --count 4', "four pictures of what out/mug learned"),
-    ('pcs sample "a {} in the snow" "a {} at night" --concept out/mug --lag --seed 7',
-     "two prompts; the background is left to the base model"),
+    ('pcs sample "a photo of {} on the beach" --concept out/mug --count 4', "four images of the subject of out/mug"),
+    (
+        'pcs sample "a {} in the snow" "a {} at night" --concept out/mug --lag --seed 7',
+        "two prompts; the background is the base model's",
+    ),
     ('pcs sample "a red mug in a meadow"', "the base model alone"),
-    ('pcs sample "a {} on the beach" --concept out/mug --strength 0.7 --sampler dpmpp_2m --steps 20 --guidance 4',
-     "weaker, with another sampler"),
-)  # fmt: skip
+    (
+        'pcs sample "a {} on the beach" --concept out/mug --strength 0.7 --sampler dpmpp_2m --steps 20 --guidance 4',
+        "at lower strength, with another sampler",
+    ),
+)
 
 
 def check(options: argparse.Namespace) -> None:
+    """Join both kinds of prompts; UsageError for what is wrong already, before anything is loaded."""
     options.prompts = [*(options.prompts or []), *(options.prompt or [])]
     if not options.prompts:
         raise UsageError('pcs sample needs a prompt: pcs sample "a photo of {} on the beach" --concept out/mug')
     if any(not p.strip() for p in options.prompts) and not options.concept:
-        raise UsageError("an empty prompt draws anything at all; say what to draw")
+        raise UsageError("the prompt is empty; describe what to sample")
     concepts, strengths = options.concept or [], options.strength or []
     for where in concepts:
         concept_file(where)
     if not concepts and (strengths or options.lag):
-        raise UsageError("--strength and --lag are about concepts; name one with --concept")
+        raise UsageError("--strength and --lag apply to concepts; name one with --concept")
     if not concepts and any("{}" in p or "{subject}" in p for p in options.prompts):
-        raise UsageError("{} in a prompt stands for a concept's words; name one with --concept")
+        raise UsageError("{} in a prompt stands for a concept's subject; name one with --concept")
     if strengths and len(strengths) != len(concepts):
         raise UsageError(
             f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept"
         )
     if options.eta and options.sampler != "ddim":
-        raise UsageError(f"--eta is ddim's; {options.sampler} has none")
+        raise UsageError(f"--eta is only for ddim, not for {options.sampler}")
     if Path(options.out).is_file():
         raise UsageError(f"--out: {options.out} is a file; name a folder")
 
@@ -110,16 +120,17 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     check(options)
     with stop_on_ctrl_c("stopping after this batch") as stop:
-        return draw(options, stop)
+        return sample_to_files(options, stop)
 
 
-def draw(options: argparse.Namespace, stop: Stop) -> int:
+def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
+    """Every prompt `count` times, batch after batch, each image in a file of its own; the exit code."""
     model = open_model(options)
     concepts = [open_concept(where, model, options.force) for where in options.concept or ()]
     prompts = [filled(p, concepts) for p in options.prompts for _ in range(options.count)]
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    with Progress("drawing", quiet=options.quiet) as progress:
+    with Progress("sampling", quiet=options.quiet) as progress:
         for prompt in dict.fromkeys(prompts):
             progress.say(f"prompt: {prompt}")
         for first in range(0, len(prompts), options.batch):
@@ -128,30 +139,48 @@ def draw(options: argparse.Namespace, stop: Stop) -> int:
             part = prompts[first : first + options.batch]
             before, batches = first // options.batch, -(-len(prompts) // options.batch)
 
-            def on_step(step: int, steps: int, latents: Any, before: int = before, batches: int = batches) -> None:
+            def on_step(step: int, steps: int, *_: object, before: int = before, batches: int = batches) -> None:
                 progress.count(before * steps + step + 1, batches * steps)
 
-            pictures = draw_batch(options, model, concepts, part, options.seed + first, on_step)
-            for prompt, picture in zip(part, pictures, strict=True):
-                print(save_picture(picture, free_name(folder, slug(prompt))))
+            images = sample_batch(options, model, concepts, part, options.seed + first, on_step)
+            for prompt, image in zip(part, images, strict=True):
+                print(save_image(image, free_name(folder, slug(prompt))))
     write_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt"))
     return DONE
 
 
-def draw_batch(
-    options: argparse.Namespace, model: Any, concepts: list[Any], prompts: list[str], seed: int, on_step: Any
-) -> list[Any]:
+def sample_batch(
+    options: argparse.Namespace,
+    model: Model,
+    concepts: list[Concept],
+    prompts: list[str],
+    seed: int,
+    on_step: Callable[..., None],
+) -> list[Image]:
+    """One image for each prompt; the first has the seed, the next one more."""
     from ...sampling.drawing import sample
 
     return sample(
-        model, prompts, concepts, strengths=options.strength or None, negative=options.negative, steps=options.steps,
-        guidance=options.guidance, sampler=options.sampler, eta=options.eta, seed=seed, size=options.size,
-        lag=options.lag, batch=options.batch, on_step=on_step,
-    )  # fmt: skip
+        model,
+        prompts,
+        concepts,
+        strengths=options.strength or None,
+        negative=options.negative,
+        steps=options.steps,
+        guidance=options.guidance,
+        sampler=options.sampler,
+        eta=options.eta,
+        seed=seed,
+        size=options.size,
+        lag=options.lag,
+        batch=options.batch,
+        on_step=on_step,
+    )
 
 
-def save_picture(picture: Any, path: Path) -> Path:
-    return written(path, lambda part: picture.save(part, "PNG"))
+def save_image(image: Image, path: Path) -> Path:
+    """The path, once the image is there as a whole PNG."""
+    return written(path, lambda part: image.save(part, "PNG"))
 
 
 COMMAND = Command(
@@ -160,7 +189,7 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="Picture n of a call has seed + n, so the same call draws the same pictures. Without --model the embedded "
-    "model draws. Existing pictures are never overwritten.",
+    details="Image n of a call uses seed + n, so the same call gives the same images. Without --model the embedded "
+    "model is used. Existing images are never overwritten.",
     translate=MODEL_TRANSLATE,
 )

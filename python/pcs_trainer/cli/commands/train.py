@@ -31,54 +31,66 @@ ONCE = ("resume", "overwrite", "quiet", "no_report")
 
 EXAMPLES = (
     ("pcs train examples/photos --class mug", "the embedded model, Personalized Residuals, into out/mug"),
-    ('pcs train examples/photos --class mug --method textboost --preview "a {} on the beach" --out out/textboost',
-     "another method, a preview along the way"),
-    ("pcs train --config out/mug/run.toml --out out/mug-again", "the same again, by the configuration beside a result"),
-    ("pcs train my-dog --class dog --with my-cat=cat --method custom_diffusion --out out/both",
-     "two subjects, learned together"),
-    ("pcs train examples/photos --class mug --resume --steps 400", "go on where out/mug was stopped, to 400 steps"),
-    (f"pcs train my-photos --class dog --model {HUB_EXAMPLE} --method dreambooth --budget 8GB",
-     "a real checkpoint within 8 GB"),
-    ('pcs train --instance_data_dir my-photos --instance_prompt "a photo of sks dog" --max_train_steps 400',
-     "the flags of diffusers' scripts"),
-)  # fmt: skip
+    (
+        'pcs train examples/photos --class mug --method textboost --preview "a {} on the beach" --out out/textboost',
+        "another method, with a preview image along the way",
+    ),
+    (
+        "pcs train --config out/mug/run.toml --out out/mug-again",
+        "repeat a run from its configuration",
+    ),
+    (
+        "pcs train my-dog --class dog --with my-cat=cat --method custom_diffusion --out out/both",
+        "two subjects, trained together",
+    ),
+    (
+        "pcs train examples/photos --class mug --resume --steps 400",
+        "continue a run, up to 400 steps",
+    ),
+    (
+        f"pcs train my-photos --class dog --model {HUB_EXAMPLE} --method dreambooth --budget 8GB",
+        "a real checkpoint within 8 GB",
+    ),
+    (
+        'pcs train --instance_data_dir my-photos --instance_prompt "a photo of sks dog" --max_train_steps 400',
+        "the flags of diffusers' scripts",
+    ),
+)
 
 
 def check(options: argparse.Namespace) -> Path:
-    """What can be said before anything is loaded; the folder of the run."""
+    """The folder of the run; UsageError for what is wrong already, before anything is loaded."""
     if not options.photos:
         raise UsageError("pcs train needs photos: pcs train FOLDER --class WORD (pcs train --help shows examples)")
     for name in options.photos:
         if not Path(name).expanduser().exists():
-            raise UsageError(f"{name} does not exist; give a folder of photos, or the photos")
+            raise UsageError(f"{name} does not exist; give a folder of photos, or photos")
     if not options.class_word:
         raise UsageError("pcs train needs to know what the photos show: --class mug, or dog, or old house")
     if options.budget and options.plan:
-        raise UsageError("--budget chooses the memory plan itself; give --budget or --plan, not both")
+        raise UsageError("--budget picks the recomputation plan; give --budget or --plan, not both")
     if options.resume and options.overwrite:
-        raise UsageError("--resume goes on and --overwrite starts anew; give one of them")
+        raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
     for flag, value in (("--prior-folder", options.prior_folder), ("--model-config", options.model_config)):
         if value and not Path(value).expanduser().exists():
             raise UsageError(f"{flag}: {value} does not exist")
     if options.prompt and "{subject}" not in options.prompt:
-        raise UsageError(f"--prompt must hold {{subject}} where the subject's words go; it is {options.prompt!r}")
+        raise UsageError(f"--prompt must contain {{subject}}, where the subject goes; got {options.prompt!r}")
     folder = Path(options.out or Path("out") / "-".join(options.class_word.lower().split())).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: {folder} is a file; name a folder")
     if (folder / CONCEPT_FILE).exists() and not options.resume and not options.overwrite:
         raise UsageError(
-            f"{folder} holds a concept already; --resume goes on, --overwrite starts anew, --out names another"
+            f"{folder} already holds a concept. Fix: --resume to continue, --overwrite to replace it, or another --out"
         )
     if options.resume and not folder.is_dir():
-        raise UsageError(f"--resume: {folder} does not exist, so there is nothing to go on from; leave --resume out")
+        raise UsageError(f"--resume: {folder} does not exist, so there is nothing to resume; leave out --resume")
     return folder
 
 
 def run(options: argparse.Namespace) -> int:
     folder = check(options)
     chosen = overrides(options)
-    if options.preview and not options.preview_every:
-        chosen["preview_every"] = max(1, (options.steps or 200) // 4)
     with stop_on_ctrl_c("stopping after this step and saving") as stop:
         return learn(options, folder, chosen, stop)
 
@@ -115,7 +127,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     if not first:
         return DONE
     if stop() or concept.meta.get("finished") == "0":
-        say(f"stopped and saved after {concept.meta.get('steps')} steps; go on with: {again(folder)}")
+        say(f"stopped and saved after {concept.meta.get('steps')} steps; continue with: {again(folder)}")
         return INTERRUPTED
     if not options.no_report:
         from ...report.run_report import write_run_report
@@ -128,7 +140,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
 
 
 def forget_checkpoints(folder: Path) -> None:
-    """An earlier run's, so that a later --resume does not go on from them."""
+    """Delete an earlier run's checkpoints, so that a later --resume does not continue from them."""
     from ...training.checkpoint import checkpoints
 
     for old in checkpoints(folder):
@@ -136,7 +148,7 @@ def forget_checkpoints(folder: Path) -> None:
 
 
 def together(options: argparse.Namespace, images: Any) -> list[dict[str, Any]] | None:
-    """The subjects that are learned together, where there are several."""
+    """The subjects that are trained together, where there are several."""
     if not options.with_subjects:
         return None
     subjects = [{"images": images, "class_word": options.class_word, "token": options.token}]
@@ -156,7 +168,7 @@ def board(options: argparse.Namespace, folder: Path) -> Iterator[Callable[[Any],
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError("--tensorboard: tensorboard is not installed; mend: pip install tensorboard") from None
+        raise UsageError("--tensorboard: tensorboard is not installed. Fix: pip install tensorboard") from None
     writer = SummaryWriter(str(folder / "logs"))
 
     told = {"step": ("loss", "smoothed", "subject", "prior", "lr"), "probe": ("held_out", "drift")}
@@ -180,10 +192,12 @@ def within_budget(options: argparse.Namespace, model: Model, chosen: dict[str, A
 
 
 def model_flag(options: argparse.Namespace) -> str:
+    """The --model of a command that goes with this one."""
     return f" --model {shlex.quote(str(options.model))}" if options.model else ""
 
 
 def again(folder: Path) -> str:
+    """The command that continues the run in a folder, on as many processes."""
     from ...distributed import rank_and_world
 
     world = rank_and_world()[1]
@@ -197,8 +211,8 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="Without --model the embedded model learns, in a minute or two on two CPU cores. Ctrl-C once saves and "
-    "says how to go on; twice leaves at once. A caption in a .txt file beside a photo is used.",
+    details="Without --model the embedded model is trained, in a minute or two on two CPU cores. Ctrl-C once stops, "
+    "saves and prints how to continue; twice leaves at once. A .txt file beside a photo is used as its caption.",
     translate=TRAIN_TRANSLATE,
     needless=NEEDLESS,
 )

@@ -11,7 +11,7 @@ from ...errors import UsageError
 from ...settings import Settings, literal_choices, type_hints
 from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
-from ..setting_values import as_kind
+from ..setting_values import as_kind, why_unknown
 from .common import METHOD, MODEL_FLAGS, RESOLUTION
 
 
@@ -155,14 +155,3 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--set: {why_unknown(options.method, name)}")
         chosen[name] = as_kind(name, text.strip(), kinds[name])
     return chosen
-
-
-def why_unknown(method: str, setting: str) -> str:
-    """One sentence on a setting that the method does not have: who has it, or what was meant."""
-    from ...methods import settings_for
-
-    try:
-        settings_for(None, method, **{setting: None})
-    except ValueError as error:
-        return str(error)
-    return f"{method} has no setting {setting!r}"
