@@ -1,12 +1,13 @@
 """The script that makes the tiny model, on sizes that take seconds."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from pcs_trainer.tiny import common
-from pcs_trainer.tiny.make import budget, networks, train, train_unet, train_vae
+from pcs_trainer.tiny.make import budget, card, networks, train, train_unet, train_vae
 from pcs_trainer.tiny.tokenizer import learn_merges, write_tokenizer
 
 
@@ -61,6 +62,15 @@ def test_the_average_follows_and_swaps():
     average.update(1000)
     average.swap()
     assert torch.equal(weight, torch.full((3,), 1 - 0.5**4)) and torch.equal(average.values[0], torch.ones(3))
+
+
+def test_the_model_card_is_what_its_script_writes(tmp_path):
+    for file in (common.WEIGHTS.parent / "results.json", common.WEIGHTS.parent / "training.json"):
+        shutil.copy(file, tmp_path / file.name)
+    shutil.copytree(common.WEIGHTS, tmp_path / "weights")
+    (tmp_path / "weights" / "README.md").unlink()
+    card.write_card(tmp_path / "weights")
+    assert (tmp_path / "weights" / "README.md").read_text() == (common.WEIGHTS / "README.md").read_text()
 
 
 @pytest.fixture

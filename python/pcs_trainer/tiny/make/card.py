@@ -23,8 +23,8 @@ def card(results: dict[str, Any], training: dict[str, Any], size: int) -> str:
     rows = [
         f"| {name} | " + " | ".join(percent(results[key][c]) for c in columns) + " |"
         for name, key in (
-            ("drawn", "drawn"),
-            ("drawn, class x colour x background never seen together", "novel_triples"),
+            ("samples", "drawn"),
+            ("samples, class x colour x background never seen together", "novel_triples"),
             ("real renderings", "real"),
             ("through the autoencoder", "reconstructed"),
         )
