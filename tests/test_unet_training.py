@@ -337,7 +337,7 @@ def test_bad_calls_are_refused_in_one_sentence(model):
         unet.set_plan({"nowhere": "A"})
     with pytest.raises(ValueError, match="lists 1 layers"):
         unet.set_plan(["A"])
-    with pytest.raises(ValueError, match=r"conv_in is no projection"):
+    with pytest.raises(ValueError, match=r"conv_in is not a projection"):
         unet.attach("conv_in", LowRank(torch.ones(1, 4), torch.ones(32, 1)))
     with pytest.raises(ValueError, match="do not fit"):
         unet.attach("up_blocks.1.attentions.0.proj_out", LowRank(torch.ones(1, 4), torch.ones(32, 1)))

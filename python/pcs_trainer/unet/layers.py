@@ -1,7 +1,9 @@
-"""The UNet's projections and norms: torch's modules and names, our ops.
+"""The UNet's projections and norms: torch's modules and names, on the ops of pcs_kernels.
 
 A frozen weight goes through the frozen ops and keeps nothing; a trained one through torch's; one with low-rank
-residuals attached through `lowrank_residual`. Which of them a layer is, is read from the layer at every call.
+residuals attached through `lowrank_residual`. Which of them a layer needs is read from the layer at every call.
+
+Letters: B batch, N tokens, C channels, H x W image, R rank of a residual, K residuals of a stack.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ Masks = Tensor | dict[str, Tensor] | None
 
 @dataclass(eq=False)
 class LowRank:
-    """A low-rank residual on one projection: scale * (x down^T) up^T, or a stack of them with an index per sample.
+    """A low-rank residual on one projection: scale * (x down^T) up^T, or a stack of them with an index per image.
 
-    `key` names the concept it belongs to: a mask meant for that concept alone is given under this name.
+    `key` names the concept it belongs to: a mask for that concept alone is given under this name.
     """
 
     down: Tensor  # [R, C_in] or [K, R, C_in]
@@ -34,30 +36,32 @@ class LowRank:
     key: str = ""
 
     def mask_of(self, masks: Masks) -> Tensor | None:
+        """The mask [B, N] of this residual, if there is one."""
         return masks.get(self.key) if isinstance(masks, dict) else masks
 
     def __call__(self, x: Tensor, masks: Masks) -> Tensor:
         """The residual alone, for the second and further concepts on a projection."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if self.index is not None:
-            down, up = down[self.index], up[self.index]
-        y = (x @ down.mT) @ up.mT * self.scale
+            down, up = down[self.index], up[self.index]  # [B, R, C_in], [B, C_out, R]
+        y = (x @ down.mT) @ up.mT * self.scale  # [B, N, C_out]
         mask = self.mask_of(masks)
-        return y if mask is None else y * mask[..., None].to(y.dtype)
+        return y if mask is None else y * mask[..., None].to(y.dtype)  # [B, N, C_out]
 
 
 def replace_data(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter other memory, and let whoever keeps copies of its values know."""
+    """Replace `parameter.data` and bump its version, so that packed copies of its values are invalidated."""
     parameter.data = value
     increment_version(parameter)
 
 
 def masks_all(mask: Tensor | None) -> bool:
-    """Whether nothing of a residual is left; asked on the CPU alone, where the answer costs no waiting."""
+    """Whether a mask is all zero. CPU only: on a GPU the answer would force a synchronization at every projection."""
     return mask is not None and mask.device.type == "cpu" and not bool(mask.any())
 
 
 def trained(layer: nn.Module) -> bool:
+    """Whether any of the layer's own parameters trains."""
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
@@ -67,37 +71,47 @@ def keeps_input(layer: Linear | Conv2d) -> bool:
 
 
 def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
-    """A linear layer, or a 1x1 convolution, on tokens x [B, N, C_in], with the residuals attached to it."""
+    """A linear layer, or a 1x1 convolution as one, with the residuals attached to it.
+
+    Args:
+        layer: the projection.
+        x: tokens [B, N, C_in].
+        masks: of its residuals: [B, N] for all, or by the residual's `key`.
+
+    Returns:
+        [B, N, C_out]. A residual whose mask is all zero is left out, so the result is the base layer's, bit for bit.
+    """
     shown = [r for r in layer.residuals if not masks_all(r.mask_of(masks))]
     if shown:
         first, *rest = shown
         weight, bias = _cast(layer, x)
         y = pcs_kernels.lowrank_residual(
             x, weight, bias, first.down, first.up, first.mask_of(masks), first.scale, first.index
-        )
+        )  # [B, N, C_out]
         for residual in rest:
-            y = y + residual(x, masks)
+            y = y + residual(x, masks)  # [B, N, C_out]
         return y
     if trained(layer):
         weight, bias = _cast(layer, x)
-        return F.linear(x, weight.flatten(1), bias)
-    return pcs_kernels.frozen_linear(x, layer.matrix(), layer.bias)
+        return F.linear(x, weight.flatten(1), bias)  # [B, N, C_out]
+    return pcs_kernels.frozen_linear(x, layer.matrix(), layer.bias)  # [B, N, C_out]
 
 
-def _cast(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _cast(layer: Linear | Conv2d | LayerNorm, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The weights in x's dtype: a trained one may be a float32 master in a bfloat16 network."""
     bias = layer.bias
     return layer.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """torch's Linear on our ops; `residuals` holds the LowRank ones attached to it."""
+    """torch's Linear on our ops; `residuals` holds the low-rank residuals attached to it."""
 
     def __init__(self, c_in: int, c_out: int, bias: bool = True) -> None:
         super().__init__(c_in, c_out, bias)
         self.residuals: list[LowRank] = []
 
     def matrix(self) -> Tensor:
+        """The weight [C_out, C_in]."""
         return self.weight
 
     def forward(self, x: Tensor, masks: Masks = None) -> Tensor:
@@ -106,6 +120,8 @@ class Linear(nn.Linear):
 
 class Conv2d(nn.Conv2d):
     """torch's square Conv2d on our ops; a 1x1 one can be used as a projection of tokens."""
+
+    padding: tuple[int, ...]
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2)
@@ -123,8 +139,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if trained(self):
             weight, bias = _cast(self, x)
-            return pcs_kernels.trained_conv2d(x, weight, bias, self.stride[0], self.padding[0])
-        return pcs_kernels.frozen_conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
+            return pcs_kernels.trained_conv2d(x, weight, bias, self.stride[0], self.padding[0])  # [B, C_out, H, W]
+        return pcs_kernels.frozen_conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])  # [B, C_out, H, W]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -153,8 +169,8 @@ class Stack:
         self.layers = list(layers)
         self.widths = [layer.out_features for layer in layers]
         self._seen: list[tuple[int, int]] = []
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._weight = torch.empty(0)  # [sum of the widths, C_in]
+        self._bias: Tensor | None = None  # [sum of the widths]
 
     def _refresh(self) -> None:
         tensors = [p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None]
@@ -162,11 +178,11 @@ class Stack:
         if seen == self._seen:
             return
         self._weight = _joined([layer.weight for layer in self.layers])
-        self._bias = _joined([layer.bias for layer in self.layers]) if self.layers[0].bias is not None else None
+        self._bias = None if self.layers[0].bias is None else _joined([layer.bias for layer in self.layers])
         self._seen = [pcs_kernels.weight_version(p) for p in tensors]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """Each layer's product with x, in the order of the layers."""
+        """Each layer's output for x [..., C_in], in the order of the layers."""
         if any(trained(layer) or layer.residuals for layer in self.layers):
             return [layer(x) for layer in self.layers]
         self._refresh()
@@ -175,7 +191,7 @@ class Stack:
 
 def _joined(parameters: list[nn.Parameter]) -> Tensor:
     """One tensor holding all of them in order; each parameter becomes a view of its part."""
-    joined = torch.cat([p.detach() for p in parameters])
+    joined = torch.cat([p.detach() for p in parameters])  # [sum of the widths, ...]
     for p, part in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
         p.data = part
     return joined
@@ -184,10 +200,11 @@ def _joined(parameters: list[nn.Parameter]) -> Tensor:
 def sinusoid(t: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """The sinusoidal embedding of t [B] in fp32 -> [B, width]."""
     half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - freq_shift))
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)  # [width / 2]
+    # 10000 is the longest period over 2 pi, as in "Attention is all you need" (arXiv 1706.03762)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - freq_shift))  # [B, width / 2]
     halves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
-    return F.pad(torch.cat(halves, dim=-1), (0, width % 2))
+    return F.pad(torch.cat(halves, dim=-1), (0, width % 2))  # [B, width]
 
 
 class TimestepEmbedding(nn.Module):

@@ -1,6 +1,6 @@
 """The UNet of Stable Diffusion 1.x, 2.x and XL, on this package's kernels, with diffusers' parameter names.
 
-Letters: B batch, C channels, N = H x W image positions, T text tokens, G capture groups.
+Letters: B batch, C channels, H x W image, N = H W positions of a block, T text tokens, G capture groups.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Call, Level, Look, Resample, ResnetBlock, TextKV, Transformer, TransformerBlock
+from .blocks import (
+    Conditioning,
+    Level,
+    MaskOf,
+    Resample,
+    ResnetBlock,
+    TextKV,
+    Transformer,
+    TransformerBlock,
+    module_list,
+)
 from .config import checked_config
 from .layers import Conv2d, GroupNorm, Linear, LowRank, Stack, TimestepEmbedding, sinusoid
 from .plans import short_plan
@@ -44,18 +54,17 @@ class UNet(nn.Module):
         self.class_embedding = nn.Embedding(c["num_class_embeds"], c_time) if c["num_class_embeds"] else None
         c_added = c["projection_class_embeddings_input_dim"] if c["addition_embed_type"] == "text_time" else None
         self.add_embedding = TimestepEmbedding(c_added, c_time) if c_added else None
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        width, skips = channels[0], [channels[0]]
+        width, skips, downs, ups = channels[0], [channels[0]], [], []
         for i, kind in enumerate(c["down_block_types"]):
             n = c["layers_per_block"][i]
             resnets = [resnet(width if j == 0 else channels[i], channels[i]) for j in range(n)]
             attentions = [attention(i) for _ in range(n)] if kind.startswith("CrossAttn") else []
-            self.down_blocks.append(Level(resnets, attentions, down=i < top, up=False))
+            downs.append(Level(resnets, attentions, down=i < top, up=False))
             width = channels[i]
             skips += [width] * (n + (i < top))
-        self.mid_block = None
+        mid = None
         if c["mid_block_type"]:
-            self.mid_block = Level([resnet(width, width), resnet(width, width)], [attention(top)], down=False, up=False)
+            mid = Level([resnet(width, width), resnet(width, width)], [attention(top)], down=False, up=False)
         for i, kind in enumerate(c["up_block_types"]):
             level = top - i
             n = c["layers_per_block"][level] + 1
@@ -64,7 +73,9 @@ class UNet(nn.Module):
                 resnets.append(resnet(width + skips.pop(), channels[level]))
                 width = channels[level]
             attentions = [attention(level) for _ in range(n)] if kind.startswith("CrossAttn") else []
-            self.up_blocks.append(Level(resnets, attentions, down=False, up=i < top))
+            ups.append(Level(resnets, attentions, down=False, up=i < top))
+        # in diffusers' order, which the state dict and a plan that lists layers follow
+        self.down_blocks, self.up_blocks, self.mid_block = module_list(downs), module_list(ups), mid
         self.conv_norm_out = GroupNorm(c["norm_num_groups"], channels[0], c["norm_eps"])
         self.conv_out = Conv2d(channels[0], c["out_channels"], 3)
         self._index()
@@ -84,13 +95,17 @@ class UNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | str | Path, device: torch.device | str | None = None) -> UNet:
-        """A UNet with torch's random weights, by diffusers' config.json or its contents; on "meta" it costs nothing."""
-        if not isinstance(config, dict):
-            config = json.loads(Path(config).read_text())
-        with torch.device(device or "cpu"):
-            return cls(config)
+        """A UNet with torch's random weights.
 
-    def layers(self) -> dict[str, nn.Module]:
+        Args:
+            config: diffusers' config.json, or its contents.
+            device: where it is built, default: the CPU; on "meta" it takes no memory.
+        """
+        values: dict[str, Any] = config if isinstance(config, dict) else json.loads(Path(config).read_text())
+        with torch.device(device or "cpu"):
+            return cls(values)
+
+    def layers(self) -> dict[str, ResnetBlock | Transformer | Resample]:
         """The layers that take a memory plan, by name, in the order in which their names stand in the state dict."""
         return {n: m for n, m in self.named_modules() if isinstance(m, (ResnetBlock, Transformer, Resample))}
 
@@ -112,7 +127,7 @@ class UNet(nn.Module):
         if isinstance(plan, dict):
             unknown = [key for key in plan if not any(name.startswith(key) for name in layers)]
             if unknown:
-                raise ValueError(f"the memory plan names {unknown[0]!r}, and no layer's name begins so")
+                raise ValueError(f"the memory plan names {unknown[0]!r}, but no layer's name starts with it")
             chosen = []
             for name, layer in layers.items():
                 key = max((key for key in plan if name.startswith(key)), key=len, default=None)
@@ -127,15 +142,15 @@ class UNet(nn.Module):
 
     def derived(self) -> list[Tensor]:
         """Tensors made once from frozen weights and kept beside them, on the CPU."""
-        kernels = [m.enlarged.kernels for m in self.modules() if isinstance(m, Resample)]
+        kernels = [m.upsampled.kernels for m in self.modules() if isinstance(m, Resample)]
         return [k for k in kernels if k is not None]
 
     def attach(self, name: str, residual: LowRank) -> LowRank:
-        """Put a low-rank residual on the projection `name`; it is no part of the state dict."""
+        """Put a low-rank residual on the projection `name`; it is not part of the state dict."""
         layer = self.get_submodule(name)
-        projects = isinstance(layer, Linear) or (isinstance(layer, Conv2d) and name.endswith((".proj_in", ".proj_out")))
-        if not projects:
-            raise ValueError(f"{name} is no projection: low-rank residuals go on linear layers, proj_in and proj_out")
+        spatial = isinstance(layer, Conv2d) and not name.endswith((".proj_in", ".proj_out"))
+        if not isinstance(layer, (Linear, Conv2d)) or spatial:
+            raise ValueError(f"{name} is not a projection: low-rank residuals go on linear layers, proj_in, proj_out")
         c_out, c_in = layer.weight.shape[:2]
         if residual.down.shape[-1] != c_in or residual.up.shape[-2] != c_out:
             shapes = f"down {tuple(residual.down.shape)}, up {tuple(residual.up.shape)}"
@@ -150,9 +165,13 @@ class UNet(nn.Module):
                 layer.residuals = [r for r in layer.residuals if key is not None and r.key != key]
 
     def text_kv(self, context: Tensor | dict[str, Tensor]) -> TextKV:
-        """Every block's keys and values of the text [B, T, C]: one product. While the text is frozen, once a run.
+        """Every block's keys and values of the text, as one product; while the text is frozen, once a run is enough.
 
-        A dict gives each block (`attention_names()`) a text of its own.
+        Args:
+            context: text states [B, T, C], or by block (`attention_names()`) where each has its own.
+
+        Returns:
+            Keys and values [B, T, C] by block, for `forward`.
         """
         states = context.values() if isinstance(context, dict) else [context]
         width = self.settings["cross_attention_dim"]
@@ -165,21 +184,21 @@ class UNet(nn.Module):
         return {b.name: (parts[2 * i], parts[2 * i + 1]) for i, b in enumerate(self._blocks)}
 
     def embedding(self, t: Tensor | float, x: Tensor, added: dict[str, Tensor] | None) -> Tensor:
-        """The embedding of the timestep, and of the class or of SDXL's pooled text and sizes -> [B, c_time]."""
+        """The embedding [B, c_time] of the timestep, and of the class or of SDXL's pooled text and sizes."""
         c, added = self.settings, added or {}
-        t = torch.as_tensor(t, device=x.device).reshape(-1).expand(x.shape[0])
+        t = torch.as_tensor(t, device=x.device).reshape(-1).expand(x.shape[0])  # [B]
         wave = (c["flip_sin_to_cos"], c["freq_shift"])
-        e = self.time_embedding(sinusoid(t, c["block_out_channels"][0], *wave).to(x.dtype))
+        e = self.time_embedding(sinusoid(t, c["block_out_channels"][0], *wave).to(x.dtype))  # [B, c_time]
         needed = ["class_labels"] * bool(self.class_embedding) + ["text_embeds", "time_ids"] * bool(self.add_embedding)
         missing = [key for key in needed if key not in added]
         if missing:
             raise ValueError(f'this UNet needs added={{"{missing[0]}": ...}} (its configuration says so)')
         if self.class_embedding is not None:
-            e = e + self.class_embedding(added["class_labels"]).to(x.dtype)
+            e = e + self.class_embedding(added["class_labels"]).to(x.dtype)  # [B, c_time]
         if self.add_embedding is not None:
             ids = sinusoid(added["time_ids"].flatten(), c["addition_time_embed_dim"], *wave)
-            ids = ids.reshape(x.shape[0], -1).to(x.dtype)
-            e = e + self.add_embedding(torch.cat([added["text_embeds"].to(x.dtype), ids], dim=-1))
+            ids = ids.reshape(x.shape[0], -1).to(x.dtype)  # [B, 6 * width of one]
+            e = e + self.add_embedding(torch.cat([added["text_embeds"].to(x.dtype), ids], dim=-1))  # [B, c_time]
         return e
 
     def forward(
@@ -189,19 +208,26 @@ class UNet(nn.Module):
         context: Tensor | TextKV,
         added: dict[str, Tensor] | None = None,
         capture: Tensor | dict[str, Tensor] | None = None,
-        masks: Look | None = None,
+        masks: MaskOf | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The prediction for noisy latents x [B, C, H, W] at timesteps t, given text states or `text_kv(states)`.
+        """Predict from noisy latents.
 
-        added: SDXL's "text_embeds" [B, C] and "time_ids" [B, 6]; "class_labels" [B] where the model has classes.
-        capture: token weights [B, G, T], for all blocks or by block name -> (prediction, maps [B, G, N] by block name).
-        masks: called with a block's name and its maps (None before they exist) -> the mask of the residuals that
-            follow in that block, [B, N] or by the residual's `key`.
+        Args:
+            x: noisy latents [B, C, H, W].
+            t: timesteps, one or [B].
+            context: text states [B, T, C], or `text_kv(states)`.
+            added: SDXL's "text_embeds" [B, C] and "time_ids" [B, 6]; "class_labels" [B] where the model has classes.
+            capture: token weights [B, G, T], for all blocks or by block name.
+            masks: called with a block's name and its maps (None before they exist); returns the mask of the residuals
+                that follow in that block, [B, N] or by the residual's `key`.
+
+        Returns:
+            The prediction [B, C, H, W]; with `capture` a pair of it and the maps [B, G, N] by block name.
         """
         if x.dim() != 4 or x.shape[1] != self.settings["in_channels"]:
             wanted = f"[B, {self.settings['in_channels']}, H, W]"
             raise ValueError(f"x must be {wanted} for this model, not {tuple(x.shape)}")
-        call = Call(context if isinstance(context, dict) else self.text_kv(context), capture, masks)
+        call = Conditioning(context if isinstance(context, dict) else self.text_kv(context), capture, masks)
         times = iter(self._time_stack(F.silu(self.embedding(t, x, added))))
         found: dict[str, Tensor] = {}
 
@@ -213,7 +239,7 @@ class UNet(nn.Module):
                 found.update({b.name: m for b, m in zip(blocks, maps, strict=True) if m is not None})
             return h
 
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # [B, C, H, W]
         skips = [h]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -226,9 +252,9 @@ class UNet(nn.Module):
             h = self.mid_block.resnets[1](layer(self.mid_block, 0, h), next(times))
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                h = layer(level, i, torch.cat([h, skips.pop()], dim=1))
+                h = layer(level, i, torch.cat([h, skips.pop()], dim=1))  # [B, C, H, W]
             for resample in level.upsamplers:
                 h = resample(h, skips[-1].shape[2:])
         keep = direct if self._resnets[-1].plan == "eager" else rebuilt
-        y = keep(self.conv_norm_out, h, then=self.conv_out)
+        y = keep(self.conv_norm_out, h, then=self.conv_out)  # [B, C, H, W]
         return (y, found) if capture is not None else y
