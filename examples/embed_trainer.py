@@ -1,4 +1,4 @@
-"""The trainer inside another program: a thread trains, its events go through a queue, and a stop saves what there is.
+"""The trainer inside another program: a thread trains, its events go through a queue, and a stop saves the concept.
 
 python examples/embed_trainer.py [SECONDS]
 """
@@ -40,4 +40,4 @@ while worker.is_alive() or not events.empty():
 worker.join()
 
 concept = result["concept"]
-print(f"{concept.meta['steps']} steps of {concept.method}: {concept.parameters:,} numbers for {concept.token!r}")
+print(f"{concept.meta['steps']} steps of {concept.method}: {concept.parameters:,} parameters for {concept.token!r}")

@@ -1,4 +1,4 @@
-"""One kernel in somebody else's model: a plain torch attention block, and its attention taken over by pcs_kernels.
+"""One kernel in another model: a plain PyTorch attention block, with its attention replaced by pcs_kernels.
 
 python examples/one_kernel.py
 """
@@ -10,7 +10,7 @@ import pcs_kernels
 
 
 class Attention(nn.Module):
-    """Somebody's cross-attention, as most models write it."""
+    """Cross-attention as most models write it."""
 
     def __init__(self, width: int, text_width: int, heads: int) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class Attention(nn.Module):
 
 
 class WithKernel(Attention):
-    """The same module: one line is another, and the map of any token comes with the output."""
+    """The same module with one line replaced; the attention map of any token comes with the output."""
 
-    def forward(self, x, text, capture=None):
+    def forward(self, x: torch.Tensor, text: torch.Tensor, capture: torch.Tensor | None = None):
         q, k, v = (self.split(layer(y)) for layer, y in ((self.q, x), (self.k, text), (self.v, text)))
         out, maps = pcs_kernels.cross_attention(q, k, v, capture)
         return out.transpose(1, 2).flatten(2), maps
@@ -39,7 +39,7 @@ torch.manual_seed(0)
 theirs = Attention(width=64, text_width=96, heads=4)
 ours = WithKernel(width=64, text_width=96, heads=4)
 ours.load_state_dict(theirs.state_dict())
-x, text = torch.randn(2, 256, 64), torch.randn(2, 20, 96)  # 16 x 16 places, 20 tokens
+x, text = torch.randn(2, 256, 64), torch.randn(2, 20, 96)  # 16 x 16 positions, 20 tokens
 
 capture = torch.zeros(2, 1, 20)
 capture[:, 0, 5] = 1.0  # the map of token 5
@@ -47,6 +47,8 @@ y, maps = ours(x, text, capture)
 difference = float((y - theirs(x, text)).detach().abs().max())
 print(f"largest difference {difference:.1e}; a map of token 5: {list(maps.shape)}, {float(maps.mean()):.3f} on average")
 
-gradients = [torch.autograd.grad(out.square().sum(), module.k.weight)[0]
-             for module, out in ((ours, y), (theirs, theirs(x, text)))]  # fmt: skip
+gradients = [
+    torch.autograd.grad(out.square().sum(), module.k.weight)[0]
+    for module, out in ((ours, y), (theirs, theirs(x, text)))
+]
 print(f"largest difference of a gradient {float((gradients[0] - gradients[1]).abs().max()):.1e}")

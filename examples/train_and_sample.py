@@ -1,4 +1,4 @@
-"""Learn a subject from four photos and draw it in new places:  python examples/train_and_sample.py [STEPS]"""
+"""Learn a subject from four photos and sample it in new places:  python examples/train_and_sample.py [STEPS]"""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ model = load_model("tiny")  # or a diffusers folder, a checkpoint file, a hub na
 trainer = Trainer(model, "personalized_residuals", photos, class_word="mug", out="out/example", steps=steps)
 concept = trainer.train(on_event=print)  # also saved, as out/example/concept.safetensors
 
-prompts = [f"a {concept.token} {concept.class_word} {place}" for place in ("on the beach", "in the snow", "at night")]
-for prompt, picture in zip(prompts, sample(model, prompts, [concept], lag=True, seed=7), strict=True):
+prompts = [f"a {concept.subject_words} {place}" for place in ("on the beach", "in the snow", "at night")]
+for prompt, image in zip(prompts, sample(model, prompts, [concept], lag=True, seed=7), strict=True):
     path = Path("out/example") / f"{prompt.split()[-1]}.png"
-    picture.save(path)
+    image.save(path)
     print(path, "shows", prompt)

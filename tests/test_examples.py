@@ -40,7 +40,7 @@ def test_train_and_sample_leaves_a_concept_and_three_pictures(tmp_path):
 def test_the_embedded_trainer_stops_when_asked_and_saves(tmp_path):
     said = script("embed_trainer.py", "0.5", cwd=tmp_path)
     assert re.search(r"stopped: \d+ steps of textboost", said)
-    steps = int(re.search(r"(\d+) steps of textboost: [\d,]+ numbers for '<mug>'", said)[1])
+    steps = int(re.search(r"(\d+) steps of textboost: [\d,]+ parameters for '<mug>'", said)[1])
     assert 1 <= steps < 250
     assert (tmp_path / "out" / "embedded" / "concept.safetensors").is_file()
 
