@@ -32,6 +32,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        """Keep the tensors; `anchor` requires a gradient, without which autograd would make no node."""
         ctx.save_for_backward(*tensors)
         return anchor.new_empty(0)
 
@@ -65,12 +66,14 @@ class _SecondRun:
             self.kept = _Keep.apply(torch.empty(0, requires_grad=True), *inputs).grad_fn
 
     def pack_inside(self, tensor: Tensor) -> Any:
+        """Count a tensor that fn saves, in its place in the order, and let go of it."""
         if isinstance(tensor, torch.nn.Parameter):
-            return tensor
+            return tensor  # it stays in memory anyway
         self.packed += 1
         return self, self.packed - 1
 
-    def run(self) -> None:
+    def run(self) -> list[Any]:
+        """Compute fn again, for everything that may be asked for: what it saved, and its results."""
         self.saved.clear()
         self.uses_left = self.uses
         kept = zip(self.kept.saved_tensors, self.needs, strict=True)
@@ -78,14 +81,14 @@ class _SecondRun:
         if not self.whole:
             with torch.no_grad():
                 self.results = _as_list(self.fn(*inputs))
-            return
+            return self.results
 
         def pack(tensor: Tensor) -> Any:
             if isinstance(tensor, torch.nn.Parameter):
                 return tensor
             self.saved[len(self.saved)] = tensor.detach()
             if not self.uses and len(self.saved) == self.packed:
-                raise _Enough
+                raise _Enough  # the rest of fn would make only its results, and nobody asks for them
             return None
 
         try:
@@ -94,16 +97,17 @@ class _SecondRun:
             self.results = [r.detach() if isinstance(r, Tensor) else r for r in results] if self.uses else None
         except _Enough:
             pass
+        return self.results or []
 
     def take_inside(self, position: int) -> Tensor:
+        """The tensor that fn saved at this place of the order."""
         if position not in self.saved:
             self.run()
         return self.saved.pop(position)
 
     def take_result(self, position: int) -> Tensor:
-        if self.results is None:
-            self.run()
-        result = self.results[position]  # type: ignore[index]
+        """One of fn's results; the last use lets go of them."""
+        result = (self.run() if self.results is None else self.results)[position]
         self.uses_left -= 1
         if self.uses_left == 0:
             self.results = None
@@ -119,7 +123,17 @@ def _unpack_inside(packed: Any) -> Tensor:
 
 
 def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], whole: bool = False) -> Any:
-    """then(fn(*inputs)), keeping `inputs` rather than fn's results (and, if `whole`, rather than what fn saves)."""
+    """Compute then(fn(*inputs)) with less kept for the backward.
+
+    Args:
+        fn: what is computed again; its results and saved tensors depend on `inputs` and parameters alone.
+        inputs: what is kept instead of fn's results.
+        then: what follows, and is not computed again.
+        whole: what fn itself saves is not kept either.
+
+    Returns:
+        The same as then(fn(*inputs)), and the same gradients.
+    """
     if not torch.is_grad_enabled():
         return then(*_as_list(fn(*inputs)))
     second = _SecondRun(fn, whole)
@@ -128,6 +142,7 @@ def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], w
             results = _as_list(fn(*inputs))
     else:
         results = _as_list(fn(*inputs))
+    # a result that `then` saves is recognized by its storage: it may save a view of it
     storages = {r.untyped_storage()._cdata: i for i, r in enumerate(results) if isinstance(r, Tensor)}
 
     def pack(tensor: Tensor) -> Any:
