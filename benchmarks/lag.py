@@ -16,6 +16,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timing
 import torch
@@ -50,7 +51,7 @@ class Bench:
         self.merged: dict[str, nn.Module] = {}
         self.plain: dict[str, nn.Module] = {}
         for name, (down, up) in pairs.items():
-            layer = self.unet.get_submodule(name)
+            layer: Any = self.unet.get_submodule(name)
             joined = Conv2d(layer.in_channels, layer.out_channels, 1).requires_grad_(False)
             new = layer.weight.float() + (up @ down).reshape(layer.weight.shape)
             joined.weight, joined.bias = nn.Parameter(new.bfloat16(), requires_grad=False), layer.bias
@@ -96,8 +97,10 @@ class Bench:
         """The same step with every token's attention probabilities written out, and kept averaged over the heads."""
         fused, plain = blocks.cross_attention, self.step(layers, predict)
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            p = (q @ k.transpose(-1, -2)).float().mul_(q.shape[-1] ** -0.5).softmax(-1)
+        def attention(
+            q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, scale: float | None = None
+        ) -> tuple[Tensor, Tensor | None]:
+            p = (q @ k.transpose(-1, -2)).float().mul_(scale or q.shape[-1] ** -0.5).softmax(-1)
             kept.append(p.mean(1))
             out = (p.to(q.dtype) @ v).transpose(1, 2).contiguous().transpose(1, 2)
             return out, None if capture is None else capture @ kept[-1].transpose(1, 2)

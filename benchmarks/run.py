@@ -28,6 +28,7 @@ import timing
 from tests.closeness import assert_no_worse_than
 
 Call = Callable[[], object]
+Calls = dict[str, Callable[..., Tensor]]
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Case:
     op: str
     shape: str
     ours: Callable[..., Tensor]
-    peers: dict[str, Callable[..., Tensor]]
+    peers: Calls
     inputs: list[Tensor]
     # Targets by peer: the least ratio of (forward, forward + backward); 0 is none.
     targets: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -52,7 +53,7 @@ def self_attention(dtype: torch.dtype) -> Iterator[Case]:
     for s in registry.SELF_ATTENTION:
         q, k, v = (torch.randn(s.batch, s.queries, s.heads, s.width).to(dtype).transpose(1, 2) for _ in range(3))
         target = {"sdpa": (2.0, 1.7)} if s is registry.SELF_ATTENTION[0] and dtype == torch.bfloat16 else {}
-        peers = {"sdpa": F.scaled_dot_product_attention, "xformers": xformers_attention}
+        peers: Calls = {"sdpa": F.scaled_dot_product_attention, "xformers": xformers_attention}
         yield Case("self_attention", s.name, pcs_kernels.self_attention, peers, [q, k, v], target)
 
 
@@ -190,8 +191,8 @@ def gate(case: Case, ours: Callable[..., Tensor]) -> None:
     with torch.no_grad():
         with pcs_kernels.backend("reference"):
             exact, low = results(case.ours(*[x.double() for x in case.inputs])), results(case.ours(*case.inputs))
-        for found, *references in zip(results(ours(*case.inputs)), exact, low, strict=True):
-            assert_no_worse_than(found, *references)
+        for found, high, same in zip(results(ours(*case.inputs)), exact, low, strict=True):
+            assert_no_worse_than(found, high, same)
 
 
 def adamw(rounds: int, device: str) -> Iterator[dict[str, object]]:

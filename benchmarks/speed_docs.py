@@ -214,11 +214,11 @@ def memory_targets() -> list[Target]:
     found = []
     memory = newest(timing.RESULTS / "memory.csv")
     kept = {r["plans"]: float(r["kept_mb"]) for r in memory if r["what"] == "kept, frozen" and r["model"] == "SD1.5"}
-    for plan, asked in KEPT.items():
+    for plan, goal in KEPT.items():
         if plan in kept:
-            met = kept[plan] <= 1.1 * asked  # a goal computed from layer shapes alone leaves a tenth for the rest
+            met = kept[plan] <= 1.1 * goal  # a goal computed from layer shapes alone leaves a tenth for the rest
             what = f"activations kept for the backward pass, plan {plan}"
-            found.append(Target(what, f"{asked} MB", f"{kept[plan]:.0f} MB", met, "kept"))
+            found.append(Target(what, f"{goal} MB", f"{kept[plan]:.0f} MB", met, "kept"))
     for row in memory:
         if row["what"] == "target" and row["method"] in CARDS:
             asked, used = CARDS[row["method"]], float(row["with_context_gb"])

@@ -16,6 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timing
 import torch
@@ -89,7 +90,7 @@ def ours(weights: Weights, pairs: Pairs, call: Inputs) -> dict[str, Step]:
     unet = UNet.from_config(SD15, device="meta")
     unet.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
     unet.requires_grad_(False)
-    trained = []
+    trained: list[torch.Tensor] = []
     for name, (down, up) in pairs.items():
         pair = down.clone().requires_grad_(), up.clone().requires_grad_()
         unet.attach(name, LowRank(*pair))
@@ -109,11 +110,12 @@ def peer(
     """diffusers' UNet with the same residuals, and that compiled."""
     from diffusers import UNet2DConditionModel
 
+    theirs: Any = UNet2DConditionModel  # diffusers' classes are untyped
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15)
+        unet = theirs(**SD15)
     unet.load_state_dict({name: w.to(dtype, copy=True) for name, w in weights.items()}, assign=True)
     unet.requires_grad_(False)
-    trained = []
+    trained: list[torch.Tensor] = []
     for name, (down, up) in pairs.items():
         parent, _, leaf = name.rpartition(".")
         layer = PeerResidual(unet.get_submodule(name), down, up)

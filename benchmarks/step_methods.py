@@ -127,12 +127,14 @@ class Peer:
     def __init__(self, kind: Kind, method: str, weights: dict[str, Tensor], ours: Ours) -> None:
         from diffusers import UNet2DConditionModel
 
+        theirs: Any = UNet2DConditionModel  # diffusers' classes are untyped
         with torch.device("meta"):
-            self.unet = UNet2DConditionModel(**SD15)
+            self.unet = theirs(**SD15)
         state = {name: w.to(kind.frozen, copy=True) for name, w in weights.items()}
         self.unet.load_state_dict(state, assign=True)
         self.unet.requires_grad_(False)
-        self.kind, self.ours, self.encoder = kind, ours, None
+        self.kind, self.ours = kind, ours
+        self.encoder: Any = None
         self.trained: Trained = getattr(self, method)()
         for name, p in self.trained.items():
             p.data = ours.trained[name].detach().view(p.shape).to(kind.trained, copy=True)
@@ -160,12 +162,13 @@ class Peer:
         from transformers import CLIPTextModel
 
         ours = self.ours.encoder
-        self.encoder = CLIPTextModel(ours.config).to(self.kind.frozen).eval().requires_grad_(False)
+        theirs: Any = CLIPTextModel
+        self.encoder = theirs(ours.config).to(self.kind.frozen).eval().requires_grad_(False)
         self.encoder.load_state_dict(ours.state_dict())
         trained = self.peft(self.encoder, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
         return {n if n in self.ours.trained else f"text_model.{n}": p for n, p in trained.items()}
 
-    def peft(self, network: nn.Module, layers: list[str]) -> Trained:
+    def peft(self, network: Any, layers: list[str]) -> Trained:
         from peft import LoraConfig
 
         network.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=layers))
@@ -221,7 +224,7 @@ def peers(method: str, weights: dict[str, Tensor], ours: Ours) -> Iterable[tuple
     """Small sets train with torch's fused AdamW; float32 networks as a whole with bitsandbytes' 8-bit states."""
     for kind in (FP32, BF16) if method == "dreambooth" else (FP32, AUTOCAST, BF16):
         peer = Peer(kind, method, weights, ours)
-        optimizer = torch.optim.AdamW(peer.trained.values(), lr=RATE, fused=True)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(peer.trained.values(), lr=RATE, fused=True)
         if method == "dreambooth" and kind is FP32:
             import bitsandbytes
 

@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def finish() -> None:
 
 
 def interleave(
-    variants: dict[str, Callable[[], object]], rounds: int = 15, least: float = 0.004
+    variants: Mapping[str, Callable[[], object]], rounds: int = 15, least: float = 0.004
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant, `rounds` times in turn; short calls are repeated to last `least` seconds."""
     repeats = {}
@@ -81,14 +81,14 @@ def circumstances() -> dict[str, str]:
     }
 
 
-def append(path: Path, rows: list[dict[str, object]]) -> None:
+def append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Add rows to a CSV file, written whole or not at all; new columns widen the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old: list[dict[str, object]] = []
+    old: list[Mapping[str, object]] = []
     if path.exists():
         with path.open(newline="") as file:
             old = list(csv.DictReader(file))
-    everything = old + rows
+    everything = [*old, *rows]
     columns = list(dict.fromkeys(key for row in everything for key in row))
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:

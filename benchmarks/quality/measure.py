@@ -16,8 +16,8 @@ import timing
 from .jobs import Job, Store, model_name, pending
 from .variants import VARIANTS
 
-HELD_OUT = {"n": 8, "first": 100}  # photos that images are compared with; no training uses them
-DRAWN = {"sampler": "dpmpp_2m", "steps": 15, "batch": 10}
+HELD_OUT: dict[str, Any] = {"n": 8, "first": 100}  # photos that images are compared with; no training uses them
+DRAWN: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 15, "batch": 10}
 SHOWN = ("a photo of a {} on the beach", "a photo of a {} in the snow", "a photo of a {} at night")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -56,4 +56,8 @@ def setup_keys_and_values(model: Model, s: Residuals, learner: Learner) -> None:
     learner.add_subject_word(s)
 
 
-VARIANTS = {"": nullcontext, "untold": untold, "keys_and_values": keys_and_values}
+VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "": nullcontext,
+    "untold": untold,
+    "keys_and_values": keys_and_values,
+}
