@@ -1,9 +1,9 @@
-"""load_model: a diffusers folder, a single file, a hub name or "tiny" -> one Model whose parts load when first used."""
+"""A checkpoint as one Model, whose parts load when first used: a diffusers folder, a single file, or a hub name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,15 +17,16 @@ from .weights import load_weights, weight_files
 if TYPE_CHECKING:
     from .peers import Autoencoder, TextEncoder
 
+Network = TypeVar("Network", bound=nn.Module)
 PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule")
 PIPELINES = "StableDiffusion"
-# The names that the attention of the first models' VAE files has.
+# Names in the attention of the first models' VAE files -> today's.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 OTHER_FAMILIES = ("StableDiffusion3", "StableDiffusionDiffEdit", "StableDiffusionGLIGEN", "StableDiffusionControlNet")
 
 
 class Model:
-    """A UNet, its text encoders and tokenizers, VAE and noise schedule; each is read when first used, and no sooner."""
+    """A UNet, its text encoders and tokenizers, VAE and noise schedule; each is read when first used."""
 
     def __init__(self, source: Folder | SingleFile, dtype: torch.dtype | None, device: str) -> None:
         self.source = source
@@ -41,6 +42,7 @@ class Model:
 
     @property
     def unet(self) -> UNet:
+        """The denoising network."""
         return self._get("unet")
 
     @property
@@ -50,14 +52,17 @@ class Model:
 
     @property
     def text_encoder(self) -> TextEncoder:
+        """The first text encoder."""
         return self.text_encoders[0]
 
     @property
     def tokenizers(self) -> list[Any]:
+        """transformers' CLIP tokenizers, one per text encoder."""
         return self._get("tokenizers")
 
     @property
     def tokenizer(self) -> Any:
+        """The first tokenizer."""
         return self.tokenizers[0]
 
     @property
@@ -67,33 +72,36 @@ class Model:
 
     @property
     def schedule(self) -> Schedule:
+        """The noise schedule the model was trained with."""
         return self._get("schedule")
 
     @property
     def name(self) -> str:
-        """What to call this model in a sentence."""
+        """Name of this model in messages."""
         return "the embedded model" if self.embedded else str(getattr(self.source, "name", None) or self.source.path)
 
     @property
     def embedded(self) -> bool:
+        """Whether this is the tiny model inside the package."""
         return self.source.path == TINY
 
     @property
     def loaded(self) -> list[str]:
-        """The parts that are in memory now."""
+        """Names of the parts that are in memory."""
         return list(self._parts)
 
     def release(self, *names: str) -> None:
-        """Let go of parts; they are read again if they are used again."""
+        """Free parts by name; they are read again when used again."""
         for name in names:
             if name not in PARTS:
-                raise ValueError(f"{name!r} is no part of a model; the parts are {', '.join(PARTS)}")
+                raise ValueError(f"{name!r} is not a part of a model; the parts are {', '.join(PARTS)}")
             self._parts.pop(name, None)
 
-    def _settle(self, module: nn.Module) -> nn.Module:
+    def _settle(self, module: Network) -> Network:
+        """The module frozen, on the model's device and in its dtype."""
         module = module.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
         half = self.dtype is None and any(p.dtype == torch.float16 for p in module.parameters())
-        # A CPU has no arithmetic in float16: the files' half precision is for their size alone.
+        # CPUs have no fast float16 arithmetic: the files' half precision is for their size alone
         return module.float() if half and self.device == "cpu" else module
 
     def _load_unet(self) -> UNet:
@@ -111,25 +119,23 @@ class Model:
         load_weights(unet, weight_files(folder, "diffusion_pytorch_model", self.dtype), self.dtype, self.device)
         return self._settle(unet)
 
-    def _text_parts(self, name: str) -> list[Path]:
-        return [self.source.part(n) for n in (name, f"{name}_2") if n == name or self.source.has(n)]
-
-    def _pipeline(self) -> Any:
+    def _pipeline(self, source: SingleFile) -> Any:
         """diffusers' pipeline of a single file, for its text side alone."""
         if self._text_pipeline is None:
             from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
             kind = StableDiffusionXLPipeline if self.unet.add_embedding is not None else StableDiffusionPipeline
-            self._text_pipeline = self.source.converted(kind, None)
+            self._text_pipeline = source.converted(kind, None)
         return self._text_pipeline
 
-    def _load_text_encoders(self) -> list[nn.Module]:
+    def _load_text_encoders(self) -> list[TextEncoder]:
         if isinstance(self.source, SingleFile):
-            parts = [getattr(self._pipeline(), n, None) for n in ("text_encoder", "text_encoder_2")]
+            pipeline = self._pipeline(self.source)
+            parts = [getattr(pipeline, n, None) for n in ("text_encoder", "text_encoder_2")]
             return [self._settle(part) for part in parts if part is not None]
-        return [self._settle(self._text_encoder(folder)) for folder in self._text_parts("text_encoder")]
+        return [self._settle(self._text_encoder(folder)) for folder in _text_parts(self.source, "text_encoder")]
 
-    def _text_encoder(self, folder: Path) -> nn.Module:
+    def _text_encoder(self, folder: Path) -> TextEncoder:
         import transformers
 
         config = read_json(folder / "config.json")
@@ -151,13 +157,15 @@ class Model:
 
     def _load_tokenizers(self) -> list[Any]:
         if isinstance(self.source, SingleFile):
-            parts = [getattr(self._pipeline(), n, None) for n in ("tokenizer", "tokenizer_2")]
+            pipeline = self._pipeline(self.source)
+            parts = [getattr(pipeline, n, None) for n in ("tokenizer", "tokenizer_2")]
             return [part for part in parts if part is not None]
         from transformers import CLIPTokenizer
 
-        return [_through_peer(f, CLIPTokenizer, {"local_files_only": True}) for f in self._text_parts("tokenizer")]
+        folders = _text_parts(self.source, "tokenizer")
+        return [_through_peer(folder, CLIPTokenizer, {"local_files_only": True}) for folder in folders]
 
-    def _load_vae(self) -> nn.Module:
+    def _load_vae(self) -> Autoencoder:
         from diffusers import AutoencoderKL
 
         if isinstance(self.source, SingleFile):
@@ -168,15 +176,22 @@ class Model:
         if self.device != "meta":
             files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
             load_weights(vae, files, self.dtype, self.device, OLD_VAE_NAMES)
-        return self._settle(vae).to(memory_format=torch.channels_last)
+        settled: Any = self._settle(vae)
+        return settled.to(memory_format=torch.channels_last)  # convolutions read it as the UNet's do
 
     def _load_schedule(self) -> Schedule:
         if isinstance(self.source, SingleFile):
-            return Schedule.from_config(dict(self._pipeline().scheduler.config))
+            return Schedule.from_config(dict(self._pipeline(self.source).scheduler.config))
         return Schedule.from_config(read_json(self.source.part("scheduler") / "scheduler_config.json"))
 
 
+def _text_parts(source: Folder, name: str) -> list[Path]:
+    """The folders of a part of the text side: one, and SDXL's second."""
+    return [source.part(n) for n in (name, f"{name}_2") if n == name or source.has(n)]
+
+
 def _unet_of(file: Path) -> UNet:
+    """The UNet of a configuration file, without weights."""
     try:
         return UNet.from_config(read_json(file), device="meta")
     except UnsupportedModel as error:
@@ -184,6 +199,7 @@ def _unet_of(file: Path) -> UNet:
 
 
 def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
+    """What a class of transformers reads from a folder."""
     try:
         return kind.from_pretrained(str(folder), **options)
     except Exception as error:  # transformers raises many kinds
@@ -194,7 +210,7 @@ def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
 def _check_family(source: Folder | SingleFile) -> None:
     name = source.class_name() if isinstance(source, Folder) else None
     if name is not None and (not name.startswith(PIPELINES) or name.startswith(OTHER_FAMILIES)):
-        raise UnsupportedModel(f"{source.root} holds a {name}; supported are Stable Diffusion 1.x, 2.x and XL")
+        raise UnsupportedModel(f"{source.path} holds a {name}; supported are Stable Diffusion 1.x, 2.x and XL")
 
 
 def load_model(
@@ -203,11 +219,16 @@ def load_model(
     device: torch.device | str = "cpu",
     config: str | Path | None = None,
 ) -> Model:
-    """A model from a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded one).
+    """Open a model; its parts are read when first used.
 
-    dtype: None keeps the files' own (float16 becomes float32 on a CPU).
-    device: "meta" builds the networks without weights.
-    config: for a single file, the folder (or hub name) with the configuration files diffusers should convert it by.
+    Args:
+        where: a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded model).
+        dtype: of the networks; default: the files' own (float16 becomes float32 on a CPU).
+        device: where the networks go; "meta" builds them without weights.
+        config: for a checkpoint file, the folder or hub name of the configuration files diffusers converts it by.
+
+    Raises:
+        UnsupportedModel: one sentence naming the file and what is wrong with it, here or when a part is first used.
     """
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))
     _check_family(source)

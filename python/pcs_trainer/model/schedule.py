@@ -1,6 +1,6 @@
 """The noise schedule a model was trained with, from diffusers' scheduler_config.json.
 
-abar[t] is the share of signal left at timestep t:  x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise.
+abar[t] is the share of signal left at timestep t:  x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise.  Letters: B images.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def _betas(config: dict[str, Any], steps: int) -> Tensor:
         return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float32) ** 2
     if kind == "squaredcos_cap_v2":
         left = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        # 0.008 and 0.999 are of the cosine schedule's paper (arXiv 2102.09672)
         return torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(left)], dtype=torch.float32)
     raise ValueError(
         f"schedule: beta_schedule = {kind!r} is not supported; supported: linear, scaled_linear, squaredcos_cap_v2"
@@ -54,16 +55,16 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | str | Path) -> Schedule:
-        if not isinstance(config, dict):
-            config = json.loads(Path(config).read_text())
-        prediction = config.get("prediction_type", "epsilon")
+        """The schedule of diffusers' scheduler_config.json or its contents; ValueError names an unsupported value."""
+        values: dict[str, Any] = config if isinstance(config, dict) else json.loads(Path(config).read_text())
+        prediction = values.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             known = ", ".join(PREDICTIONS)
             raise ValueError(f"schedule: prediction_type = {prediction!r} is not supported; supported: {known}")
-        betas = _betas(config, int(config.get("num_train_timesteps", 1000)))
-        if config.get("rescale_betas_zero_snr"):
+        betas = _betas(values, int(values.get("num_train_timesteps", 1000)))
+        if values.get("rescale_betas_zero_snr"):
             betas = _without_signal_at_the_end(betas)
-        return cls((1.0 - betas).cumprod(0), prediction, dict(config))
+        return cls((1.0 - betas).cumprod(0), prediction, dict(values))
 
     def __len__(self) -> int:
         return len(self.abar)
@@ -74,11 +75,12 @@ class Schedule:
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy x [B, ...] at timesteps t [B], in x's dtype."""
         signal, sigma = self.roots(t, x)
         return (signal * x + sigma * noise).to(x.dtype)
 
     def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict at t for the clean x and this noise."""
+        """What the network should predict at t [B] for the clean x [B, ...] and this noise."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -87,7 +89,7 @@ class Schedule:
         return (signal * noise - sigma * x).to(x.dtype)
 
     def clean(self, x: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        """The clean picture that a prediction for noisy x at t stands for."""
+        """The clean latents that a prediction for noisy x [B, ...] at t [B] stands for."""
         signal, sigma = self.roots(t, x)
         if self.prediction == "epsilon":
             return (x - sigma * prediction) / signal

@@ -1,10 +1,11 @@
-"""Reading safetensors into a network: memory-mapped, every name and shape checked, errors that name file and tensor."""
+"""Safetensors into a network: memory-mapped, every name and shape checked, errors that name file and tensor."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,13 @@ GROUP = 48  # tensors converted before the file is opened again, which lets go o
 
 
 def weight_files(folder: Path, stem: str, dtype: torch.dtype | None) -> list[Path]:
-    """The safetensors of one part: whole or sharded; a 16-bit run takes the fp16 variant where there is one."""
+    """The safetensors of one part, one file or its shards.
+
+    Args:
+        folder: the part's folder.
+        stem: the file's name without suffix, as diffusers or transformers calls it.
+        dtype: of the run; a 16-bit run takes the fp16 variant where there is one, others only where there is no other.
+    """
     variants = ["", "fp16"] if dtype in (None, torch.float32, torch.float64) else ["fp16", ""]
     for variant in variants:
         name = f"{stem}.{variant}" if variant else stem
@@ -27,7 +34,7 @@ def weight_files(folder: Path, stem: str, dtype: torch.dtype | None) -> list[Pat
     pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
     if pickles:
         raise UnsupportedModel(
-            f"{folder / pickles[0]} is a pickle, which could run code; mend: save the model as safetensors"
+            f"{folder / pickles[0]} is a pickle, which could run code. Fix: save the model as safetensors"
         )
     raise UnsupportedModel(f"{folder} has no {stem}.safetensors (nor its fp16 variant, nor an index of shards)")
 
@@ -43,13 +50,14 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _open(file: Path, device: str):
+def _open(file: Path, device: str) -> Any:
+    """safetensors' reader of a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(str(file), framework="pt", device=device)
     except SafetensorError as error:
-        raise UnsupportedModel(f"{file} is no whole safetensors file (truncated or damaged): {error}") from error
+        raise UnsupportedModel(f"{file} is a truncated or corrupt safetensors file: {error}") from error
     except OSError as error:
         raise UnsupportedModel(f"{file} cannot be read: {error}") from error
 
@@ -77,7 +85,18 @@ def load_weights(
     device: str,
     renames: dict[str, str] | None = None,
 ) -> None:
-    """Give a network built on the meta device its weights; a missing, extra or misshapen tensor is named."""
+    """Give a network that was built on the meta device its weights.
+
+    Args:
+        network: the network; its parameters are replaced by the files' tensors, memory-mapped where that is possible.
+        files: the safetensors of the part, one or several shards.
+        dtype: of floating-point weights; None keeps the files' own.
+        device: where the weights go.
+        renames: parts of names in the files -> parts of the network's names.
+
+    Raises:
+        UnsupportedModel: names the file and the missing, unexpected or misshapen tensor.
+    """
     wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     state: dict[str, Tensor] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""What of diffusers' UNet2DConditionModel configuration this package supports; anything else is refused by name."""
+"""Supported options of diffusers' UNet2DConditionModel; unsupported ones raise by name."""
 
 from __future__ import annotations
 
@@ -74,14 +74,18 @@ def _refuse(key: str, value: object, supported: str) -> None:
 def _per_level(key: str, value: Any, levels: int) -> list[int]:
     values = [value] * levels if isinstance(value, int) else value
     if not isinstance(values, (list, tuple)) or len(values) != levels or not all(isinstance(v, int) for v in values):
-        _refuse(key, value, f"one whole number, or a list of {levels} of them (one per block)")
+        _refuse(key, value, f"an integer, or a list of {levels} integers (one per block)")
     if min(values) < 1:
-        _refuse(key, value, "numbers of at least 1")
+        _refuse(key, value, "integers of at least 1")
     return list(values)
 
 
 def checked_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The values the UNet is built from, defaults filled in and lists per level; UnsupportedModel names a bad one."""
+    """The values the UNet is built from, with diffusers' defaults and one value per level where levels differ.
+
+    Raises:
+        UnsupportedModel: one sentence naming the key, its value and what is supported.
+    """
     class_name = config.get("_class_name", "UNet2DConditionModel")
     if class_name != "UNet2DConditionModel":
         _refuse("_class_name", class_name, "UNet2DConditionModel (SD1.x, SD2.x, SDXL)")
@@ -90,7 +94,7 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
             continue
         if key not in ONLY:
             if value not in (None, False):
-                _refuse(key, value, "this name is unknown here; leave it out")
+                _refuse(key, value, "an option of this name is unknown; leave it out")
             continue
         flat = value[0] if isinstance(value, (list, tuple)) and value and len(set(value)) == 1 else value
         if flat not in ONLY[key]:
