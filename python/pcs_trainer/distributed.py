@@ -121,7 +121,8 @@ def fill(p: nn.Parameter, value: Tensor) -> None:
     if is_part(p):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(p.device, p.dtype), p.device_mesh, p.placements)
+        part: Any = p  # a DTensor: torch's stubs know it as a Parameter
+        value = distribute_tensor(value.to(p.device, p.dtype), part.device_mesh, part.placements)
     p.copy_(value)
 
 
@@ -145,4 +146,4 @@ def gathered_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     rank, world = rank_and_world()
     found: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, state), found)
-    return found or []  # type: ignore[return-value]
+    return found or []

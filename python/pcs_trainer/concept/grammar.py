@@ -150,6 +150,11 @@ def word_name(encoder: int, word: str) -> str:
     return spell(Slot(TEXT_PARTS[encoder], word, Kind.WORD))
 
 
+def on_unet(name: str) -> bool:
+    """Whether a tensor or a residual of this name belongs to the UNet's own layers; not the text states it reads."""
+    return name.startswith(f"{UNET}.")
+
+
 def is_word(name: str) -> bool:
     """Whether a tensor's name says a learned word's rows."""
     return name.startswith(WORD_PREFIX)

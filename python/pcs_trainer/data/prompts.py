@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..concept.concept import subject_words
 from ..model.tokens import plain_ids
 
 if TYPE_CHECKING:
@@ -82,20 +83,17 @@ class Vocabulary:
         return first_rows(self.model, text, count)
 
 
-def subject_words(s: Settings) -> str:
-    return " ".join(filter(None, (s.token, s.class_word)))
-
-
 def subject_prompt(s: Settings, caption: str | None = None) -> str:
     """The template, or a picture's own caption with the subject named in it."""
+    words = subject_words(s.token, s.class_word)
     if caption is None:
-        return s.template.replace("{subject}", subject_words(s))
+        return s.template.replace("{subject}", words)
     if "{subject}" in caption:
-        return caption.replace("{subject}", subject_words(s))
+        return caption.replace("{subject}", words)
     if s.token and s.token.lower() in caption.lower():
         return caption
-    named = re.sub(rf"\b{re.escape(s.class_word)}\b", lambda _: subject_words(s), caption, count=1, flags=re.IGNORECASE)
-    return named if s.class_word and named != caption else f"{subject_words(s)}, {caption}"
+    named = re.sub(rf"\b{re.escape(s.class_word)}\b", lambda _: words, caption, count=1, flags=re.IGNORECASE)
+    return named if s.class_word and named != caption else f"{words}, {caption}"
 
 
 def class_prompt(s: Settings) -> str:

@@ -15,7 +15,7 @@ CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
 CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 # The text encoders of the known families, by the width of the text states; for a UNet that comes without any.
-KNOWN_TEXT = {
+KNOWN_TEXT: dict[int, list[dict[str, Any]]] = {
     768: [CLIP_L],
     1024: [CLIP_H],
     2048: [CLIP_L, CLIP_G | {"projection_dim": 1280, "architectures": ["CLIPTextModelWithProjection"]}],
@@ -63,6 +63,6 @@ def networks_of(model: Any) -> Networks:
 
 
 def _with_text(unet: dict[str, Any], text: list[dict[str, Any]], pixels: int = 8) -> Networks:
-    width = unet.get("cross_attention_dim", 1280)
-    width = width if isinstance(width, int) else width[0]
-    return Networks(dict(unet), text or KNOWN_TEXT.get(width, []), pixels)
+    width = unet.get("cross_attention_dim", 1280)  # diffusers' default
+    known = KNOWN_TEXT.get(width if isinstance(width, int) else width[0], [])
+    return Networks(dict(unet), text or known, pixels)

@@ -284,6 +284,7 @@ def _real_step(chosen: _Counted, assignment: dict[str, str], limit: int | None) 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, total if limit is None else limit / total))
+    real: Rehearsal | None = None
     try:
         real = Rehearsal(*chosen.arguments, "cuda", chosen.rehearsal.accumulate, counted=False)
         real.unet.set_plan(assignment)
@@ -298,6 +299,6 @@ def _real_step(chosen: _Counted, assignment: dict[str, str], limit: int | None) 
     except torch.cuda.OutOfMemoryError:
         return None
     finally:
-        real = None
+        real = None  # before the cache is emptied: the networks go with it
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

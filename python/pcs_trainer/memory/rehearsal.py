@@ -18,7 +18,7 @@ import pcs_kernels
 from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward, sum_of_squares
 
 from ..methods import method_named
-from ..methods.learner import learner_for
+from ..methods.start import learner_for
 from ..model.model import Model
 from ..model.text import by_block
 from ..model.text_adapters import adapters
@@ -85,7 +85,7 @@ class Rehearsal:
             self.handle = step_in_backward(self.optimizer, 1, clip, settings.clip) if self.in_backward else None
 
     def _trains_text_kv(self) -> bool:
-        return any(p.requires_grad for name, p in self.unet.named_parameters() if ".attn2.to_" in name)
+        return any(".attn2.to_k." in name or ".attn2.to_v." in name for name in self.learner.weights)
 
     def _cached_text(self) -> Any:
         """A frozen text's keys and values are computed once a run."""

@@ -17,7 +17,6 @@ from ..model.model import Model
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text
 from ..settings import Settings
 from ..unet.layers import LowRank, replace_data
-from . import method_named
 
 KEY = "learning"  # the residuals of the running training, among those of concepts on the same model
 
@@ -80,7 +79,8 @@ class Learner:
         """Train a parameter of the model itself; `master` holds it in float32 while it trains."""
         original = parameter.data
         replace_data(parameter, original.float().clone() if master else original.clone())
-        self.weights[name] = parameter.requires_grad_(True)
+        parameter.requires_grad_(True)
+        self.weights[name] = parameter
 
         def undo() -> None:
             parameter.requires_grad_(False)
@@ -92,7 +92,8 @@ class Learner:
     def train_whole_unet(self) -> None:
         """Train every parameter of the UNet in place: no copy is kept, the model's files are read again afterwards."""
         for name, parameter in self.model.unet.named_parameters():
-            self.weights[grammar.value_name("unet", name)] = parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+            self.weights[grammar.value_name("unet", name)] = parameter
         self.trains_whole_network = True
         self._undo.append(lambda: self.model.release("unet"))
 
@@ -137,7 +138,7 @@ class Learner:
     @property
     def text_trains(self) -> bool:
         """Whether the text states have a gradient, so that they are computed in every step."""
-        outside = any(not name.startswith("unet.") for name in self.weights)
+        outside = any(not grammar.on_unet(name) for name in self.weights)
         return outside or any(word.trained for word in self.words.values())
 
     @property
@@ -203,19 +204,3 @@ def fresh_pair(
     if init == "both_random":
         up = torch.randn(c_out, rank, generator=generator) * SMALL_START * c_in**-0.5
     return Pair(nn.Parameter(down.to(weight.device)), nn.Parameter(up.to(weight.device)))
-
-
-def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabulary | None = None) -> Learner:
-    """A method's setup done on a model: what trains, on it, with the words of every subject.
-
-    Args:
-        model: what is changed in place until `Learner.restore`.
-        subjects: the settings of each subject; they differ in token and class word, and the first one's decide.
-        vocabulary: what learned words start from, where it is not the model's own.
-    """
-    first = subjects[0]
-    learner = Learner(model, first.seed, vocabulary)
-    method_named(first.method).setup(model, first, learner)
-    for other in subjects[1:]:
-        learner.add_subject_word(other)
-    return learner

@@ -47,4 +47,5 @@ class Method:
     reads_more_text: Callable[[Any], bool] = lambda s: False  # whether that loss encodes further prompts in each step
     after_step: Callable[[Model, Learner], None] = _nothing  # such as limiting the norm of token embeddings
     extra_input: Callable[[Any], ExtraInput | None] = _nothing  # (s): what further input channels of a UNet hold
+    lag: bool = False  # whether the paper samples with localized attention guidance
     one_subject: Callable[[Any], str | None] = _nothing  # (s): why several subjects cannot be learned together

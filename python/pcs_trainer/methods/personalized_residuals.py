@@ -46,5 +46,6 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2405.12978",
     trains="a low-rank offset on each block's output projection",
     choose="the default: small and quick, no class images; with LAG it changes the subject's pixels alone",
+    lag=True,
     tiny={"steps": 500, "learning_rate": 8e-3, "rank": 8},
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..concept.concept import Concept
+from ..concept.grammar import on_unet
 from ..unet.layers import LowRank
 from ..unet.unet import UNet
 
@@ -34,7 +35,7 @@ def checked_index(
             f"index holds {wrong[0]}; with {len(concepts)} concepts it is 0 to {len(concepts) - 1}, or None"
         )
     for concept in concepts:
-        whole = next((name for name in concept.wholes() if name.startswith("unet.")), None)
+        whole = next((name for name in concept.wholes() if on_unet(name)), None)
         if whole is not None:
             raise ValueError(
                 f"the concept {concept.key!r} ({concept.method}) changes the whole of {whole!r}, so it cannot share a "
@@ -45,7 +46,7 @@ def checked_index(
 
 def text_side(concept: Concept) -> Concept:
     """The concept without what it does to the UNet."""
-    return replace(concept, tensors={n: t for n, t in concept.tensors.items() if not n.startswith("unet.")})
+    return replace(concept, tensors={n: t for n, t in concept.tensors.items() if not on_unet(n)})
 
 
 def _stack(tensors: Sequence[Tensor | None], shape: tuple[int, int], scales: Sequence[float]) -> Tensor:
@@ -60,18 +61,18 @@ def _stack(tensors: Sequence[Tensor | None], shape: tuple[int, int], scales: Seq
 @contextmanager
 def stacked(unet: UNet, concepts: Sequence[Concept], strengths: Sequence[float]) -> Iterator[list[LowRank]]:
     """Put all concepts' residuals on the UNet as stacks, and take them off; a batch sets their `index`."""
-    pairs = [{k: v for k, v in c.pairs().items() if k.startswith("unet.")} for c in concepts]
+    pairs = [{slot.layer: pair for slot, pair in c.residuals().items() if on_unet(slot.stem)} for c in concepts]
     made: list[tuple[torch.nn.Module, LowRank]] = []
     try:
         for name in dict.fromkeys(name for own in pairs for name in own):
             both = [own.get(name, (None, None)) for own in pairs]
             downs, ups = [d for d, _ in both], [u for _, u in both]
             rank = max(d.shape[0] for d in downs if d is not None)
-            layer = unet.get_submodule(name.removeprefix("unet."))
+            layer = unet.get_submodule(name)
             c_out, c_in = layer.weight.shape[:2]
             down = _stack(downs, (rank, c_in), [1.0] * len(downs)).to(layer.weight.device)
             up = _stack(ups, (c_out, rank), strengths).to(layer.weight.device)
-            made.append((layer, unet.attach(name.removeprefix("unet."), LowRank(down, up))))
+            made.append((layer, unet.attach(name, LowRank(down, up))))
         yield [residual for _, residual in made]
     finally:
         for layer, residual in made:

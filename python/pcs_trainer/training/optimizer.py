@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcs_kernels.optim import AdamW8bit, step_in_backward
+from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward
 
 from ..distributed import any_process, gathered_states, is_part, norm_of, rank_and_world, share_gradients
 from ..methods.learner import Learner
@@ -38,16 +38,17 @@ class Stepper:
         if rows:
             rate = s.token_learning_rate or s.learning_rate
             groups.append({"params": list(rows.values()), "lr": rate, "weight_decay": 0.0})
-        kind = AdamW8bit if s.optimizer == "adamw8bit" else torch.optim.AdamW
-        parts = any(
-            is_part(p) for p in self.parameters.values()
-        )  # torch's loops over lists take no mixture with whole ones
-        extra = {"seed": s.seed} if s.optimizer == "adamw8bit" else {"foreach": False} if parts else {}
-        self.optimizer = kind(groups, betas=(0.9, 0.999), **extra)
         self.rates = [group["lr"] for group in groups]
-        self.handle = None
-        if s.step_in_backward and self.world == 1:
-            self.handle = step_in_backward(self.optimizer, s.accumulate, s.clip_norm or None, s.clip)
+        self.handle: StepInBackward | None = None
+        self.optimizer: AdamW8bit | torch.optim.AdamW
+        if s.optimizer == "adamw8bit":
+            self.optimizer = AdamW8bit(groups, betas=(0.9, 0.999), seed=s.seed)
+            if s.step_in_backward and self.world == 1:
+                self.handle = step_in_backward(self.optimizer, s.accumulate, s.clip_norm or None, s.clip)
+        else:
+            # torch's loops over lists take no mixture of whole tensors and parts of tensors.
+            loops = False if any(is_part(p) for p in self.parameters.values()) else None
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=loops)
         self.reason = ""
         self._good: tuple[int, list[Tensor]] | None = None
 

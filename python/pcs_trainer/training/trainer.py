@@ -16,7 +16,8 @@ from ..data.pictures import load_pictures
 from ..data.prompts import choose_token
 from ..distributed import join, rank_and_world
 from ..methods import settings_for
-from ..methods.learner import Learner, learner_for
+from ..methods.learner import Learner
+from ..methods.start import learner_for
 from ..model.model import Model, load_model
 from ..settings import Settings
 from ..unet.layers import replace_data
