@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,17 @@ from ..files import written_text
 from .options import COMMON, Command, Option, known_names, meant
 
 
+def _toml_reader() -> Any:
+    """The standard library's tomllib, or tomli, which it came from and Python 3.10 needs."""
+    for name in ("tomllib", "tomli"):
+        if find_spec(name):
+            return import_module(name)
+    raise UsageError("--config needs tomli on Python 3.10. Fix: pip install tomli")
+
+
 def read_config(path: Path, command: Command) -> dict[str, Any]:
     """The checked values of a file: keys are the flags' names, at the top or in a table named like the command."""
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        raise UsageError("--config needs Python 3.11 or later; give the flags on the command line instead") from None
+    tomllib = _toml_reader()
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
@@ -76,6 +83,7 @@ def write_config(
 
 
 def toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
