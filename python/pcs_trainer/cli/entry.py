@@ -73,6 +73,7 @@ def sentence(error: BaseException) -> str:
 
 
 def exit_code(error: BaseException) -> int:
+    """The exit code that an error ends the command with."""
     if isinstance(error, UsageError):
         return WRONG_USAGE
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -80,6 +81,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The `pcs` command: an error is one sentence on stderr, and the exit code says its kind."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     if words and words[0] == "--debug":

@@ -63,6 +63,7 @@ class Option:
 
     @property
     def positional(self) -> bool:
+        """Whether it is given as words, without a flag before them."""
         return not self.name.startswith("-")
 
 
@@ -86,6 +87,7 @@ class Command:
 
     @property
     def usage(self) -> str:
+        """The command line's form in one line."""
         words = [f"{o.metavar} ..." if o.many else o.metavar for o in self.options if o.positional]
         return " ".join(["pcs", self.name, *words, "[flags]"])
 
@@ -284,7 +286,8 @@ def help_text(command: Command) -> str:
 def _described(option: Option, width: int) -> list[str]:
     left = option.metavar if option.positional else f"{option.name} {option.metavar}".rstrip()
     shown = option.kind is not None and option.default not in (None, "")
-    default = str(option.default) if shown else option.otherwise
+    number = isinstance(option.default, float)
+    default = (f"{option.default:g}" if number else str(option.default)) if shown else option.otherwise
     text = _wrapped(option.help + (f" (default: {default})" if default else ""), width, " " * 26)
     if len(left) < 23:
         return [f"  {left:<24}{text[0].strip()}", *text[1:]]

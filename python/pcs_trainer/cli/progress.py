@@ -35,6 +35,7 @@ def parts_of(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def line_of(label: str, step: int, total: int, data: dict[str, Any]) -> str:
+    """A step as one line of plain text."""
     figures = "  ".join(f"{name} {value}".strip() for name, value in parts_of(data))
     return f"{label} {step}/{total}  {figures}".rstrip()
 

@@ -55,6 +55,7 @@ EXAMPLES = (
 
 
 def run(options: argparse.Namespace) -> int:
+    """Time what was asked for and print a table; the exit code."""
     if options.ops:
         return run_ops()
     model = open_model(options)

@@ -40,17 +40,20 @@ if [ "$funcstack[1]" = "_pcs" ]; then _pcs "$@"; else compdef _pcs pcs; fi
 
 
 def tables() -> dict[str, tuple[str, Command]]:
+    """Name -> what the command is about, and its table of flags."""
     from . import command
 
     return {name: (about, command(name)) for name, about in COMMANDS.items()}
 
 
 def flags(command: Command) -> list[Option]:
+    """Every flag that can be completed, --help among them."""
     helping = Option("--help", "show the flags with examples", None)
     return [o for o in (*command.options, *COMMON, helping) if not o.positional]
 
 
 def bash() -> str:
+    """The script for bash."""
     all_flags, values = [], []
     for name, (_, command) in tables().items():
         all_flags.append(f'    {name}) flags="{" ".join(o.name for o in flags(command))}" ;;')
@@ -66,6 +69,7 @@ def _zsh_quoted(text: str) -> str:
 
 
 def zsh() -> str:
+    """The script for zsh."""
     commands = [f"    '{name}:{_zsh_quoted(about)}'" for name, (about, _) in tables().items()]
     cases = []
     for name, (_, command) in tables().items():
@@ -81,6 +85,7 @@ def zsh() -> str:
 
 
 def fish() -> str:
+    """The script for fish."""
     lines = ["complete -c pcs -n __fish_use_subcommand -f"]
     for name, (about, command) in tables().items():
         lines.append(f"complete -c pcs -n __fish_use_subcommand -f -a {name} -d {_fish_quoted(about)}")
@@ -100,6 +105,7 @@ def _fish_quoted(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the shell's script; the exit code."""
     if len(options.shell or []) != 1:
         raise UsageError(f"pcs completion needs one shell: {', '.join(SHELLS)}")
     print({"bash": bash, "zsh": zsh, "fish": fish}[options.shell[0]](), end="")

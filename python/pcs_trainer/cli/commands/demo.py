@@ -44,6 +44,7 @@ EXAMPLES = (
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the demo and print its report's path; the exit code."""
     if options.photos and not Path(options.photos).exists():
         raise UsageError(f"--photos: {options.photos} does not exist; give a folder of photos")
     if Path(options.out).is_file():

@@ -10,6 +10,7 @@ from . import COMMANDS
 
 
 def run(_: argparse.Namespace) -> int:
+    """Examine the machine and print what was found; the exit code."""
     from ..doctor import examine, report
 
     found = examine()

@@ -85,6 +85,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Evaluate and print the scores; the exit code."""
     check(options)
     with stop_on_ctrl_c("stopping after this step") as stop:
         try:

@@ -64,6 +64,7 @@ EXAMPLES = (
 
 
 def run(options: argparse.Namespace) -> int:
+    """Export the concept and print its files; the exit code."""
     if len(options.concept or []) != 1:
         raise UsageError("pcs export needs one concept: pcs export out/mug --format kohya")
     where = options.concept[0]

@@ -91,6 +91,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Merge the concepts and print the file's path; the exit code."""
     check(options)
     from ...concept.blending import blend
     from ...concept.compression import compress

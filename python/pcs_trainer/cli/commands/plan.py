@@ -65,6 +65,7 @@ EXAMPLES = (
 
 
 def run(options: argparse.Namespace) -> int:
+    """Plan and print the plan; the exit code."""
     import torch
 
     from ...memory.planner import plan

@@ -118,6 +118,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Sample; the exit code."""
     check(options)
     with stop_on_ctrl_c("stopping after this batch") as stop:
         return sample_to_files(options, stop)

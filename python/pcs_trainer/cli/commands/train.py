@@ -89,6 +89,7 @@ def check(options: argparse.Namespace) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Train, and print the concept's path; the exit code."""
     folder = check(options)
     chosen = overrides(options)
     with stop_on_ctrl_c("stopping after this step and saving") as stop:
@@ -96,6 +97,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], stop: Stop) -> int:
+    """The training itself.
+
+    Args:
+        folder: of the run.
+        chosen: settings that differ from the method's.
+
+    Returns:
+        The exit code.
+    """
     from ...distributed import join
     from ...machine import slow_note
     from ...training.trainer import Trainer

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...methods import TITLES, settings_for
+from ...methods import TITLES, method_named, settings_for
 from ...report.run_report import maps_of, proof_of
 from ..interrupt import Stopped
 from ..progress import Progress, quiet_libraries
 from . import DEFAULT_METHODS
 from .report import write_demo_report
-from .state import BASE, LAG_METHODS, PROMPTS, Column, Demo, with_lag
+from .state import BASE, PROMPTS, Column, Demo, with_lag
 
 if TYPE_CHECKING:
     from ...concept.concept import Concept
@@ -85,7 +85,7 @@ def example_photos(photos: str | Path | None) -> list[Any]:
 
 
 def show_method(demo: Demo, method: str) -> None:
-    """One method: training, its images, and for some methods the same with LAG."""
+    """One method: training, its images, and the same with LAG where its paper uses that."""
     from ...model.model import load_model
 
     name = TITLES[method]
@@ -98,7 +98,7 @@ def show_method(demo: Demo, method: str) -> None:
     for concept in learned:  # none where the training failed
         with demo.piece(f"{name}: images"):
             demo.columns.append(sampled(demo, model, name, concept))
-        if method in LAG_METHODS:
+        if method_named(method).lag:
             with demo.piece(f"{with_lag(method)}: images"):
                 demo.columns.append(sampled(demo, model, with_lag(method), concept, lag=True))
 

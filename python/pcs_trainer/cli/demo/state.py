@@ -20,7 +20,6 @@ from . import DEFAULT_METHODS
 if TYPE_CHECKING:
     from ...concept.concept import Concept
 
-LAG_METHODS = ("personalized_residuals",)  # also sampled with LAG: what they change, its masks can restrict
 BASE = "Base model"
 # What is sampled, and what the judge has to see in it.
 PROMPTS = (
