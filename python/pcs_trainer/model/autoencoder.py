@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .peers import Autoencoder
 
 DEFAULT_SIDE = 64  # latents a side where a configuration gives none: those are of the first models, made for 512 pixels
-DECODED_AT_ONCE = 512 * 512  # pixels: bounds the decoder's activations by those of one image of this size
+# Pixels in one call of the autoencoder, beyond its first image: eight of 1024 x 1024 would need 19 GB to be encoded
+# (traced in bfloat16), one needs 2.4.
+AT_ONCE = 512 * 512
 
 
 @dataclass
@@ -65,7 +67,7 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     Args:
         model: its autoencoder is used.
         images: uint8 [H, W, 3], all of one size.
-        batch: images encoded at once.
+        batch: images encoded at once, at most; fewer where they are large.
 
     Returns:
         Their moments, in float32 on the CPU; ValueError where they are not finite.
@@ -74,8 +76,9 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     like = next(vae.parameters())
     shift, scale = _scaling(vae)
     means, stds = [], []
-    for start in range(0, len(images), batch):
-        x = torch.stack([to_tensor(p) for p in images[start : start + batch]]).to(like)  # [P, 3, H, W]
+    at_once = min(batch, max(1, AT_ONCE // images[0][..., 0].size)) if images else batch
+    for start in range(0, len(images), at_once):
+        x = torch.stack([to_tensor(p) for p in images[start : start + at_once]]).to(like)  # [P, 3, H, W]
         posterior = vae.encode(x).latent_dist
         means.append(((posterior.mean.float() - shift) * scale).cpu())
         stds.append((posterior.std.float() * scale).cpu())
@@ -93,7 +96,7 @@ def decode(model: Model, latents: Tensor) -> list[Image]:
     vae, factor = model.vae, latent_factor(model)
     like = next(vae.parameters())
     shift, scale = _scaling(vae)
-    at_once = max(1, DECODED_AT_ONCE // (latents.shape[2] * latents.shape[3] * factor**2))
+    at_once = max(1, AT_ONCE // (latents.shape[2] * latents.shape[3] * factor**2))
     images = []
     for part in latents.split(at_once):
         z = (part.float() / scale + shift).to(like)
