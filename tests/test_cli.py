@@ -232,9 +232,11 @@ def test_no_name_means_two_flags():
 
 def test_a_configuration_fills_what_the_command_line_leaves_open(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('class = "mug"\n[train]\nmax_train_steps = 9\nlr = 1e-3\nbudget = "6GB"\nphotos = ["a", "b"]\n')
+    lines = ["[train]", "max_train_steps = 9", "lr = 1e-3", 'budget = "6GB"', 'photos = ["a", "b"]']
+    file.write_text("\n".join(['class = "mug"', f'with = ["{tmp_path}=cat"]', *lines]))
     found = effective(command("train"), parse(command("train"), ["--config", str(file), "--steps", "4"]))
     assert (found.class_word, found.steps, found.lr, found.photos) == ("mug", 4, 1e-3, ["a", "b"])
+    assert found.with_subjects == [f"{tmp_path}=cat"]
     assert found.budget == 6_000_000_000 and found.method == "personalized_residuals" and found.resume is False
 
 
@@ -335,6 +337,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_twice_leaves_at_once(tmp_path):
     at = time.monotonic()
     assert process.wait(timeout=60) == 130
     assert time.monotonic() - at < 30
+    process.stderr.close()
 
 
 def examples() -> list[str]:
