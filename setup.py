@@ -61,7 +61,7 @@ with ParallelCompile("PCS_BUILD_JOBS", default=os.cpu_count() or 1):
         packages=kernels + trainer,
         package_dir={"pcs_kernels": "pcs_kernels", "pcs_trainer": "python/pcs_trainer"},
         package_data={
-            "pcs_kernels": ["py.typed"],
+            "pcs_kernels": ["py.typed", "README.md"],
             "pcs_trainer": ["py.typed", "*.pyi", "report/*.html", *[f"tiny/{files}" for files in TINY]],
         },
         ext_modules=extensions,
