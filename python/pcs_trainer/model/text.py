@@ -56,8 +56,8 @@ def encode(model: Model, prompts: Sequence[str], words: Words | None = None, hol
         model: its text encoders, with what is attached to them.
         prompts: the texts, B of them.
         words: learned words that the prompts may use.
-        hold_first: keep the first token's state, and the empty prompt's, as the frozen encoder makes them: TextBoost
-            (arXiv 2409.08248) learns under this condition, so its concepts are drawn under it too.
+        hold_first: keep the first token's state, and the empty prompt's, as the frozen encoder makes them: TextBoost's
+            code (arXiv 2409.08248) trains so, and what was trained so is sampled so.
 
     Returns:
         The states in the dtype of the encoders; `Text.to` brings them to the UNet's.

@@ -53,9 +53,8 @@ class Adapters:
 
 # Kept beside the encoders and not as their attributes: transformers' modules would save, copy and move them as theirs.
 _ADAPTERS: WeakKeyDictionary[nn.Module, Adapters] = WeakKeyDictionary()
-_MEAN_NORMS: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], float]] = (
-    WeakKeyDictionary()
-)  # with the table's version
+# encoder -> (the version of its token table, the mean norm of the table's rows)
+_MEAN_NORMS: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], float]] = WeakKeyDictionary()
 
 
 def token_table(encoder: nn.Module) -> nn.Embedding:

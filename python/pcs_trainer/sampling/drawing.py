@@ -52,7 +52,7 @@ class SampleOptions:
     def guidance_for(self, model: Model) -> float:
         """The weight of classifier-free guidance; 1 is none."""
         if self.guidance is None:
-            # 7.5 is the default of diffusers' pipelines; the embedded model's card was measured at 5
+            # 7.5 is the default of diffusers' pipeline for SD 1.x and 2.x; the embedded model's card was measured at 5
             return 5.0 if model.embedded else 7.5
         return float(self.guidance)
 

@@ -1,4 +1,5 @@
-"""Localized attention-guided sampling (LAG) of Personalized Residuals (arXiv 2405.12978), and the maps to look at.
+"""Localized attention-guided sampling (LAG) of Personalized Residuals (arXiv 2405.12978): a concept changes only the
+positions that attend to its words.
 
 In every transformer block, at every step, with C the places of the concept's words in the prompt:
 
@@ -7,7 +8,7 @@ In every transformer block, at every step, with C the places of the concept's wo
     f = (1 - M) * W x + M * (W + up down) x = W x + M * up (down x)
 
 A and f are of the same block in the same forward, so the network is not evaluated once more, and nothing is resized.
-Letters: P pictures, G groups of tokens, N = h x w image positions, T text tokens, S steps.
+Letters: P images of a call, B of a batch, G groups of tokens, N = h x w image positions, T text tokens.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ UNCOND = ("reuse", "zero", "one")
 
 @dataclass
 class Lag:
-    """How LAG is done.
+    """Options of localized attention-guided sampling.
 
-    tokens: the words whose attention makes the mask; None means the concept's own word and its class word. Several
-        concepts: a dict from the concept's word to its list.
-    uncond: the mask of the half without prompt: the same one ("reuse"), nothing ("zero"), everything ("one").
-    start, stop: the part of the trajectory, as fractions of its steps, that is masked; the residual is whole outside.
-    soft: masks between 0 and 1, the map from its least value to its largest, rather than the map cut at its median.
+    Args:
+        tokens: the words whose attention makes the mask, default: the concept's own word and its class word; with
+            several concepts a dict from the concept's word to its list.
+        uncond: the mask of the half without prompt: the same one ("reuse"), nothing ("zero"), everything ("one").
+            The paper leaves it open; with "reuse", guidance does not amplify the residual itself.
+        start, stop: fractions of the steps between which residuals are masked; outside they act everywhere.
+        soft: masks between 0 and 1, the map scaled from its minimum to its maximum, in place of its cut at the median.
     """
 
     tokens: Sequence[str] | Mapping[str, Sequence[str]] | None = None
@@ -57,7 +60,7 @@ class Lag:
             raise ValueError(f"Lag({given}): they are fractions of the steps with 0 <= start < stop <= 1")
 
     def masks_at(self, step: int, steps: int) -> bool:
-        """Whether step 0, 1, ... of `steps` is masked."""
+        """Whether step `step` (0, 1, ...) of `steps` is masked."""
         return self.start <= step / steps < self.stop
 
     def words_of(self, key: str, own: Sequence[str]) -> list[str]:
@@ -68,32 +71,33 @@ class Lag:
 
 
 def binary(maps: Tensor) -> Tensor:
-    """1 where a map [..., N] is above its median: ties with the median are 0."""
-    return (maps > maps.median(dim=-1, keepdim=True).values).to(maps.dtype)
+    """1 where a map [..., N] is above its median; ties with the median are 0 (the paper leaves them open)."""
+    return (maps > maps.median(dim=-1, keepdim=True).values).to(maps.dtype)  # [..., N]
 
 
 def normalised(maps: Tensor) -> Tensor:
-    """Each map [..., N] from its least value, 0, to its largest, 1."""
+    """Each map [..., N] scaled so that its minimum is 0 and its maximum 1; a constant map is 0."""
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
-    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
+    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)  # [..., N]
 
 
 class Masker:
     """Makes the masks of one batch inside the network's forward: `masks` of UNet.forward.
 
-    keys: the concept that each of the first groups of captured tokens belongs to; None alone is every residual.
-    guided: the batch is the pictures without prompt, then the same with it.
+    Args:
+        lag: the options.
+        keys: the concept that each of the first groups of captured tokens belongs to; [None] is every residual.
+        guided: the batch is the images without prompt, then the same with it.
     """
 
     def __init__(self, lag: Lag, keys: Sequence[str | None], guided: bool) -> None:
         self.lag, self.keys, self.guided = lag, list(keys), guided
-        self.on = True
 
-    def __call__(self, block: str, maps: Tensor | None) -> Masks:
-        if maps is None or not self.on:
+    def __call__(self, _block: str, maps: Tensor | None) -> Masks:
+        if maps is None:
             return None
-        maps = maps[:, : len(self.keys)]
-        maps = maps[len(maps) // 2 :] if self.guided else maps
+        maps = maps[:, : len(self.keys)]  # [B or 2 B, G, N]
+        maps = maps[len(maps) // 2 :] if self.guided else maps  # [B, G, N]
         made = normalised(maps) if self.lag.soft else binary(maps)
         if self.guided:
             reuse = self.lag.uncond == "reuse"
@@ -114,19 +118,30 @@ def mask_block(unet: UNet, module: str) -> str | None:
 
 
 def masked_blocks(unet: UNet, keys: Sequence[str | None]) -> list[str]:
-    """The blocks whose maps LAG needs; warns of residuals that no map can mask, refuses a concept with only such."""
+    """The blocks whose maps LAG needs, in the order in which they run.
+
+    Args:
+        unet: with the concepts' residuals attached.
+        keys: the concepts to mask; None is every residual.
+
+    Raises:
+        ValueError: a concept has no residual that a map can mask. Where only some are such, a warning names them.
+    """
     needed: set[str] = set()
     for key in keys:
         blocks, left = set(), []
         for name, module in unet.named_modules():
             if any(key is None or r.key == key for r in getattr(module, "residuals", ())):
                 block = mask_block(unet, name)
-                blocks.add(block) if block else left.append(name)
+                if block is None:
+                    left.append(name)
+                else:
+                    blocks.add(block)
         who = "the model" if key is None else f"the concept {key!r}"
         if not blocks:
             raise ValueError(
                 f"LAG masks low-rank residuals that follow a block's attention over the text (proj_out, attn2.to_out, "
-                f"ff), and {who} has none: draw with lag=False"
+                f"ff), and {who} has none: sample with lag=False"
             )
         if left:
             what = f"{left[0]}{f' and {len(left) - 1} more' if len(left) > 1 else ''}"
@@ -139,7 +154,7 @@ def masked_blocks(unet: UNet, keys: Sequence[str | None]) -> list[str]:
 
 @dataclass
 class Attention:
-    """Whose attention is looked at: for LAG's masks, for maps to look at, for both or for neither."""
+    """The attention captured while images are drawn: for LAG's masks, for maps to return, for both or for neither."""
 
     weights: Tensor | None = None  # [P, G, T]: 1 at the places of each group's words
     blocks: list[str] | None = None  # where maps are needed; None: everywhere
@@ -148,15 +163,22 @@ class Attention:
     tokens: list[str] = field(default_factory=list)  # the words of the other groups
 
     def of(self, pictures: Sequence[int], guided: bool) -> Tensor | dict[str, Tensor] | None:
-        """The token weights [B or 2B, G, T] of a batch."""
+        """The token weights of a batch, for all blocks or by block."""
         if self.weights is None:
             return None
-        own = self.weights[list(pictures)]
-        capture = torch.cat([torch.zeros_like(own), own]) if guided else own
+        own = self.weights[list(pictures)]  # [B, G, T]
+        capture = torch.cat([torch.zeros_like(own), own]) if guided else own  # [B or 2 B, G, T]
         return capture if self.blocks is None else dict.fromkeys(self.blocks, capture)
 
 
 def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> Attention:
+    """What to capture for a scene whose concepts are on the model.
+
+    Args:
+        scene: the prompts and concepts.
+        lag: LAG's options, or None without it.
+        maps: True for maps of the concepts' words, or words.
+    """
     groups: list[list[Sequence[str]]] = []  # for each group, each picture's words
     keys: list[str | None] = []
     pictures = range(len(scene.prompts))
@@ -178,7 +200,7 @@ def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> A
     groups += [[[token]] * len(pictures) for token in tokens]
     if not groups:
         return Attention()
-    weights = torch.zeros(len(pictures), len(groups), scene.model.tokenizer.model_max_length)
+    weights = torch.zeros(len(pictures), len(groups), scene.model.tokenizer.model_max_length)  # [P, G, T]
     for g, words in enumerate(groups):
         for i in pictures:
             weights[i, g, [j for word in words[i] for j in scene.places(i, word)]] = 1
@@ -188,11 +210,12 @@ def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> A
 
 
 def _names(concept: Concept) -> list[str]:
+    """The concept's own word and its class word."""
     return [word for word in (concept.token, concept.class_word) if word]
 
 
 def _words_of_all(lag: Lag, scene: Scene, i: int) -> list[str]:
-    """The words that mask every residual on picture i."""
+    """The words that mask every residual on image i."""
     own = scene.own(i)
     if own:
         return [word for c in own for word in lag.words_of(c.key, _names(c))]
@@ -200,6 +223,7 @@ def _words_of_all(lag: Lag, scene: Scene, i: int) -> list[str]:
 
 
 def _check_named(scene: Scene, keys: Sequence[str | None], groups: list[list[Sequence[str]]]) -> None:
+    """Raise where no prompt has a word that masks a concept."""
     for key, words in zip(keys, groups, strict=True):
         if not any(scene.places(i, word) for i in range(len(scene.prompts)) for word in words[i]):
             who = "the subject" if key is None else f"the concept {key!r}"
@@ -211,10 +235,10 @@ def _asked(scene: Scene, maps: bool | Sequence[str]) -> list[str]:
     """The words to return maps of: the given ones, or the learned words and class words that a prompt has."""
     if maps is False:
         return []
-    given = maps is not True
-    wanted = list(maps) if given else [*scene.words, *(name for c in scene.concepts for name in _names(c))]  # type: ignore[arg-type]
+    names = [*scene.words, *(name for c in scene.concepts for name in _names(c))]
+    wanted = names if maps is True else list(maps)
     said = [w for w in dict.fromkeys(wanted) if any(scene.places(i, w) for i in range(len(scene.prompts)))]
-    if given and len(said) < len(wanted):
+    if maps is not True and len(said) < len(wanted):
         raise ValueError(f"return_maps: no prompt has the word {next(w for w in wanted if w not in said)!r}")
     if not said:
         raise ValueError(

@@ -1,11 +1,16 @@
 """Samplers as plain functions: from noise to clean latents by a few evaluations of the network.
 
-Each takes predict(x, t) -> what the network says of noisy x at timestep t, the noise schedule, the number of steps,
-unit noise [B, C, H, W], a generator (or one a picture) for the noise that is added on the way, and
-on_step(step, steps, x) after step 0, 1, ..., which may return False to stop there. The schedule's configuration decides
-the timesteps, the last noise level and the clipping, by the rules and defaults of diffusers' scheduler of that name.
+All take the same arguments:
+    predict    predict(x, t): the network's output for noisy x [B, C, H, W] at timestep t
+    schedule   the noise schedule; its configuration decides the timesteps, the last noise level and the clipping, by
+               the rules and defaults of diffusers' scheduler of that name
+    steps      how many
+    noise      unit noise [B, C, H, W]
+    generator  one, or one per image, for the noise that is added on the way
+    on_step    on_step(step, steps, x), called after step 0, 1, ...; returning False stops there
+and return clean latents [B, C, H, W].
 
-Letters: abar the share of signal, sigma = sqrt((1 - abar) / abar), lambda = -log sigma.
+Letters: B images, C latent channels, abar the share of signal, sigma = sqrt((1 - abar) / abar), lambda = -log sigma.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ OnStep = Callable[[int, int, Tensor], object] | None
 Random = torch.Generator | Sequence[torch.Generator] | None
 Sampler = Callable[..., Tensor]
 
-# What changes the arithmetic in diffusers, with the values that are supported here.
+# Options that change the arithmetic in diffusers, with the values that are supported here.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "use_exponential_sigmas": (False,),
@@ -44,7 +49,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def unit_noise(shape: Sequence[int], generator: Random, like: Tensor | None = None) -> Tensor:
-    """Unit noise in fp32; with one generator a picture, a picture's noise does not depend on its neighbours."""
+    """Unit noise in fp32, or in the dtype and on the device of `like`.
+
+    Args:
+        shape: of the noise, [B, ...].
+        generator: one for all, or one per image, so that an image's noise does not depend on its batch.
+        like: a tensor whose dtype and device the noise gets.
+    """
 
     def one(shape: Sequence[int], g: torch.Generator | None) -> Tensor:
         return torch.randn(tuple(shape), generator=g, device="cpu" if g is None else g.device)
@@ -57,6 +68,7 @@ def unit_noise(shape: Sequence[int], generator: Random, like: Tensor | None = No
 
 
 def _checked(schedule: Schedule, steps: int) -> dict[str, Any]:
+    """The schedule's configuration; ValueError names what is not supported."""
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"steps must be from 1 to {len(schedule)}, the steps of this model's schedule, not {steps}")
     for key, allowed in _ONLY.items():
@@ -68,7 +80,7 @@ def _checked(schedule: Schedule, steps: int) -> dict[str, Any]:
 
 
 def _spaced(config: dict[str, Any], last: int, count: int, spacing: str, total: int) -> np.ndarray:
-    """`count` timesteps below `last`, in falling order; linspace ones are not rounded yet."""
+    """`count` timesteps below `last`, in descending order; linspace ones are not rounded yet."""
     if spacing == "linspace":
         return np.linspace(0, last - 1, count)[::-1]
     if spacing == "leading":
@@ -80,26 +92,29 @@ def _sigmas(schedule: Schedule) -> np.ndarray:
     """sigma of every timestep of training; a schedule that ends in pure noise ends just before it."""
     abar = schedule.abar.cpu().clone()
     if schedule.config.get("rescale_betas_zero_snr"):
-        abar[-1] = 2**-24
+        abar[-1] = 2**-24  # as in diffusers, where sigma would be infinite
     return (((1 - abar) / abar) ** 0.5).numpy()
 
 
 def _karras(largest: float, smallest: float, count: int) -> np.ndarray:
     """Karras et al. (arXiv 2206.00364), equation 5."""
-    rho = 7.0
+    rho = 7.0  # the paper's value
     return np.linspace(largest ** (1 / rho), smallest ** (1 / rho), count) ** rho
 
 
 def _times_of(sigmas: np.ndarray, every: np.ndarray) -> np.ndarray:
     """The timesteps at which the schedule has these sigmas, interpolated in log sigma."""
+    # 1e-10 is diffusers' floor, for a last sigma of 0
     return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(every), np.arange(len(every)))
 
 
 def _last_sigma(config: dict[str, Any], every: np.ndarray) -> float:
+    """The noise level after the last step."""
     return float(every[0]) if config.get("final_sigmas_type", "zero") == "sigma_min" else 0.0
 
 
 def _goes_on(on_step: OnStep, step: int, steps: int, x: Tensor) -> bool:
+    """Call on_step; whether another step follows."""
     return on_step is None or on_step(step, steps, x) is not False
 
 
@@ -117,6 +132,7 @@ def ddim(
     times = _spaced(config, total, steps, config.get("timestep_spacing") or "leading", total).round().astype(int)
     abar = schedule.abar.double().cpu()
     end = 1.0 if config.get("set_alpha_to_one", True) else float(abar[0])
+    # diffusers' default, made for pixels; the configurations of latent models turn it off
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
     x = noise
     for step, t in enumerate(times.tolist()):
@@ -150,7 +166,7 @@ def dpmpp_2m(
     schedule: Schedule,
     steps: int,
     noise: Tensor,
-    generator: Random = None,
+    generator: Random = None,  # noqa: ARG001  # one signature for all samplers; this one adds no noise
     on_step: OnStep = None,
 ) -> Tensor:
     """DPM-Solver++(2M), the second-order multistep solver for the data (Lu et al., arXiv 2211.01095), algorithm 2."""
@@ -159,7 +175,7 @@ def dpmpp_2m(
     alphas = 1 / np.sqrt(sigmas**2 + 1)
     with np.errstate(divide="ignore"):
         lambdas = -np.log(sigmas)
-    few = config.get("lower_order_final", True) and len(times) < 15
+    few = config.get("lower_order_final", True) and len(times) < 15  # diffusers' bound: second order is unstable there
     first_order_end = few or config.get("euler_at_final", False) or sigmas[-1] == 0
     x, older = noise, None
     for step, t in enumerate(times.tolist()):
@@ -225,7 +241,7 @@ def euler(
     schedule: Schedule,
     steps: int,
     noise: Tensor,
-    generator: Random = None,
+    generator: Random = None,  # noqa: ARG001  # one signature for all samplers; this one adds no noise
     on_step: OnStep = None,
 ) -> Tensor:
     """Euler's method on the probability-flow equation (Karras et al., arXiv 2206.00364), algorithm 2 without churn."""

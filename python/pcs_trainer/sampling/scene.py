@@ -1,4 +1,4 @@
-"""What a call of `sample` draws: one entry a picture, the concepts on the model, and the texts of a batch."""
+"""Inputs of one `sample` call: prompts, the concepts that each image has, learned words and their places."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scene:
-    """What a call of `sample` draws: one entry a picture, and the concepts they may use."""
+    """What is drawn: one prompt per image, and the concepts they may use. Made by `make_scene`."""
 
     model: Model
     prompts: list[str]
     negatives: list[str] | None  # None: no guidance
     concepts: list[Concept]
     strengths: list[float]
-    index: list[int] | None  # the concept of each picture; None: all concepts on every picture
-    words: dict[str, list[Tensor]] = field(default_factory=dict)
-    hold_first: bool = False
-    stacks: list[LowRank] = field(default_factory=list)
+    index: list[int] | None  # the concept of each image; None: all concepts on every image
+    words: dict[str, list[Tensor]] = field(default_factory=dict)  # learned words beside the concepts' own
+    hold_first: bool = False  # the first token's state stays the frozen encoder's, whatever the concepts say
+    stacks: list[LowRank] = field(default_factory=list)  # while images are drawn by index
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """The concepts on the model, for as long as pictures are drawn."""
+        """The concepts on the model, for as long as the context is open."""
         given = dict(self.words)
         if self.index is None:
             with attached(self.model, self.concepts, self.strengths) as learned:
@@ -49,7 +49,7 @@ class Scene:
                 yield
 
     def choose(self, pictures: Sequence[int]) -> None:
-        """Tell the stacked residuals which concept each row of the next batch has."""
+        """Tell the stacked residuals which concept each image of the next batch has."""
         if self.index is None:
             return
         halves = 1 if self.negatives is None else 2
@@ -59,7 +59,7 @@ class Scene:
             residual.index = chosen.to(residual.down.device)
 
     def own(self, i: int) -> list[Concept]:
-        """The concepts of picture i."""
+        """The concepts of image i."""
         if self.index is None:
             return self.concepts
         return [] if self.index[i] == NOBODY else [self.concepts[self.index[i]]]
@@ -71,15 +71,16 @@ class Scene:
         return {w: rows for c in self.own(i) for w, rows in c.words.items()} | self.words
 
     def places(self, i: int, word: str) -> list[int]:
+        """Positions of a word in prompt i."""
         sizes = {w: len(rows[0]) for w, rows in self.words_of(i).items()}
         return tokenize(self.model.tokenizer, [self.prompts[i]], sizes).places(0, word)
 
     def read(self, pictures: Sequence[int]) -> Text:
-        """The texts of a batch: the negative prompts, if any, then the prompts."""
+        """The texts of a batch: its negative prompts, if there is guidance, then its prompts."""
         if self.index is None:
             return self._encoded(pictures, self.words)
         parts: list[tuple[list[int], Text]] = []
-        for k in sorted({self.index[i] for i in pictures}):
+        for k in sorted({self.index[i] for i in pictures}):  # concepts may change the text encoder: one at a time
             members = [j for j, i in enumerate(pictures) if self.index[i] == k]
             first = pictures[members[0]]
             sides, strengths = [text_side(c) for c in self.own(first)], [self.strengths[k]] if k != NOBODY else []
@@ -101,13 +102,13 @@ class Scene:
 
 
 def _zeroes_empty_negatives(model: Model) -> bool:
-    """SDXL's pipelines take zeros for an empty negative prompt, unless their index file says otherwise."""
+    """Whether an empty negative prompt is zeros, as in SDXL's pipelines unless their index file says otherwise."""
     index = None if isinstance(model.source, SingleFile) else model.source.root / "model_index.json"
     return index is None or not index.is_file() or read_json(index).get("force_zeros_for_empty_prompt", True)
 
 
 def _in_order(parts: list[tuple[list[int], Text]], pictures: int, blocks: list[str]) -> Text:
-    """Texts that were read apart, as one batch in the pictures' order."""
+    """Texts that were read in parts, as one batch in the images' order."""
     halves = len(_any_states(parts[0][1])) // len(parts[0][0])
     order, base = [0] * (halves * pictures), 0
     for members, _ in parts:
@@ -130,6 +131,7 @@ def _in_order(parts: list[tuple[list[int], Text]], pictures: int, blocks: list[s
 
 
 def _any_states(text: Text) -> Tensor:
+    """The states [B, T, C] of one block, or of all where they share them."""
     return next(iter(text.states.values())) if isinstance(text.states, dict) else text.states
 
 

@@ -1,6 +1,7 @@
-"""Different concepts in one batch: their low-rank residuals stacked on the UNet, each picture with its own.
+"""Batched inference with a different concept per image: low-rank residuals as stacks with an index.
 
-The network runs once for all of them; ranks are filled up to the largest with zeros, which change nothing.
+The network runs once for all of them; ranks are padded to the largest with zeros, which change nothing.
+Letters: K concepts, R rank, C channels.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch import Tensor
 
 from ..concept.concept import Concept
 from ..concept.grammar import on_unet
-from ..unet.layers import LowRank
+from ..unet.layers import Conv2d, Linear, LowRank
 from ..unet.unet import UNet
 
-NOBODY = -1  # a picture without concept
+NOBODY = -1  # an image without concept
 
 
 def checked_index(
     index: Sequence[int | None] | Tensor | None, pictures: int, concepts: Sequence[Concept]
 ) -> list[int] | None:
-    """Which concept each prompt uses, or one sentence saying what cannot be stacked."""
+    """The number of each prompt's concept, NOBODY for none; ValueError says what cannot be stacked."""
     if index is None:
         return None
     chosen = [NOBODY if i is None else int(i) for i in index]
@@ -39,7 +40,7 @@ def checked_index(
         if whole is not None:
             raise ValueError(
                 f"the concept {concept.key!r} ({concept.method}) changes the whole of {whole!r}, so it cannot share a "
-                f"batch with others: draw it in a call of its own"
+                f"batch with others. Fix: sample it in a call of its own"
             )
     return chosen
 
@@ -50,8 +51,8 @@ def text_side(concept: Concept) -> Concept:
 
 
 def _stack(tensors: Sequence[Tensor | None], shape: tuple[int, int], scales: Sequence[float]) -> Tensor:
-    """[K + 1, *shape] in fp32: each scaled and filled up with zeros; the last, for no concept, is all zeros."""
-    stack = torch.zeros(len(tensors) + 1, *shape)
+    """The tensors in fp32, each scaled and padded with zeros; the last entry, for no concept, is all zeros."""
+    stack = torch.zeros(len(tensors) + 1, *shape)  # [K + 1, *shape]
     for row, tensor, scale in zip(stack, tensors, scales, strict=False):
         if tensor is not None:
             row[: tensor.shape[0], : tensor.shape[1]] = tensor.float() * scale
@@ -60,18 +61,27 @@ def _stack(tensors: Sequence[Tensor | None], shape: tuple[int, int], scales: Seq
 
 @contextmanager
 def stacked(unet: UNet, concepts: Sequence[Concept], strengths: Sequence[float]) -> Iterator[list[LowRank]]:
-    """Put all concepts' residuals on the UNet as stacks, and take them off; a batch sets their `index`."""
+    """Put all concepts' residuals on the UNet as stacks, for as long as the context is open.
+
+    Args:
+        unet: the network.
+        concepts: whose residuals are stacked, K of them.
+        strengths: one per concept.
+
+    Yields:
+        The stacks; a batch sets their `index`.
+    """
     pairs = [{slot.layer: pair for slot, pair in c.residuals().items() if on_unet(slot.stem)} for c in concepts]
-    made: list[tuple[torch.nn.Module, LowRank]] = []
+    made: list[tuple[Linear | Conv2d, LowRank]] = []
     try:
         for name in dict.fromkeys(name for own in pairs for name in own):
             both = [own.get(name, (None, None)) for own in pairs]
             downs, ups = [d for d, _ in both], [u for _, u in both]
             rank = max(d.shape[0] for d in downs if d is not None)
-            layer = unet.get_submodule(name)
+            layer = unet.projection(name)
             c_out, c_in = layer.weight.shape[:2]
-            down = _stack(downs, (rank, c_in), [1.0] * len(downs)).to(layer.weight.device)
-            up = _stack(ups, (c_out, rank), strengths).to(layer.weight.device)
+            down = _stack(downs, (rank, c_in), [1.0] * len(downs)).to(layer.weight.device)  # [K + 1, R, C_in]
+            up = _stack(ups, (c_out, rank), strengths).to(layer.weight.device)  # [K + 1, C_out, R]
             made.append((layer, unet.attach(name, LowRank(down, up))))
         yield [residual for _, residual in made]
     finally:

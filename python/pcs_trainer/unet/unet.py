@@ -145,12 +145,17 @@ class UNet(nn.Module):
         kernels = [m.upsampled.kernels for m in self.modules() if isinstance(m, Resample)]
         return [k for k in kernels if k is not None]
 
-    def attach(self, name: str, residual: LowRank) -> LowRank:
-        """Put a low-rank residual on the projection `name`; it is not part of the state dict."""
+    def projection(self, name: str) -> Linear | Conv2d:
+        """The layer `name` that a low-rank residual may go on; ValueError where it is another kind of layer."""
         layer = self.get_submodule(name)
         spatial = isinstance(layer, Conv2d) and not name.endswith((".proj_in", ".proj_out"))
         if not isinstance(layer, (Linear, Conv2d)) or spatial:
             raise ValueError(f"{name} is not a projection: low-rank residuals go on linear layers, proj_in, proj_out")
+        return layer
+
+    def attach(self, name: str, residual: LowRank) -> LowRank:
+        """Put a low-rank residual on the projection `name`; it is not part of the state dict."""
+        layer = self.projection(name)
         c_out, c_in = layer.weight.shape[:2]
         if residual.down.shape[-1] != c_in or residual.up.shape[-2] != c_out:
             shapes = f"down {tuple(residual.down.shape)}, up {tuple(residual.up.shape)}"
