@@ -17,7 +17,7 @@ from pathlib import Path
 
 import timing
 import torch
-from registry import SD15, SD21, SDXL
+from registry import SD15, SD21, SDXL, measured
 from pcs_trainer.files import written_text
 from pcs_trainer.memory.planner import Plan, plan
 from pcs_trainer.memory.networks import networks_of
@@ -28,11 +28,11 @@ from pcs_trainer.unet.plans import PLANS
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
 RESULTS = timing.RESULTS / "memory.csv"
 MODELS = {"SD1.5": (SD15, 512), "SD2.1": (SD21, 768), "SDXL": (SDXL, 1024)}
-METHODS = ("dreambooth", "custom_diffusion", "personalized_residuals", "textboost")
 NOT_MEASURED = {
     "dreambooth_lora": "no memory goal is set for it; `pcs plan` counts it",
     "textual_inversion": "no memory goal is set for it; `pcs plan` counts it",
 }
+METHODS = measured(("dreambooth", "custom_diffusion", "personalized_residuals", "textboost"), NOT_MEASURED)
 BUDGETS = (4, 6, 8, 12, 24)
 # The goals for SD1.5 at 512 and batch 1, in GB without the CUDA context.
 TARGETS = {"dreambooth": 4.1, "custom_diffusion": 2.5, "personalized_residuals": 1.9, "textboost": 2.2}
@@ -76,7 +76,7 @@ def rows(task: tuple[str, str]) -> list[dict[str, object]]:
     model, method = task
     config, resolution = MODELS[model]
     made = [row_of(model, plan(config, method, resolution, budget=f"{gb}GB"), "budget", gb) for gb in BUDGETS]
-    if model == "SD1.5":
+    if model == "SD1.5" and method in TARGETS:
         within = f"{TARGETS[method] + 0.5}GB"
         made.append(row_of(model, plan(config, method, resolution, batch=1, budget=within), "target", TARGETS[method]))
     return made + kept_rows(model, method)
@@ -135,7 +135,8 @@ def budget_lines(table: list[Row], model: str) -> list[str]:
             for row in table
             if (row["what"], row["model"], row["method"]) == ("budget", model, method)
         }
-        lines += [f"| {TITLES[method]} | " + " | ".join(cell(mine[str(gb)]) for gb in BUDGETS) + " |"]
+        if mine:
+            lines += [f"| {TITLES[method]} | " + " | ".join(cell(mine[str(gb)]) for gb in BUDGETS) + " |"]
     return lines
 
 
@@ -177,7 +178,7 @@ def least_table(table: list[Row]) -> str:
     """The README's table: the smallest step counted for each method and model, and the batch it is for."""
     models = [f"{model} {resolution}" for model, (_, resolution) in MODELS.items()]
     lines = [LEAST_HEAD.strip(), "", f"| method | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
-    for method in METHODS:
+    for method in (m for m in METHODS if any(row["method"] == m for row in table)):
         cells = []
         for model in MODELS:
             # Where a budget is too small, the row holds the smallest step there is.

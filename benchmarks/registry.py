@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pcs_trainer.methods import TITLES
 
 # What differs from diffusers' defaults.
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
@@ -24,6 +27,16 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+
+
+def measured(first: tuple[str, ...], left_out: Mapping[str, str]) -> tuple[str, ...]:
+    """The methods that a benchmark measures: `first` in this order, then every other one that is not left out.
+
+    Args:
+        first: names in `pcs_trainer.methods.TITLES`, in the order of the results.
+        left_out: name -> why it is not measured.
+    """
+    return (*first, *(name for name in TITLES if name not in first and name not in left_out))
 
 
 @dataclass(frozen=True)

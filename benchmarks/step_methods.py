@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 RESULTS = timing.RESULTS / "step_methods.csv"
 METHODS = ("personalized_residuals", "custom_diffusion", "textboost", "dreambooth_lora", "dreambooth")
+# A method is timed against a peer's step of the same arithmetic: one without such a peer is not in METHODS.
 NOT_MEASURED = {
     "textual_inversion": "diffusers' script trains the whole embedding table and undoes most of the update: "
     "no peer does the same arithmetic",

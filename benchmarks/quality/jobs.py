@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import timing
+from registry import measured
 
 from pcs_trainer.methods import TITLES
 
 RESULTS = timing.RESULTS / "quality.csv"
 SUBJECTS = tuple(range(101, 151))  # seeds that no preset was chosen on
 PR, LAG = "personalized_residuals", "personalized_residuals + LAG"  # the settings of its rows, plain and with LAG
-SETTINGS = ("dreambooth", "dreambooth_lora", "custom_diffusion", PR, LAG, "textboost")  # the main table's rows
-METHODS = tuple(setting for setting in SETTINGS if setting != LAG)
 NOT_MEASURED = {
     "textual_inversion": "the results hold no rows of it yet, and none of the papers' claims compared here is about it",
 }
+# The main table's rows.
+SETTINGS = measured(("dreambooth", "dreambooth_lora", "custom_diffusion", PR, LAG, "textboost"), NOT_MEASURED)
+METHODS = tuple(setting for setting in SETTINGS if setting != LAG)
 NAMES = {setting: f"{TITLES[PR]} + LAG" if setting == LAG else TITLES[setting] for setting in SETTINGS}
 PLACES = ("studio", "table", "meadow", "beach", "snow", "night", "brick", "underwater")
 # What a prompt can ask for, by the names that the judge uses.

@@ -59,6 +59,8 @@ def base_lines(rows: list[Row]) -> list[str]:
 def prompt_table(rows: list[Row]) -> list[str]:
     lines = ["| method | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for setting, name in NAMES.items():
+        if not column(rows, ("main", setting), "gap_closed"):
+            continue
         cells = [cell(rows, ("main", setting), f"accuracy_{k}") for k in KINDS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     cells = [cell(rows, ("main", PR), f"accuracy_{k}_base") for k in KINDS]
@@ -94,6 +96,8 @@ def target_table(rows: list[Row]) -> list[str]:
     ]
     for setting, name in NAMES.items():
         where, cells, met = ("main", setting), [], []
+        if not column(rows, where, "gap_closed"):
+            continue
         for measure, least in TARGETS.items():
             if values := column(rows, where, measure).values():
                 met.append((mean := statistics.fmean(values)) >= least)

@@ -96,7 +96,10 @@ def type_hints(settings: type) -> dict[str, Any]:
 
 
 def literal_choices(kind: Any) -> tuple[Any, ...]:
-    """The values that a Literal type allows; () for every other type."""
+    """The values that a Literal type allows, also in a union with None; () for every other type."""
+    if takes_none(kind):
+        found = [choice for part in get_args(kind) for choice in literal_choices(part)]
+        return (*found, None) if found else ()
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 

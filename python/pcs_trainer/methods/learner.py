@@ -25,7 +25,7 @@ SMALL_START = 0.01
 
 
 class Pair(NamedTuple):
-    """A low-rank residual's parameters: down [R, C_in], up [C_out, R]."""
+    """A low-rank residual's parameters: down [R, C_in], up [C_out, R]. One without requires_grad stays as it is."""
 
     down: nn.Parameter
     up: nn.Parameter
@@ -55,6 +55,7 @@ class Learner:
         self.vocabulary = vocabulary or Vocabulary(model)
         self.generator = torch.Generator().manual_seed(seed)
         self.weights: dict[str, nn.Parameter] = {}
+        self.fixed: dict[str, Tensor] = {}  # halves of residuals that stay as drawn: in the concept, not trained
         self.words: dict[str, Word] = {}
         self.hold_first = False  # the first token, and the empty prompt, stay as the frozen text encoder makes them
         self.trains_whole_network = False  # several processes share it instead of each holding all
@@ -151,7 +152,7 @@ class Learner:
         """What the concept takes beside its words; whole values also where several processes hold the parts."""
         return {
             name: full_value(p.detach()).cpu().clone(memory_format=torch.contiguous_format)
-            for name, p in self.weights.items()
+            for name, p in (self.weights | self.fixed).items()
         }
 
     def kept_rows(self) -> dict[str, list[Tensor]]:
@@ -179,7 +180,11 @@ class Learner:
             encoder = model.text_encoders[grammar.TEXT_PARTS.index(slot.part)]
             attach_text(encoder, slot.layer, TextLowRank(*pair, 1.0, KEY, word))
         self._detach_at_the_end("unet" if slot.kind is Kind.PAIR and slot.part == grammar.UNET else "text")
-        self.weights |= dict(zip(grammar.names(slot), pair, strict=True))
+        for name, half in zip(grammar.names(slot), pair, strict=True):
+            if half.requires_grad:
+                self.weights[name] = half
+            else:
+                self.fixed[name] = half
 
     def _detach_at_the_end(self, side: Literal["unet", "text"]) -> None:
         if side in self._sides:

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..methods import TITLES
+from ..methods import TITLES, method_named
 from ..units import bytes_text, time_text
 from ..version import own_version
 from .page import write_report
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 PLACES = ("", " on the beach", " in the snow", " at night")
 STEPS = 25
 SMOOTHING = 0.95  # as the trainer smooths the whole loss (training/log.py): the curves of a page then compare
-LAG_METHODS = ("personalized_residuals",)  # the paper of this method samples with LAG; a column shows both
 
 
 def read_losses(folder: Path) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def _samples(model: Model, concept: Concept) -> tuple[dict[str, Any], dict[str, 
     base = drawn(model, None, [f"a photo of a {concept.class_word}{place}" for place in PLACES])
     learned, maps = drawn(model, concept, prompts, maps=True)
     columns = {"Base model": base, TITLES[concept.method]: learned}
-    if concept.method in LAG_METHODS:
+    if concept.method in TITLES and method_named(concept.method).lag:
         columns["with LAG"] = drawn(model, concept, prompts, lag=True)
     sheet = {
         "columns": list(columns),

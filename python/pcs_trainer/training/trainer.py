@@ -134,7 +134,7 @@ class Trainer:
             TrainingStopped: three steps in a row were not finite; the error holds the last good concept.
             NotTrained: a proof failed.
         """
-        tell = on_event or _silent
+        tell = _silent if on_event is None else on_event
         first = rank_and_world()[0] == 0  # of several processes one tells
 
         def say(kind: str, **data: Any) -> None:
@@ -145,7 +145,7 @@ class Trainer:
             objective = self.objective(say)
             if self.settings.check_backend and not resume:
                 say("proof", text=self._gradients_agree(objective))
-            return Run(objective, tell, should_stop or _never).train(resume)
+            return Run(objective, tell, _never if should_stop is None else should_stop).train(resume)
         finally:
             if self._learner is not None:
                 self._learner.restore()
