@@ -22,9 +22,13 @@ def text_config():
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
-        vocab_size=300, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=300,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         projection_dim=20,
-    )  # fmt: skip
+    )
 
 
 def tokenizer_files(folder: Path) -> None:
@@ -50,8 +54,12 @@ def write_model(root: Path, family: str) -> Path:
     if family == "sdxl":
         CLIPTextModelWithProjection(text_config()).save_pretrained(root / "text_encoder_2")
         tokenizer_files(root / "tokenizer_2")
-    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                  up_block_types=("UpDecoderBlock2D",) * 2).save_pretrained(root / "vae")  # fmt: skip
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(root / "vae")
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(root / "scheduler")
     name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
     (root / "model_index.json").write_text(json.dumps({"_class_name": name}))

@@ -177,9 +177,15 @@ def test_sdxl_draws_what_diffusers_pipeline_draws(tmp_path):
     prompts, noise = ["a b c", "d"], torch.randn(2, 4, 16, 16)
     for negative in ([None, ""], ["b", "b"]):
         expected = pipeline(
-            prompts, negative_prompt=negative[0] and [negative[0]] * 2, height=32, width=32, num_inference_steps=3,
-            guidance_scale=4.0, latents=noise, output_type="latent",
-        ).images  # fmt: skip
+            prompts,
+            negative_prompt=negative[0] and [negative[0]] * 2,
+            height=32,
+            width=32,
+            num_inference_steps=3,
+            guidance_scale=4.0,
+            latents=noise,
+            output_type="latent",
+        ).images
         options = {"negative": negative[1], "guidance": 4.0, "latents": noise, "size": 32}
         assert relative(latents_of(model, prompts, **options), expected) < 1e-4
 

@@ -68,8 +68,10 @@ def test_a_plan_may_be_given_by_its_long_name_and_is_kept_by_its_short_one(model
             assert {layer.plan for layer in unet.set_plan(name).layers().values()} == {short}
     unet.set_plan({"": "keep_all", "down_blocks": "C", "mid_block": "rebuild_all"})
     assert {name.split(".")[0]: layer.plan for name, layer in unet.layers().items()} == {
-        "down_blocks": "C", "mid_block": "checkpoint", "up_blocks": "eager",
-    }  # fmt: skip
+        "down_blocks": "C",
+        "mid_block": "checkpoint",
+        "up_blocks": "eager",
+    }
     count = len(unet.layers())
     assert [layer.plan for layer in unet.set_plan(["rebuild_norms"] * count).layers().values()] == ["A"] * count
     unet.set_plan("eager")
@@ -275,7 +277,7 @@ def test_the_text_product_is_one_and_costs_no_memory(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_an_enlargement_and_its_convolution_are_one(dtype):
+def test_upsampling_and_its_convolution_are_one(dtype):
     torch.manual_seed(0)
     resample = Resample(8, 1).to(dtype)
     x = torch.randn(2, 8, 5, 6, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()

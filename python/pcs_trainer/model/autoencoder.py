@@ -84,7 +84,7 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
         stds.append((posterior.std.float() * scale).cpu())
     moments = Moments(torch.cat(means), torch.cat(stds))
     if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.std).all()):
-        raise ValueError("the autoencoder gives NaN for these pictures; load the model in float32")
+        raise ValueError("the autoencoder gives NaN for these images; load the model in float32")
     return moments
 
 
