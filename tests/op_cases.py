@@ -35,8 +35,7 @@ def like(capture: Tensor, q: Tensor) -> Tensor:
 def geglu() -> list[Case]:
     shapes = ((7, 2 * 341), (2, 63, 2 * 80), (1, 2), (3, 5, 2, 34))
     cases = [Case(f"geglu {s}", pcs_kernels.geglu, [normal(*s)]) for s in shapes]
-    transposed = lambda x: pcs_kernels.geglu(x.transpose(0, 1))  # noqa: E731
-    return [*cases, Case("geglu non-contiguous", transposed, [normal(9, 5, 64)])]
+    return [*cases, Case("geglu non-contiguous", lambda x: pcs_kernels.geglu(x.transpose(0, 1)), [normal(9, 5, 64)])]
 
 
 def group_norm_silu() -> list[Case]:
@@ -55,8 +54,10 @@ def group_norm_silu() -> list[Case]:
 
                 inputs = [normal(2, channels, *size) * 3 + 5, normal(channels), normal(channels)]
                 cases.append(Case(f"group_norm {channels}/{groups} {layout} {activation}", call, inputs))
-    plain = lambda x: pcs_kernels.group_norm_silu(x, 4)  # noqa: E731
-    return [*cases, Case("group_norm without affine, 3-d", plain, [normal(2, 12, 31)])]
+    without_affine = Case(
+        "group_norm without affine, 3-d", lambda x: pcs_kernels.group_norm_silu(x, 4), [normal(2, 12, 31)]
+    )
+    return [*cases, without_affine]
 
 
 def attention_inputs(batch: int, heads: int, queries: int, keys: int, width: int) -> list[Tensor]:
@@ -71,8 +72,13 @@ def split_heads(x: Tensor) -> Tensor:
 def self_attention() -> list[Case]:
     sizes = ((2, 2, 63, 63, 40), (1, 3, 130, 517, 160), (1, 2, 300, 77, 80), (2, 1, 5, 1, 33), (1, 1, 257, 300, 64))
     cases = [Case(f"self_attention {s}", pcs_kernels.self_attention, attention_inputs(*s)) for s in sizes]
-    viewed = lambda *x: pcs_kernels.self_attention(*map(split_heads, x), scale=0.3)  # noqa: E731
-    level = lambda *x: pcs_kernels.self_attention(*x, scale=0.0)  # noqa: E731
+
+    def viewed(*x):
+        return pcs_kernels.self_attention(*map(split_heads, x), scale=0.3)
+
+    def level(*x):
+        return pcs_kernels.self_attention(*x, scale=0.0)
+
     cases.append(Case("self_attention of scale 0", level, attention_inputs(1, 2, 40, 70, 40)))
     return [*cases, Case("self_attention of views", viewed, attention_inputs(1, 4, 100, 100, 40))]
 
@@ -92,8 +98,12 @@ def cross_attention() -> list[Case]:
         def with_maps(q, k, v, capture=capture):
             return pcs_kernels.cross_attention(split_heads(q), k, v, like(capture, q))
 
-        without = lambda *x: pcs_kernels.cross_attention(*x)[0]  # noqa: E731
-        only_maps = lambda *x, f=with_maps: f(*x)[1]  # noqa: E731
+        def without(*x):
+            return pcs_kernels.cross_attention(*x)[0]
+
+        def only_maps(*x, f=with_maps):
+            return f(*x)[1]
+
         for name, call in (("with maps", with_maps), ("without", without), ("maps alone", only_maps)):
             cases.append(Case(f"cross_attention {size} {name}", call, attention_inputs(*size)))
     return cases
@@ -101,13 +111,20 @@ def cross_attention() -> list[Case]:
 
 def lowrank_residual() -> list[Case]:
     cases = []
+
+    def masked(*t):
+        return pcs_kernels.lowrank_residual(*t, scale=0.7)
+
+    def conv(x, w, d, u):
+        return pcs_kernels.lowrank_residual(x, w[:, :, None, None], None, d, u)
+
+    def stacked(*t):
+        return pcs_kernels.lowrank_residual(*t, index=torch.tensor([2, 0], device=t[0].device))
+
     for rows, c_in, c_out, rank in ((63, 320, 320, 16), (7, 341, 63, 5), (100, 64, 640, 32), (1, 2, 3, 1)):
         x, weight, bias = normal(2, rows, c_in), normal(c_out, c_in, scale=c_in**-0.5), normal(c_out)
         down, up = normal(rank, c_in, scale=c_in**-0.5), normal(c_out, rank)
         mask = torch.rand(2, rows, dtype=torch.float64)
-        masked = lambda *t: pcs_kernels.lowrank_residual(*t, scale=0.7)  # noqa: E731
-        conv = lambda x, w, d, u: pcs_kernels.lowrank_residual(x, w[:, :, None, None], None, d, u)  # noqa: E731
-        stacked = lambda *t: pcs_kernels.lowrank_residual(*t, index=torch.tensor([2, 0], device=t[0].device))  # noqa: E731
         stack = [torch.stack([p, p * 2, p * 3]) for p in (down, up)]
         size = f"{rows}x{c_in}->{c_out} r{rank}"
         cases.append(Case(f"lowrank {size} masked", masked, [x, weight, bias, down, up, mask]))
@@ -118,7 +135,10 @@ def lowrank_residual() -> list[Case]:
 
 def frozen_conv() -> list[Case]:
     cases = []
-    last = lambda x: x.contiguous(memory_format=torch.channels_last)  # noqa: E731
+
+    def last(x):
+        return x.contiguous(memory_format=torch.channels_last)
+
     for kernel, stride, padding in ((3, 1, 1), (3, 2, 1), (1, 1, 0), (3, 1, 0), (5, 3, 2)):
         weight = constant(normal(24, 20, kernel, kernel, scale=(20 * kernel**2) ** -0.5))
         bias = constant(normal(24))
@@ -129,10 +149,12 @@ def frozen_conv() -> list[Case]:
 
             cases.append(Case(f"conv k{kernel} s{stride} p{padding} {layout}", call, [normal(2, 20, 14, 11)]))
     weight, bias = constant(normal(63, 341, scale=341**-0.5)), constant(normal(63))
-    unpacked = lambda x: pcs_kernels.frozen_linear(x, weight(x), bias(x), pack=False)  # noqa: E731
-    packed = lambda x: pcs_kernels.frozen_linear(x, weight(x), bias(x))  # noqa: E731
-    cases.append(Case("linear", packed, [normal(2, 7, 341)]))
-    cases.append(Case("linear unpacked", unpacked, [normal(5, 341)]))
+
+    def linear(x, **options):
+        return pcs_kernels.frozen_linear(x, weight(x), bias(x), **options)
+
+    cases.append(Case("linear", linear, [normal(2, 7, 341)]))
+    cases.append(Case("linear unpacked", lambda x: linear(x, pack=False), [normal(5, 341)]))
     return cases
 
 

@@ -161,8 +161,11 @@ def with_masks(unet, call, pairs, value: float, key: str = "dog"):
         unet.attach(name, LowRank(down, up, key=key))
     x, t, context, added = call
     capture = torch.ones(len(x), 1, context.shape[1])
+
+    def masks(name, maps):
+        return None if maps is None else {key: torch.full_like(maps[:, 0], value)}
+
     try:
-        masks = lambda name, maps: None if maps is None else {key: torch.full_like(maps[:, 0], value)}  # noqa: E731
         return unet(x, t, context, added, capture=capture, masks=masks)[0]
     finally:
         unet.detach()

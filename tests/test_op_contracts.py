@@ -152,7 +152,10 @@ def test_kept_for_backward():
     down, up = R(4, 32), R(8, 4)
     parameters |= {t.untyped_storage().data_ptr() for t in (down, up)}
     rows = R(5, 32, requires_grad=True)
-    frozen = lambda x: pcs_kernels.lowrank_residual(x, weights[3], None, down, up)  # noqa: E731
+
+    def frozen(x):
+        return pcs_kernels.lowrank_residual(x, weights[3], None, down, up)
+
     assert kept(frozen, rows) == 0
     down.requires_grad_()
     assert kept(frozen, rows) == rows.nbytes
