@@ -105,7 +105,10 @@ def test_self_attention_providers():
 def test_packed_weights_follow_the_weight():
     x = torch.randn(2, 16)
     weight = torch.randn(8, 16)
-    linear = lambda: pcs_kernels.frozen_linear(x, weight)  # noqa: E731
+
+    def linear():
+        return pcs_kernels.frozen_linear(x, weight)
+
     torch.testing.assert_close(linear(), x @ weight.t())
     weight.mul_(2)
     torch.testing.assert_close(linear(), x @ weight.t())
@@ -176,27 +179,6 @@ def test_every_build_that_the_compiler_can_make_is_there(build, flags, tmp_path)
 def test_a_build_beyond_the_cpu_is_refused():
     code = "import pcs_kernels._native as n\ntry: n.instruction_set()\nexcept ImportError as e: print(e)"
     assert "choose one of" in python(code, PCS_NATIVE="avx1024")
-
-
-def test_kernels_never_import_the_trainer():
-    import ast
-    from pathlib import Path
-
-    for path in Path(pcs_kernels.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                assert name.split(".")[0] not in ("pcs_trainer", "diffusers", "transformers"), f"{path} imports {name}"
-
-
-def test_only_one_place_takes_addresses():
-    from pathlib import Path
-
-    for path in Path(pcs_kernels.__file__).parent.rglob("*.py"):
-        takes = ".data_ptr()" in path.read_text()
-        # _packed compares addresses and the optimizer's check looks for overlap; neither hands one to native code.
-        assert not takes or path.name in ("_native.py", "_packed.py") or path.parent.name == "adamw8bit", path
 
 
 def test_the_version_of_a_weight_changes_with_each_replacement_and_each_write():
