@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test fast check lint format face docs bench clean
 
 # A compiler that comes later is noticed: the native kernels are then built.
 READY := $(VENV)/.ready$(if $(shell command -v $(CXX)),,-without-a-compiler)
@@ -15,11 +15,12 @@ setup: $(READY)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: whatever asks for it later is then content with this build.
+# torch comes first and alone, so that no later package replaces this build.
 $(VENV)/.installed: constraints.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt triton numpy pybind11 setuptools wheel
-	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ruff mypy bitsandbytes matplotlib rich
+	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ruff mypy clang-format typos
+	$(PIP) install -q -c constraints.txt bitsandbytes matplotlib rich
 	$(PIP) install -q -c constraints.txt diffusers transformers accelerate peft safetensors pillow tokenizers
 	touch $@
 
@@ -33,13 +34,37 @@ demo: setup
 	$(BIN)/python -m pcs_trainer demo
 
 # One process a core, a file at a time: threads inside them would only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --durations=15
+	$(PYTEST) --durations=15
+
+# Before a commit, in two minutes: lint, types and the tests that take no more than a second or so.
+check: lint fast
+
+fast: setup
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/typos
+	$(BIN)/python tests/house_rules.py
 	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+# The public names for editors: python/pcs_trainer/__init__.pyi
+face: setup
+	$(BIN)/python tests/face.py
+
+# Pages made from the code: docs/methods.md, docs/api/
+docs: setup
+	$(BIN)/python docs/generate.py
 
 # Ops, training steps, LAG, memory and quality, compared with peers; then the README's tables, docs pages and figures.
 # About half an hour on two cores.
