@@ -346,3 +346,25 @@ def test_a_schedule_of_another_kind_is_refused():
     for key in ("beta_schedule", "prediction_type"):
         with pytest.raises(ValueError, match=f"schedule: {key} = 'odd'"):
             Schedule.from_config({key: "odd"})
+
+
+def test_what_is_attached_to_an_encoder_is_kept_beside_it_and_ends_with_it(folder):
+    import gc
+
+    from pcs_trainer.model import text_adapters
+
+    model = load_model(folder)
+    encoder = model.text_encoder
+    before, attributes = len(text_adapters._ADAPTERS), set(encoder.__dict__)
+    text_adapters.adapters(encoder)
+    assert set(encoder.__dict__) == attributes and len(text_adapters._ADAPTERS) == before + 1
+    weight = text_adapters.token_table(encoder).weight
+    norm = text_adapters.mean_row_norm(encoder)
+    assert norm == pytest.approx(weight.norm(dim=1).mean().item())
+    with torch.no_grad():
+        weight.mul_(2)
+    assert text_adapters.mean_row_norm(encoder) == pytest.approx(2 * norm)
+    model.release("text_encoders")
+    del encoder, weight
+    gc.collect()
+    assert len(text_adapters._ADAPTERS) == before

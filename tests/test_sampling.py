@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 
 import diffusers
@@ -286,6 +288,13 @@ def test_each_prompt_with_a_concept_of_its_own_in_one_batch(tiny, lag, guidance)
             alone = latents_of(tiny, prompts[i], [] if k is None else concepts[k], **(options | own | {"seed": 5 + i}))
             assert relative(together[i : i + 1], alone) < 1e-4, (i, k)
     assert not any(getattr(m, "residuals", None) for m in tiny.unet.modules())
+
+
+def test_names_of_samplers_and_of_memory_plans_are_read_without_torch():
+    code = "import sys; from pcs_trainer.sampling import NAMES; from pcs_trainer.unet import PLAN_NAMES, short_plan; "
+    code += "assert short_plan('rebuild_all') == 'checkpoint'; print(*NAMES); sys.exit('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == list(samplers.SAMPLERS) == list(PEERS)
 
 
 def test_a_call_is_a_scene_drawn_with_options(tiny):
