@@ -1,8 +1,8 @@
 """Launching Triton kernels: what each GPU architecture allows, and the launches of a call without a GPU.
 
 Every Triton implementation calls `launch`. Under `recording(arch)` nothing runs: each launch is kept as an `AotCase`,
-specialised exactly as Triton's JIT would, so that the ahead-of-time tests compile what a real call would compile.
-Nothing here asks a GPU anything at import.
+specialized exactly as Triton's JIT would, so that the ahead-of-time tests compile what a real call would compile.
+There is no CUDA call at import time, and no autotuning: launch tables are plain data, deterministic and enumerable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 KIB = 1024
-# shared memory one thread block may use: the CUDA programming guide's table of technical specifications
+# architecture -> shared memory that one thread block may use: CUDA programming guide, technical specifications
 SHARED_LIMIT = {
     75: 64 * KIB,
     80: 163 * KIB,
@@ -30,9 +30,11 @@ SHARED_LIMIT = {
     100: 227 * KIB,
     120: 99 * KIB,
 }
+# architecture -> multiprocessors of one card of it: T4, A100, A40, RTX 4090, H100, B200, RTX 5090 (NVIDIA's data
+# sheets); a smaller card of the same architecture gets tiles that are smaller than it needs
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-AOT_ARCHS = (80, 86, 89, 90, 100, 120)
-MIN_DOT_ARCH = 80
+AOT_ARCHS = (80, 86, 89, 90, 100, 120)  # every tabled one that runs all kernels: what the tests compile for
+MIN_DOT_ARCH = 80  # Triton 3.3 dropped the tensor cores of older cards: tl.dot compiles to plain arithmetic on them
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -47,13 +49,13 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class AotCase:
-    """One kernel specialisation: what triton.compile needs, named for a reader."""
+    """One kernel specialization: what triton.compile needs, named for a reader."""
 
     name: str
     fn: Any
     signature: dict[str, str]
     constexprs: dict[tuple[int, ...], Any]
-    attrs: dict[tuple[int, ...], list]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, int]
 
     @property
@@ -84,12 +86,12 @@ def _cuda_arch(index: int) -> int:
 
 
 def current_arch(device: torch.device) -> int:
-    """80, 86, ...: of a CUDA device; of the recording; 80 for the interpreter."""
+    """The architecture (80, 86, ...) of a CUDA device or of the recording; 80 in the interpreter."""
     if _recorder is not None:
         return _recorder.arch
     if device.type == "cuda":
         return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
-    return 80
+    return 80  # the interpreter has no architecture; one of those that run every kernel
 
 
 def unavailable(x: Tensor, dots: bool) -> str | None:
@@ -117,11 +119,8 @@ def arch_reason(arch: int, dots: bool) -> str | None:
     return None
 
 
-def type_name(dtype: torch.dtype) -> str:
-    return _TYPE_NAMES[dtype]
-
-
 def blocks(total: int, block: int) -> int:
+    """How many blocks cover `total`: the quotient rounded up."""
     return -(-total // block)
 
 
@@ -131,7 +130,12 @@ def pow2(n: int) -> int:
 
 
 def split_width(width: int, least: int = 16) -> tuple[int, int]:
-    """width covered by a power of two and a smaller one: 40 -> (32, 16), 77 -> (64, 16), 64 -> (64, 0)."""
+    """Cover a width by a power of two and a smaller one: 40 -> (32, 16), 77 -> (64, 16), 64 -> (64, 0).
+
+    Args:
+        width: of a head, or a number of tokens.
+        least: the smallest part; 16 is the least dimension of a `tl.dot`.
+    """
     if width <= least:
         return least, 0
     first = 1 << (width.bit_length() - 1)
@@ -143,9 +147,17 @@ def split_width(width: int, least: int = 16) -> tuple[int, int]:
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
 ) -> None:
-    """Run (or record) one kernel; `args` in the kernel's order, then its constexprs by name."""
+    """Run (or record) one kernel on the device of its first tensor.
+
+    Args:
+        kernel: a function under `triton.jit`.
+        grid: programs along each axis.
+        *args: in the kernel's order.
+        num_warps: and `num_stages`: as Triton takes them.
+        **constexprs: the kernel's `tl.constexpr` arguments by name.
+    """
     if _recorder is not None:
-        _recorder.cases.append(_specialise(kernel, args, constexprs, num_warps, num_stages))
+        _recorder.cases.append(_specialized(kernel, args, constexprs, num_warps, num_stages))
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     run = functools.partial(kernel[grid], *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
@@ -156,11 +168,13 @@ def launch(
         run()
 
 
-def _specialise(kernel: Any, args: tuple, constexprs: dict, num_warps: int, num_stages: int) -> AotCase:
+def _specialized(
+    kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any], num_warps: int, num_stages: int
+) -> AotCase:
     """What Triton's JIT makes of these arguments: 1 and None are constants, multiples of 16 are marked."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     values = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
     for i, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
@@ -168,7 +182,7 @@ def _specialise(kernel: Any, args: tuple, constexprs: dict, num_warps: int, num_
         if param.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[name] = "*" + type_name(value.dtype)
+            signature[name] = "*" + _TYPE_NAMES[value.dtype]
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -200,4 +214,5 @@ def record(arch: int, label: str, call: Callable[[], Any]) -> list[AotCase]:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without memory, for recorded calls."""
     return torch.empty(shape, dtype=dtype, device="meta")

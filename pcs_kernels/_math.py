@@ -1,17 +1,14 @@
-"""Device functions that several Triton kernels share; all of them also run in the interpreter."""
+"""Device functions that several Triton kernels share; all of them also run in the interpreter.
+
+No libdevice calls: the interpreter has none.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ._launch import blocks, launch
-
-MAX_WIDTH = 256  # of a head; wider ones would spill: at 256 the tiles are down to 16 x 32 already
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2_E: float = LOG2E.value  # the same number on the host's side
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
@@ -58,55 +55,6 @@ def sum_partials_kernel(
             mine = inside & (tl.load(owner_ptr + s // per_owner) == j)
         total += tl.load(part_ptr + s * tl.cast(n, tl.int64) + i, mask=mine, other=0.0)
     tl.store(out_ptr + j * tl.cast(n, tl.int64) + i, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def sum_partials(part: Tensor, out: Tensor, owner: Tensor | None = None) -> Tensor:
-    """part [S, n...] fp32 summed over S into contiguous out, always in the same order.
-
-    With owner [B] int64, S = B * per_owner partials belong to B samples and out [K, n...] sums those of each owner.
-    """
-    count = part.shape[0]
-    owners = 1 if owner is None else out.shape[0]
-    n = part.numel() // count
-    block = 256
-    grid = (blocks(n, block), owners)
-    per_owner = 1 if owner is None else count // owner.shape[0]
-    launch(
-        sum_partials_kernel,
-        grid,
-        part,
-        part if owner is None else owner,
-        out,
-        n,
-        count,
-        per_owner,
-        HAS_OWNER=owner is not None,
-        BLOCK=block,
-        num_warps=4,
-        num_stages=1,
-    )
-    return out
-
-
-def common_align(*tensors: Tensor | None) -> int:
-    """8 when every row of these tensors starts on a multiple of 8 elements, so 16-byte loads are possible; else 1."""
-    wide = all(s % 8 == 0 for t in tensors if t is not None for s in t.stride()[:-1])
-    return 8 if wide else 1
-
-
-def strides(x: Tensor | None, align: int) -> tuple[int, ...]:
-    """The strides but the last, in units of `align`: the kernel multiplies them back and so knows the alignment."""
-    return (0, 0, 0) if x is None else tuple(s // align for s in x.stride()[:-1])
-
-
-def head_reason(*tensors: Tensor) -> str | None:
-    """Why the attention kernels cannot take these [B, H, N, D] tensors of one width, or None."""
-    if tensors[0].shape[3] > MAX_WIDTH:
-        return f"head width {tensors[0].shape[3]} is above {MAX_WIDTH}; use the reference"
-    for x in tensors:
-        if x.shape[2] * abs(x.stride(2)) + x.shape[3] >= 2**31:
-            return "the rows of one head lie 2^31 or more elements apart; mend: .contiguous(), or use the reference"
-    return None
 
 
 # A head width D is covered by two power-of-two parts, D0 and D1 (40 = 32 + 16, 80 = 64 + 16), D1 = 0 where one will do.

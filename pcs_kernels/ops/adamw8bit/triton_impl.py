@@ -14,16 +14,15 @@ from .codes import code_map
 from .triton_kernels import adamw8bit_kernel, adamw32bit_kernel
 
 MASK32 = 0xFFFFFFFF
+TILE = 1024  # elements of a program, 8 a thread: 16-bit parameters move in 16-byte loads and stores
 _known_maps = WeakIdKeyDictionary()
 
 
-def launch_config(block_size: int, arch: int) -> dict[str, int]:
-    """A tile of 1024 elements, or one block where that is larger."""
+def launch_config(block_size: int) -> dict[str, int]:
+    """A tile of TILE elements, or one block of the states where that is larger: then with a warp for 256 elements."""
     columns = pow2(block_size)
-    return {
-        "BLOCK_SIZE": block_size, "COLS": columns, "ROWS": max(1, 1024 // columns),
-        "num_warps": max(4, min(columns // 256, 16)), "num_stages": 1,
-    }  # fmt: skip
+    rows, warps = max(1, TILE // columns), max(4, min(columns // 256, 16))
+    return {"BLOCK_SIZE": block_size, "COLS": columns, "ROWS": rows, "num_warps": warps, "num_stages": 1}
 
 
 def reason(param: Tensor, grad: Tensor) -> str | None:
@@ -54,9 +53,15 @@ def _key(seed: int | None, step: int) -> int:
 
 
 def _numbers(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
     decay_first: bool,
-) -> tuple[float, ...]:  # fmt: skip
+) -> tuple[float, ...]:
     """beta1, beta2, 1 - beta1, 1 - beta2, step size, corrected eps, decay before and after, gradient scale."""
     correction2 = math.sqrt(1 - beta2**step)
     size = lr * correction2 / (1 - beta1**step)
@@ -67,37 +72,82 @@ def _numbers(
 
 
 def step_8bit(
-    param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor,
-    qmap1: Tensor, qmap2: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-    block_size: int, grad_scale: float, seed: int | None, decay_first: bool,
-) -> None:  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    block_size: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+) -> None:
     if not (_is_dynamic(qmap1, True) and _is_dynamic(qmap2, False)):
         # another code than the dynamic map is a table, not a formula: the reference looks it up
-        reference.step_8bit(
-            param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2,
-            lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first,
-        )  # fmt: skip
+        numbers = lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first
+        reference.step_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *numbers)
         return
-    config = launch_config(block_size, 0)
+    config = launch_config(block_size)
     n = param.numel()
     count = blocks(n, block_size)
     launch(
-        adamw8bit_kernel, (blocks(count, config["ROWS"]),), param, grad.contiguous(), state1, state2, absmax1, absmax2,
-        n, count, _key(seed, step), *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale, decay_first),
-        STOCHASTIC=seed is not None and param.dtype == torch.bfloat16, **config,
-    )  # fmt: skip
+        adamw8bit_kernel,
+        (blocks(count, config["ROWS"]),),
+        param,
+        grad.contiguous(),
+        state1,
+        state2,
+        absmax1,
+        absmax2,
+        n,
+        count,
+        _key(seed, step),
+        *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale, decay_first),
+        STOCHASTIC=seed is not None and param.dtype == torch.bfloat16,
+        **config,
+    )
 
 
 def step_32bit(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, step: int, grad_scale: float, seed: int | None, decay_first: bool,
-) -> None:  # fmt: skip
-    n, block = param.numel(), 1024
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+) -> None:
+    n = param.numel()
     launch(
-        adamw32bit_kernel, (blocks(n, block),), param, grad.contiguous(), exp_avg, exp_avg_sq, n, _key(seed, step),
+        adamw32bit_kernel,
+        (blocks(n, TILE),),
+        param,
+        grad.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        n,
+        _key(seed, step),
         *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale, decay_first),
-        BLOCK=block, STOCHASTIC=seed is not None and param.dtype == torch.bfloat16, num_warps=4, num_stages=1,
-    )  # fmt: skip
+        BLOCK=TILE,
+        STOCHASTIC=seed is not None and param.dtype == torch.bfloat16,
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 def aot_cases(arch: int) -> list[AotCase]:

@@ -96,10 +96,29 @@ def _recode(state_ptr, absmax_ptr, i, inside, block, blocks, values, SIGNED: tl.
 
 @triton.jit(do_not_specialize=["key", "blocks"])
 def adamw8bit_kernel(
-    param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr, n, blocks, key,
-    beta1, beta2, rest1, rest2, size, eps, decay_before, decay_after, grad_scale,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STOCHASTIC: tl.constexpr,
-):  # fmt: skip
+    param_ptr,
+    grad_ptr,
+    state1_ptr,
+    state2_ptr,
+    absmax1_ptr,
+    absmax2_ptr,
+    n,
+    blocks,
+    key,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    size,
+    eps,
+    decay_before,
+    decay_after,
+    grad_scale,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
     """ROWS blocks of BLOCK_SIZE elements (COLS is the power of two that holds one)."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLS)
@@ -120,10 +139,24 @@ def adamw8bit_kernel(
 
 @triton.jit(do_not_specialize=["key"])
 def adamw32bit_kernel(
-    param_ptr, grad_ptr, m_ptr, v_ptr, n, key,
-    beta1, beta2, rest1, rest2, size, eps, decay_before, decay_after, grad_scale,
-    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
-):  # fmt: skip
+    param_ptr,
+    grad_ptr,
+    m_ptr,
+    v_ptr,
+    n,
+    key,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    size,
+    eps,
+    decay_before,
+    decay_after,
+    grad_scale,
+    BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     g = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32) * grad_scale

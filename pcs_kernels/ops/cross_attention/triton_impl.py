@@ -8,6 +8,9 @@ splits are added in order.
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,37 +27,89 @@ from ..._launch import (
     unavailable,
 )
 from ..._layout import heads_last_empty, unit_rows
-from ..._math import LOG2_E, common_align, head_reason, strides, sum_partials
+from ..._operands import LOG2_E, MAX_WIDTH, common_align, head_reason, strides, sum_partials
 from .op import MAX_TOKENS, Needs
-from .triton_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel, cross_fwd_kernel
+from .triton_backward_kernels import cross_bwd_rows_kernel, cross_bwd_tokens_kernel
+from .triton_kernels import cross_fwd_kernel
 
-MAX_BLOCK_G = 4
+MAX_BLOCK_G = 4  # maps that a program sums at a time: a column of its queries each, in registers
+
+
+class Kernel(Enum):
+    """The kernels that have tiles of their own."""
+
+    FORWARD = "forward"  # a program: a tile of one head's queries
+    CAPTURE = "forward with maps"  # a program: a tile of queries, over all heads
+    ROWS = "backward over queries"
+    TOKENS = "backward over tokens"
+
+
+class QueryTile(NamedTuple):
+    """Queries of a program, for up to so many tokens and heads up to `widest`."""
+
+    tokens: int
+    widest: int
+    queries: int
+
+
+class TokenTile(NamedTuple):
+    """The queries of one step and the tokens of a program of `Kernel.TOKENS`, for heads up to `widest`."""
+
+    widest: int
+    queries: int
+    tokens: int
+    warps: int
+
+
+# The first row that fits is taken. A row's reason is what the next larger tile costs, compiled by Triton 3.8 (registers
+# and bytes of spilled registers a thread, as in tests/triton_budget.json). A program holds all scores of its queries.
+QUERY_TILES = (
+    QueryTile(80, 96, 64),  # ROWS at D = 64, T = 77: 210 registers; 128 queries spill 128 on sm_80
+    QueryTile(160, 96, 32),  # half of it for twice the tokens
+    QueryTile(MAX_TOKENS, MAX_WIDTH, 16),  # 16 is the least dimension of a tl.dot
+)
+TOKEN_TILES = (
+    TokenTile(48, 32, 16, 4),  # 178 registers at D = 40; 32 tokens spill 8 on sm_80, 64 queries 8 on sm_86 and sm_120
+    TokenTile(64, 32, 32, 4),  # 122 registers
+    TokenTile(96, 16, 32, 8),  # 222 registers at D = 80; 32 queries take 252
+    TokenTile(MAX_WIDTH, 32, 16, 4),  # 128 registers at D = 160
+)
+FOUR_WARPS = {Kernel.FORWARD: MAX_WIDTH, Kernel.ROWS: 96, Kernel.CAPTURE: 64}  # the widest head; above it, eight
+PREFETCHED = 16384  # padded elements of one head's keys: with its values, 64 KiB in 16 bits, which every card has
 
 
 def launch_config(
-    batch: int, heads: int, queries: int, tokens: int, width: int, arch: int, kernel: str, half: bool = True
+    batch: int, heads: int, queries: int, tokens: int, width: int, arch: int, kernel: Kernel, half: bool = True
 ) -> dict[str, int]:
-    """Tiles of `kernel`: "forward", "capture", "rows" or "tokens"; smaller where few queries would leave a GPU idle."""
+    """The tiles of a kernel, smaller where few queries would leave multiprocessors idle.
+
+    Args:
+        batch: and `heads`, `queries`, `tokens`, `width`: the B, H, N, T and D of the call.
+        arch: a tabled architecture, such as 86.
+        kernel: which kernel.
+        half: whether the operands have 16 bits.
+
+    Returns:
+        The kernel's constexprs, `num_warps` and `num_stages`.
+    """
     d0, d1 = split_width(width)
-    config = {"D": width, "D0": d0, "D1": d1, "num_warps": 4, "num_stages": 1}
-    if kernel == "tokens":
-        block_n = 16 if not half or 64 < width <= 96 else 32
-        block_t = 16 if tokens <= 16 or width <= 48 or width > 96 else 32
-        warps = 8 if 64 < width <= 96 else 4
-        return config | {"BLOCK_N": block_n, "BLOCK_T": block_t, "num_warps": warps, "num_stages": 2}
+    if kernel is Kernel.TOKENS:
+        block = next(t for t in TOKEN_TILES if width <= t.widest)
+        block_n = block.queries if half else 16
+        block_t = 16 if tokens <= 16 else block.tokens
+        tiles = {"BLOCK_N": block_n, "BLOCK_T": block_t, "num_warps": block.warps, "num_stages": 2}
+        return tiles | {"D": width, "D0": d0, "D1": d1}
     t0, t1 = split_width(tokens)
-    block = 16 if not half or tokens > 160 or width > 96 else 32 if tokens > 80 else 64
-    least = 16
-    if kernel == "rows" and width > 96:
-        config["num_warps"] = 8
-    if kernel == "capture":
-        # the next head's k and v are fetched ahead where they fit every card's shared memory
-        config |= {"num_stages": 2 if (t0 + t1) * (d0 + d1) <= 16384 else 1, "num_warps": 8 if width > 64 else 4}
-        least = min(block, 32 if width > 64 else 16)
-    programs = batch * (1 if kernel == "capture" else heads)
-    while block > least and programs * blocks(queries, block) < MULTIPROCESSORS[arch]:
-        block //= 2
-    return config | {"T0": t0, "T1": t1, "BLOCK_N": block}
+    own = next(t.queries for t in QUERY_TILES if tokens <= t.tokens and width <= t.widest) if half else 16
+    warps = 4 if width <= FOUR_WARPS[kernel] else 8
+    stages, least, programs = 1, 16, batch * heads
+    if kernel is Kernel.CAPTURE:
+        stages = 2 if (t0 + t1) * (d0 + d1) <= PREFETCHED else 1  # 2: the next head's keys and values are loaded ahead
+        least, programs = min(own, 16 if warps == 4 else 32), batch
+    while own > least and programs * blocks(queries, own) < MULTIPROCESSORS[arch]:
+        own //= 2
+    tiles = {"BLOCK_N": own, "num_warps": warps, "num_stages": stages}
+    return tiles | {"D": width, "D0": d0, "D1": d1, "T0": t0, "T1": t1}
 
 
 def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: object) -> str | None:
@@ -64,7 +119,7 @@ def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: o
     return why or head_reason(q, k, v)
 
 
-def _config(q: Tensor, k: Tensor, kernel: str, align: int) -> dict[str, int]:
+def _config(q: Tensor, k: Tensor, kernel: Kernel, align: int) -> dict[str, int]:
     arch = current_arch(q.device)
     half = q.dtype != torch.float32
     batch, heads, queries, width = q.shape
@@ -77,7 +132,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
     tokens = k.shape[2]
     groups = 0 if capture is None else capture.shape[1]
     align = common_align(q, k, v)
-    config = _config(q, k, "forward" if capture is None else "capture", align)
+    config = _config(q, k, Kernel.FORWARD if capture is None else Kernel.CAPTURE, align)
     block_g = min(pow2(max(groups, 1)), MAX_BLOCK_G)
     tiles = blocks(queries, config["BLOCK_N"])
     programs = batch * tiles * (heads if capture is None else 1)
@@ -86,21 +141,28 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
     # a pointer must be some tensor even where the flags say that it is not read
     weights = q if capture is None else capture.contiguous()
     group_blocks = blocks(max(groups, 1), block_g)
+    tensors = q, k, v, weights, out, maps
+    layout = *strides(q, align), *strides(k, align), *strides(v, align)
+    kind = {"CAPTURE": capture is not None, "BLOCK_G": block_g}
+    # the first block of groups also writes the output, the others only their maps
     for first, count, write_out in ((0, 1, True), (1, group_blocks - 1, False)):
         if count > 0:
-            launch(
-                cross_fwd_kernel, (programs, count), q, k, v, weights, out, maps,
-                queries, tokens, heads, groups, first, tiles, scale * LOG2_E,
-                *strides(q, align), *strides(k, align), *strides(v, align),
-                CAPTURE=capture is not None, BLOCK_G=block_g, WRITE_OUT=write_out, **config,
-            )  # fmt: skip
+            sizes = queries, tokens, heads, groups, first, tiles, scale * LOG2_E
+            grid = (programs, count)
+            launch(cross_fwd_kernel, grid, *tensors, *sizes, *layout, WRITE_OUT=write_out, **kind, **config)
     return out, maps
 
 
 def backward(
-    dout: Tensor | None, dmaps: Tensor | None, q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float,
+    dout: Tensor | None,
+    dmaps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    capture: Tensor | None,
+    scale: float,
     needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     dout = None if dout is None else unit_rows(dout)
     if capture is None or dmaps is None:
@@ -110,7 +172,7 @@ def backward(
     batch, heads, queries, _ = q.shape
     tokens = k.shape[2]
     align = common_align(q, k, v, dout)
-    config = _config(q, k, "rows", align)
+    config = _config(q, k, Kernel.ROWS, align)
     groups = 0 if capture is None else capture.shape[1]
     layout = *strides(q, align), *strides(k, align), *strides(v, align), *strides(dout, align)
     given = {"HAS_DOUT": dout is not None, "HAS_DMAPS": dmaps is not None}
@@ -120,30 +182,37 @@ def backward(
     lse, delta = (None, None) if rows is None else (rows[0], rows[1])
     tiles = blocks(queries, config["BLOCK_N"])
     if needs.q or rows is not None:
-        launch(
-            cross_bwd_rows_kernel, (batch * heads * tiles,), *inputs, dq, lse, delta,
-            queries, tokens, heads, groups, tiles, float(scale), scale * LOG2_E, *layout,
-            NEED_Q=needs.q, SAVE_ROWS=rows is not None, **given, **config,
-        )  # fmt: skip
+        sizes = queries, tokens, heads, groups, tiles, float(scale), scale * LOG2_E
+        kind = {"NEED_Q": needs.q, "SAVE_ROWS": rows is not None}
+        grid = (batch * heads * tiles,)
+        launch(cross_bwd_rows_kernel, grid, *inputs, dq, lse, delta, *sizes, *layout, **kind, **given, **config)
     if rows is None:
         return dq, q.new_empty(0), q.new_empty(0)
-    config = _config(q, k, "tokens", align)
+    config = _config(q, k, Kernel.TOKENS, align)
     columns = blocks(tokens, config["BLOCK_T"])
     splits, per_split = _splits(batch * heads * columns, queries, config["BLOCK_N"], current_arch(q.device))
     shape = (splits, batch, tokens, heads, q.shape[3])
     dtype = q.dtype if splits == 1 else torch.float32
     dk = q.new_empty(shape, dtype=dtype) if needs.k else None
     dv = q.new_empty(shape, dtype=dtype) if needs.v else None
+    numbers = queries, tokens, heads, batch, groups, splits, per_split, float(scale), scale * LOG2_E
+    kind = {"NEED_K": needs.k, "NEED_V": needs.v}
+    tensors = *inputs, lse, delta, dk, dv
     launch(
-        cross_bwd_tokens_kernel, (batch * heads * splits, columns), *inputs, lse, delta, dk, dv,
-        queries, tokens, heads, batch, groups, splits, per_split, float(scale), scale * LOG2_E, *layout,
-        NEED_K=needs.k, NEED_V=needs.v, **given, **config,
-    )  # fmt: skip
+        cross_bwd_tokens_kernel,
+        (batch * heads * splits, columns),
+        *tensors,
+        *numbers,
+        *layout,
+        **kind,
+        **given,
+        **config,
+    )
     return dq, _add_splits(dk, k), _add_splits(dv, v)
 
 
 def _splits(programs: int, queries: int, block: int, arch: int) -> tuple[int, int]:
-    """(splits, queries in each): about two programs a multiprocessor."""
+    """(splits, queries in each): about two programs a multiprocessor, so that one loads while the other multiplies."""
     wanted = max(1, min(blocks(2 * MULTIPROCESSORS[arch], programs), blocks(queries, block)))
     per_split = block * blocks(blocks(queries, wanted), block)
     return blocks(queries, per_split), per_split

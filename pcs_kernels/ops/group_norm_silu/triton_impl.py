@@ -5,11 +5,13 @@ B batch, C channels, S pixels; channels-last and NCHW take the same kernels with
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..._launch import AotCase, blocks, current_arch, launch, meta, pow2, record, unavailable
-from ..._math import sum_partials
+from ..._launch import AotCase, blocks, launch, meta, pow2, record, unavailable
+from ..._operands import sum_partials
 from .op import Needs
 from .triton_kernels import (
     gn_apply_kernel,
@@ -20,24 +22,41 @@ from .triton_kernels import (
     gn_stats_kernel,
 )
 
-COMBINE = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
-MAX_SPLITS = 128
+COMBINE = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}  # slots of a group added at a time: 8 a thread
+MAX_SPLITS = 128  # slots of a channel: one program combines all of a group, so that more would only make it slower
+# elements of a tile: 16 a thread; 8 in the backward, which holds two inputs (sm_80: 2048 take 96 registers for 72)
+FORWARD_TILE, BACKWARD_TILE = 2048, 1024
 
 
-def launch_config(channels: int, pixels: int, channels_last: bool, arch: int, backward: bool = False) -> dict[str, int]:
-    """A tile of 2048 elements (1024 backward, which holds two inputs), long in whichever dimension is contiguous."""
-    size = 1024 if backward else 2048
+def launch_config(channels: int, pixels: int, channels_last: bool, backward: bool = False) -> dict[str, int]:
+    """A tile of channels x pixels, long in whichever dimension is contiguous.
+
+    Args:
+        channels: of x.
+        pixels: of a sample.
+        channels_last: which of the two is contiguous.
+        backward: whether the tile is of a backward kernel.
+
+    Returns:
+        The kernels' constexprs, `num_warps` and `num_stages`.
+    """
+    size = BACKWARD_TILE if backward else FORWARD_TILE
     if channels_last:
-        block_c = min(pow2(channels), 128)
+        block_c = min(pow2(channels), 128)  # 256 bytes of 16-bit channels: two whole cache lines a pixel
         block_s = size // block_c
     else:
-        block_s = min(pow2(pixels), 512)
+        block_s = min(pow2(pixels), 512)  # 1 KiB of 16-bit pixels: eight whole cache lines a channel
         block_c = min(size // block_s, 16)
     return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 1}
 
 
 def split_pixels(pixels: int, channels_last: bool, block_s: int) -> tuple[int, int]:
-    """(splits, pixels in each): enough splits to fill a GPU at batch 1, at most MAX_SPLITS slots to combine."""
+    """Share the pixels out: enough splits to fill a GPU at batch 1, at most MAX_SPLITS slots to combine.
+
+    Returns:
+        The number of splits, and the pixels in each.
+    """
+    # [1, 320, 64, 64] gives 64 splits x 3 tiles of channels, or 4 x 80 in NCHW: above every card's 170 multiprocessors
     least = 4 * block_s if channels_last else 2 * block_s
     per_split = block_s * blocks(max(least, blocks(pixels, MAX_SPLITS)), block_s)
     return blocks(pixels, per_split), per_split
@@ -68,7 +87,7 @@ def _new_like(x: Tensor) -> tuple[Tensor, Tensor, bool]:
 def _tiles(x: Tensor, backward: bool) -> tuple[dict[str, int], int, int]:
     channels, pixels = x.shape[1:]
     channels_last = x.stride(1) == 1 and channels > 1
-    config = launch_config(channels, pixels, channels_last, current_arch(x.device), backward)
+    config = launch_config(channels, pixels, channels_last, backward)
     return config, *split_pixels(pixels, channels_last, config["BLOCK_S"])
 
 
@@ -82,27 +101,30 @@ def forward(
     part = x.new_empty((2, batch, splits, channels), dtype=torch.float32)
     mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
     weight, bias = _dense(weight), _dense(bias)
-    launch(
-        gn_stats_kernel, (batch * splits, columns), xf, part[0], part[1], channels, pixels, splits, per_split,
-        *xf.stride(), **config,
-    )  # fmt: skip
-    launch(
-        gn_combine_kernel, (batch * groups,), part[0], part[1], mean, rstd, channels, pixels, splits, per_split,
-        groups, float(eps), **COMBINE,
-    )  # fmt: skip
+    sizes = channels, pixels, splits, per_split
+    launch(gn_stats_kernel, (batch * splits, columns), xf, part[0], part[1], *sizes, *xf.stride(), **config)
+    launch(gn_combine_kernel, (batch * groups,), part[0], part[1], mean, rstd, *sizes, groups, float(eps), **COMBINE)
     y, yf, is_view = _new_like(x)
     tiles = blocks(pixels, config["BLOCK_S"])
-    launch(
-        gn_apply_kernel, (batch * tiles, columns), xf, yf, mean, rstd, weight, bias, channels, pixels, tiles, groups,
-        *xf.stride(), *yf.stride(), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, SILU=silu, **config,
-    )  # fmt: skip
+    sizes = channels, pixels, tiles, groups
+    tensors = xf, yf, mean, rstd, weight, bias
+    layout = *xf.stride(), *yf.stride()
+    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
+    launch(gn_apply_kernel, (batch * tiles, columns), *tensors, *sizes, *layout, **affine, **config)
     return y if is_view else y.copy_(yf.view(y.shape)), mean, rstd
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None,
-    silu: bool, needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor]:
     xf, dyf = _flat(x), _flat(dy)
     mean, rstd, weight, bias = mean.contiguous(), rstd.contiguous(), _dense(weight), _dense(bias)
     batch, channels, pixels = xf.shape
@@ -110,10 +132,11 @@ def backward(
     columns = blocks(channels, config["BLOCK_C"])
     affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
     part = x.new_empty((2, batch, splits, channels), dtype=torch.float32)
-    launch(
-        gn_bwd_sums_kernel, (batch * splits, columns), xf, dyf, mean, rstd, weight, bias, part[0], part[1],
-        channels, pixels, splits, per_split, groups, *xf.stride(), *dyf.stride(), **affine, **config,
-    )  # fmt: skip
+    inputs = xf, dyf, mean, rstd, weight, bias
+    sizes = channels, pixels, splits, per_split, groups
+    layout = *xf.stride(), *dyf.stride()
+    grid = (batch * splits, columns)
+    launch(gn_bwd_sums_kernel, grid, *inputs, part[0], part[1], *sizes, *layout, **affine, **config)
     dx = dweight = dbias = x.new_empty(0)
     if needs.weight and weight is not None:
         dweight = sum_partials(part[1].flatten(0, 1), weight.new_empty(channels))
@@ -121,16 +144,14 @@ def backward(
         dbias = sum_partials(part[0].flatten(0, 1), bias.new_empty(channels))
     if needs.x:
         means = x.new_empty((2, batch, groups), dtype=torch.float32)
-        launch(
-            gn_bwd_combine_kernel, (batch * groups,), part[0], part[1], weight, means[0], means[1],
-            channels, pixels, splits, groups, HAS_WEIGHT=weight is not None, **COMBINE,
-        )  # fmt: skip
+        slots = part[0], part[1], weight, means[0], means[1]
+        slot_sizes = channels, pixels, splits, groups
+        launch(gn_bwd_combine_kernel, (batch * groups,), *slots, *slot_sizes, HAS_WEIGHT=weight is not None, **COMBINE)
         dx, dxf, is_view = _new_like(x)
         tiles = blocks(pixels, config["BLOCK_S"])
-        launch(
-            gn_bwd_x_kernel, (batch * tiles, columns), xf, dyf, dxf, mean, rstd, weight, bias, means[0], means[1],
-            channels, pixels, tiles, groups, *xf.stride(), *dyf.stride(), *dxf.stride(), **affine, **config,
-        )  # fmt: skip
+        tensors = xf, dyf, dxf, mean, rstd, weight, bias, means[0], means[1]
+        tile_sizes, grid = (channels, pixels, tiles, groups), (batch * tiles, columns)
+        launch(gn_bwd_x_kernel, grid, *tensors, *tile_sizes, *layout, *dxf.stride(), **affine, **config)
         dx = dx if is_view else dx.copy_(dxf.view(dx.shape))
     return dx, dweight, dbias
 
@@ -151,10 +172,9 @@ def aot_cases(arch: int) -> list[AotCase]:
             stats = meta(1, 32, dtype=torch.float32)
             name = f"{label} {'NHWC' if layout == torch.channels_last else 'NCHW'} bf16"
             cases += record(arch, name, lambda x=x, w=weight, s=silu: forward(x, 32, w, w, 1e-5, s))
-            cases += record(
-                arch, name,
-                lambda x=x, w=weight, m=stats, s=silu: backward(x, x, m, m, 32, w, w, s, Needs(True, True, True)),
-            )  # fmt: skip
+            everything = Needs(True, True, True)
+            call = functools.partial(backward, x, x, stats, stats, 32, weight, weight, silu, everything)
+            cases += record(arch, name, call)
     half = meta(2, 640, 32, 32, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     weight = meta(640, dtype=torch.float32)
     return cases + record(arch, "SD1.5 32x32 NHWC fp16", lambda: forward(half, 32, weight, weight, 1e-6, False))

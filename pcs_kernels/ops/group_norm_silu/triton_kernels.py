@@ -34,9 +34,19 @@ def _affine(weight_ptr, bias_ptr, c, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS:
 
 @triton.jit(do_not_specialize=["splits"])
 def gn_stats_kernel(
-    x_ptr, mean_ptr, m2_ptr, channels, pixels, splits, per_split, stride_b, stride_c, stride_s,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    mean_ptr,
+    m2_ptr,
+    channels,
+    pixels,
+    splits,
+    per_split,
+    stride_b,
+    stride_c,
+    stride_s,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """Mean and centred sum of squares of each channel over one split of the pixels."""
     pid = tl.program_id(0)
     b, split = pid // splits, pid % splits
@@ -66,9 +76,18 @@ def gn_stats_kernel(
 
 @triton.jit(do_not_specialize=["splits", "groups"])
 def gn_combine_kernel(
-    part_mean_ptr, part_m2_ptr, mean_ptr, rstd_ptr, channels, pixels, splits, per_split, groups, eps,
+    part_mean_ptr,
+    part_m2_ptr,
+    mean_ptr,
+    rstd_ptr,
+    channels,
+    pixels,
+    splits,
+    per_split,
+    groups,
+    eps,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One (sample, group): its mean and 1 / deviation from the slots of its channels."""
     pid = tl.program_id(0)
     b, group = pid // groups, pid % groups
@@ -100,11 +119,28 @@ def gn_combine_kernel(
 
 @triton.jit(do_not_specialize=["groups", "tiles"])
 def gn_apply_kernel(
-    x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channels, pixels, tiles, groups,
-    x_stride_b, x_stride_c, x_stride_s, y_stride_b, y_stride_c, y_stride_s,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    channels,
+    pixels,
+    tiles,
+    groups,
+    x_stride_b,
+    x_stride_c,
+    x_stride_s,
+    y_stride_b,
+    y_stride_c,
+    y_stride_s,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     pid = tl.program_id(0)
     b = pid // tiles
     s = (pid % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -136,12 +172,31 @@ def _grad_tile(x_at, dy_at, mask, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits", "groups"])
 def gn_bwd_sums_kernel(
-    x_ptr, dy_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sum_ptr, dot_ptr,
-    channels, pixels, splits, per_split, groups,
-    x_stride_b, x_stride_c, x_stride_s, y_stride_b, y_stride_c, y_stride_s,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dy_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,
+    dot_ptr,
+    channels,
+    pixels,
+    splits,
+    per_split,
+    groups,
+    x_stride_b,
+    x_stride_c,
+    x_stride_s,
+    y_stride_b,
+    y_stride_c,
+    y_stride_s,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """sum dz and sum dz x_hat of each channel over one split of the pixels."""
     pid = tl.program_id(0)
     b, split = pid // splits, pid % splits
@@ -169,9 +224,18 @@ def gn_bwd_sums_kernel(
 
 @triton.jit(do_not_specialize=["splits", "groups"])
 def gn_bwd_combine_kernel(
-    sum_ptr, dot_ptr, weight_ptr, mean_sum_ptr, mean_dot_ptr, channels, pixels, splits, groups,
-    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    sum_ptr,
+    dot_ptr,
+    weight_ptr,
+    mean_sum_ptr,
+    mean_dot_ptr,
+    channels,
+    pixels,
+    splits,
+    groups,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One (sample, group): the means of weight dz and of weight dz x_hat."""
     pid = tl.program_id(0)
     b, group = pid // groups, pid % groups
@@ -193,12 +257,34 @@ def gn_bwd_combine_kernel(
 
 @triton.jit(do_not_specialize=["groups", "tiles"])
 def gn_bwd_x_kernel(
-    x_ptr, dy_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, mean_sum_ptr, mean_dot_ptr,
-    channels, pixels, tiles, groups,
-    x_stride_b, x_stride_c, x_stride_s, y_stride_b, y_stride_c, y_stride_s, d_stride_b, d_stride_c, d_stride_s,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_sum_ptr,
+    mean_dot_ptr,
+    channels,
+    pixels,
+    tiles,
+    groups,
+    x_stride_b,
+    x_stride_c,
+    x_stride_s,
+    y_stride_b,
+    y_stride_c,
+    y_stride_s,
+    d_stride_b,
+    d_stride_c,
+    d_stride_s,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """dx = rstd (weight dz - <weight dz> - x_hat <weight dz x_hat>)"""
     pid = tl.program_id(0)
     b = pid // tiles

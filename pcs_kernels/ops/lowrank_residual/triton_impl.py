@@ -7,37 +7,83 @@ are sums over splits of the rows, each in its own slot, added in order.
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..._launch import MULTIPROCESSORS, AotCase, blocks, current_arch, launch, meta, pow2, record, unavailable
-from ..._math import sum_partials
+from ..._operands import sum_partials
 from .op import Needs
 from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank_project_kernel
 
-MAX_RANK = 256
-MAX_FUSED_RANK = 16
-# output tile: rows, features, K step, warps, stages; the first that gives every multiprocessor a program
-PRODUCT_TILES = ((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4), (16, 64, 32, 4, 4))
+MAX_RANK = 256  # the widest BLOCK_R; lowrank_project_kernel then takes 102 KiB of shared memory
+MAX_FUSED_RANK = 16  # at 32 the product's own loop takes 170 registers for 128 (sm_80) and 60 KiB for 54
 
 
-def launch_config(samples: int, rows: int, outs: int, rank: int, arch: int, kernel: str, half: bool = True) -> dict:
-    """Tiles of `kernel`: "product", "project" or "grad"."""
+class Kernel(Enum):
+    """The kernels that have tiles of their own."""
+
+    PRODUCT = "product"  # y, with narrow ranks summed in the same loop
+    PROJECT = "projection to the rank"
+    GRAD = "gradient of an adapter"
+
+
+class ProductTile(NamedTuple):
+    """Output rows and features of a program, input features of a step, warps and stages."""
+
+    rows: int
+    features: int
+    step: int
+    warps: int
+    stages: int
+
+
+# The first that gives every multiprocessor a program is taken: each row has half the output of the one before it.
+# Compiled by Triton 3.8 for sm_80 at rank 16: registers and bytes of spilled registers a thread, shared memory.
+PRODUCT_TILES = (
+    ProductTile(128, 128, 32, 8, 4),  # 128 registers, 54 KiB; 128 x 256 spills 56, 4 warps 48; a step of 64: 108 KiB
+    ProductTile(128, 64, 32, 4, 4),  # 182 registers, 42 KiB
+    ProductTile(64, 64, 32, 4, 4),
+    ProductTile(32, 64, 32, 4, 4),
+    ProductTile(16, 64, 32, 4, 4),  # 16 is the least dimension of a tl.dot
+)
+FLOAT32_TILE = ProductTile(32, 32, 32, 4, 1)  # float32 products run on plain arithmetic, with operands in registers
+
+
+def launch_config(
+    samples: int, rows: int, outs: int, rank: int, arch: int, kernel: Kernel, half: bool = True
+) -> dict[str, int]:
+    """The tiles of a kernel.
+
+    Args:
+        samples: how often the rows are shared out, 1 without an index.
+        rows: of a sample.
+        outs: output features of `Kernel.PRODUCT`.
+        rank: of the adapter.
+        arch: a tabled architecture, such as 86.
+        kernel: which kernel.
+        half: whether the operands have 16 bits.
+
+    Returns:
+        The kernel's constexprs, `num_warps` and `num_stages`.
+    """
     block_r = max(16, pow2(rank))
-    if kernel == "project":
+    if kernel is Kernel.PROJECT:
+        # with a step of 64, rank 64 spills 8 bytes a thread on sm_86 and rank 128 takes 108 KiB of shared memory
         block_k = 64 if half and block_r <= 32 else 32
         return {"BLOCK_M": 32, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 4}
-    if kernel == "grad":
+    if kernel is Kernel.GRAD:
         block_m, block_c = (32, 64) if half else (16, 32)
+        # at rank 128 four warps take 168 registers a thread for 95, at rank 256 all 255
         warps = 4 if block_r < 128 else 8
         return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 2}
-    tiles = PRODUCT_TILES if half else ((32, 32, 32, 4, 1),)
-    fits = [t for t in tiles if samples * blocks(rows, t[0]) * blocks(outs, t[1]) >= MULTIPROCESSORS[arch]]
-    block_m, block_n, block_k, warps, stages = fits[0] if fits else tiles[-1]
-    return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": min(block_r, MAX_FUSED_RANK),
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+    tiles = PRODUCT_TILES if half else (FLOAT32_TILE,)
+    fits = [t for t in tiles if samples * blocks(rows, t.rows) * blocks(outs, t.features) >= MULTIPROCESSORS[arch]]
+    tile = fits[0] if fits else tiles[-1]
+    config = {"BLOCK_M": tile.rows, "BLOCK_N": tile.features, "BLOCK_K": tile.step}
+    return config | {"BLOCK_R": min(block_r, MAX_FUSED_RANK), "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def reason(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *_: object) -> str | None:
@@ -65,7 +111,7 @@ def _concept_strides(adapter: Tensor) -> tuple[int, ...]:
     return (0, *adapter.stride()) if adapter.dim() == 2 else adapter.stride()
 
 
-def _config(x: Tensor, outs: int, rank: int, kernel: str) -> dict:
+def _config(x: Tensor, outs: int, rank: int, kernel: Kernel) -> dict[str, int]:
     half = x.dtype != torch.float32
     return launch_config(x.shape[0], x.shape[1], outs, rank, current_arch(x.device), kernel, half)
 
@@ -75,22 +121,29 @@ def _project(x: Tensor, a: Tensor, index: Tensor | None) -> Tensor:
     samples, rows, ins = x.shape
     rank = a.shape[-2]
     s = x.new_empty((samples, rows, rank), dtype=torch.float32)
-    config = _config(x, 0, rank, "project")
-    launch(
-        lowrank_project_kernel, (blocks(rows, config["BLOCK_M"]), samples), x, a, x if index is None else index, s,
-        rows, ins, rank, *x.stride(), *_concept_strides(a), HAS_INDEX=index is not None, **config,
-    )  # fmt: skip
+    config = _config(x, 0, rank, Kernel.PROJECT)
+    grid = (blocks(rows, config["BLOCK_M"]), samples)
+    tensors = x, a, x if index is None else index, s
+    layout = *x.stride(), *_concept_strides(a)
+    launch(lowrank_project_kernel, grid, *tensors, rows, ins, rank, *layout, HAS_INDEX=index is not None, **config)
     return s
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor | None, scale: float,
-    index: Tensor | None, keep_s: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    keep_s: bool,
+) -> tuple[Tensor, Tensor]:
     """y = x weight^T + bias + mask scale (x a^T) b^T for x [B, L, K], and x a^T [B, L, R] when kept."""
     samples, rows, ins = x.shape
     outs, rank = weight.shape[0], a.shape[-2]
-    config = _config(x, outs, rank, "product")
+    config = _config(x, outs, rank, Kernel.PRODUCT)
     fused = rank <= MAX_FUSED_RANK
     if fused:
         s = x.new_empty((samples, rows, rank) if keep_s else 0, dtype=torch.float32)
@@ -100,13 +153,21 @@ def _product(
     tiles_n = blocks(outs, config["BLOCK_N"])
     # a pointer must be some tensor even where the flags say that it is not read
     optional = (x if t is None else t for t in (mask, index))
+    tensors = x, weight, x if bias is None else bias, a, b, *optional, s, y
+    sizes = rows, outs, ins, rank, tiles_n, float(scale)
+    layout = *x.stride(), *weight.stride(), *_concept_strides(a), *_concept_strides(b)
+    given = {"HAS_BIAS": bias is not None, "HAS_MASK": mask is not None, "HAS_INDEX": index is not None}
     launch(
-        lowrank_product_kernel, (blocks(rows, config["BLOCK_M"]) * tiles_n, samples), x, weight,
-        x if bias is None else bias, a, b, *optional, s, y, rows, outs, ins, rank, tiles_n, float(scale),
-        *x.stride(), *weight.stride(), *_concept_strides(a), *_concept_strides(b),
-        HAS_BIAS=bias is not None, HAS_MASK=mask is not None, HAS_INDEX=index is not None,
-        READ_S=not fused, SAVE_S=fused and keep_s, **config,
-    )  # fmt: skip
+        lowrank_product_kernel,
+        (blocks(rows, config["BLOCK_M"]) * tiles_n, samples),
+        *tensors,
+        *sizes,
+        *layout,
+        READ_S=not fused,
+        SAVE_S=fused and keep_s,
+        **given,
+        **config,
+    )
     return y, s
 
 
@@ -116,24 +177,31 @@ def _adapter_grad(
     """x^T (mask scale s) [features, R], or its transpose, of each sample, added up by concept; laid out as `like`."""
     samples, rows, features = x.shape
     rank = s.shape[2]
-    config = _config(x, 0, rank, "grad")
+    config = _config(x, 0, rank, Kernel.GRAD)
     columns = blocks(features, config["BLOCK_C"])
+    # two programs a multiprocessor, so that one loads while the other multiplies
     wanted = max(1, blocks(2 * MULTIPROCESSORS[current_arch(x.device)], columns * samples))
     per_split = config["BLOCK_M"] * blocks(blocks(rows, wanted), config["BLOCK_M"])
     splits = blocks(rows, per_split)
     part = x.new_empty((samples * splits, *like.shape[-2:]), dtype=torch.float32)
     order = (rank, 1) if features_first else (1, features)
-    launch(
-        lowrank_grad_kernel, (columns, samples * splits), x, s, x if mask is None else mask, part,
-        rows, features, rank, splits, per_split, float(scale), *x.stride(), *order, HAS_MASK=mask is not None, **config,
-    )  # fmt: skip
+    tensors = x, s, x if mask is None else mask, part
+    sizes = rows, features, rank, splits, per_split, float(scale)
+    grid = (columns, samples * splits)
+    launch(lowrank_grad_kernel, grid, *tensors, *sizes, *x.stride(), *order, HAS_MASK=mask is not None, **config)
     return sum_partials(part, like.new_empty(like.shape), index)
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, mask: Tensor | None, scale: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
     index: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     rows_mask, index = _dense_rows(mask), _dense_rows(index)
     bias = None if bias is None else bias.contiguous()
     y, _ = _product(_samples(x, index), weight, bias, down, up, rows_mask, scale, index, keep_s=False)
@@ -141,9 +209,16 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float,
-    index: Tensor | None, needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """t = dy up;  dx = dy W + mask scale t down;  ddown = (mask scale t)^T x;  dup = (mask scale dy)^T (x down^T)"""
     dx = dweight = dbias = ddown = dup = dmask = dy.new_empty(0)
     rows_mask, index = _dense_rows(mask), _dense_rows(index)

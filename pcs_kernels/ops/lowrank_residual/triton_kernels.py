@@ -42,13 +42,42 @@ def _add_residual(s, b_base, n, r, stride_bn, stride_br, outs, rank, y, DTYPE: t
 
 @triton.jit(do_not_specialize=["rows", "rank", "tiles_n"])
 def lowrank_product_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, mask_ptr, index_ptr, s_ptr, y_ptr, rows, outs, ins, rank, tiles_n, scale,
-    stride_xb, stride_xm, stride_xk, stride_wn, stride_wk,
-    stride_ac, stride_ar, stride_ak, stride_bc, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_INDEX: tl.constexpr,
-    READ_S: tl.constexpr, SAVE_S: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    a_ptr,
+    b_ptr,
+    mask_ptr,
+    index_ptr,
+    s_ptr,
+    y_ptr,
+    rows,
+    outs,
+    ins,
+    rank,
+    tiles_n,
+    scale,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_ac,
+    stride_ar,
+    stride_ak,
+    stride_bc,
+    stride_bn,
+    stride_br,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    READ_S: tl.constexpr,
+    SAVE_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """y = x w^T + bias + (mask scale) (s b^T), s = x a^T summed in the same loop, or read in steps of BLOCK_R."""
     pid = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
@@ -90,9 +119,24 @@ def lowrank_product_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rank"])
 def lowrank_project_kernel(
-    x_ptr, a_ptr, index_ptr, s_ptr, rows, ins, rank, stride_xb, stride_xm, stride_xk, stride_ac, stride_ar, stride_ak,
-    HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    a_ptr,
+    index_ptr,
+    s_ptr,
+    rows,
+    ins,
+    rank,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_ac,
+    stride_ar,
+    stride_ak,
+    HAS_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """s = x a^T in float32, [B, L, R]."""
     sample = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -111,10 +155,26 @@ def lowrank_project_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rank", "splits", "per_split"])
 def lowrank_grad_kernel(
-    x_ptr, s_ptr, mask_ptr, part_ptr, rows, features, rank, splits, per_split, scale,
-    stride_xb, stride_xm, stride_xk, stride_pc, stride_pr,
-    HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    s_ptr,
+    mask_ptr,
+    part_ptr,
+    rows,
+    features,
+    rank,
+    splits,
+    per_split,
+    scale,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_pc,
+    stride_pr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """One split of a sample's rows: sum of x^T (mask scale s), [features, rank] in any orientation, in its own slot."""
     slot = tl.program_id(1).to(tl.int64)
     sample, split = slot // splits, (slot % splits).to(tl.int32)

@@ -6,6 +6,9 @@ computed as 32 + 16, 80 as 64 + 16, 160 as 128 + 32.
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,38 +24,87 @@ from ..._launch import (
     unavailable,
 )
 from ..._layout import heads_last_empty, unit_rows
-from ..._math import LOG2_E, common_align, head_reason, strides
+from ..._operands import LOG2_E, common_align, head_reason, strides
 from .triton_kernels import self_bwd_kv_kernel, self_bwd_q_kernel, self_fwd_kernel
 
-# kernel -> (widest D, own tile, inner tile, warps, stages), the first row that is wide enough
+
+class Kernel(Enum):
+    """The kernels that have tiles of their own."""
+
+    FORWARD = "forward"
+    BACKWARD_Q = "gradient of the queries"
+    BACKWARD_KV = "gradients of keys and values"
+
+
+class Tile(NamedTuple):
+    """The tiles of heads up to `widest` on some architectures (on all, where none is named)."""
+
+    widest: int
+    archs: tuple[int, ...]
+    own: int  # queries (or keys) of a program
+    inner: int  # keys (or queries) of one step of its loop
+    warps: int
+    stages: int
+
+
+# The first row that fits is taken. A row's reason is what the next larger tile costs, compiled by Triton 3.8 (registers
+# and bytes of spilled registers a thread, as in tests/triton_budget.json).
 TILES = {
-    "forward": ((64, 128, 64, 4, 3), (96, 128, 32, 4, 3), (160, 32, 32, 4, 2), (256, 32, 32, 4, 1)),
-    "bwd_q": ((64, 64, 64, 4, 2), (96, 64, 32, 4, 2), (160, 16, 32, 4, 2), (256, 16, 32, 4, 1)),
-    "bwd_kv": ((64, 64, 32, 4, 2), (96, 64, 32, 4, 2), (160, 16, 32, 4, 2), (256, 16, 32, 4, 1)),
+    Kernel.FORWARD: (
+        Tile(64, (90, 100), 128, 64, 4, 3),  # 230 registers at D = 64; 128 x 128 spills 56 at D = 40
+        Tile(64, (120,), 64, 64, 4, 3),  # 145 registers; 128 x 32 spills 8 at D = 40, 128 x 64 spills 72 at D = 64
+        Tile(64, (), 128, 32, 4, 3),  # 244 registers at D = 64; 128 x 64 spills 8 on sm_86
+        Tile(96, (), 128, 32, 4, 3),  # 255 registers at D = 80, sm_120 spills 16; 128 x 64: 16 on sm_80, 56 on sm_120
+        Tile(160, (), 32, 32, 4, 2),  # 255 registers on sm_80; 64 x 32 spills 32 on sm_120
+        Tile(256, (), 32, 32, 4, 1),  # 198 registers; 64 x 32 spills 40 on sm_80; a second stage: 51 KiB for 35
+    ),
+    Kernel.BACKWARD_Q: (
+        Tile(64, (), 64, 64, 4, 2),  # 186 registers at D = 64; 128 x 32 spills 16, 64 x 128 spills 32 on sm_80
+        Tile(96, (), 64, 32, 4, 2),  # 178 registers at D = 80; 64 x 64 takes all 255, 128 x 32 spills 16 on sm_120
+        Tile(160, (), 16, 32, 4, 2),  # 126 registers; 32 x 32 spills 16 on sm_120
+        Tile(256, (), 16, 32, 4, 1),  # 166 registers, 48 KiB
+    ),
+    Kernel.BACKWARD_KV: (
+        Tile(64, (), 64, 32, 4, 2),  # 182 registers at D = 64; 64 x 64 and 128 x 32 spill 16 on sm_80
+        Tile(96, (), 64, 32, 4, 2),  # 255 registers at D = 80, sm_120 spills 24; 64 x 64: 24 on sm_80, 104 on sm_120
+        Tile(160, (), 16, 32, 4, 2),  # 168 registers; 32 x 32 spills 80 on sm_80 and 152 on sm_120
+        Tile(256, (), 16, 32, 4, 1),  # 202 registers; 32 x 32 spills 8 on sm_80 and 40 on sm_120
+    ),
 }
-# the forward's tiles up to D = 64: products of whole warp groups leave the registers for wider ones
-NARROW_FORWARD = {90: (128, 64), 100: (128, 64), 120: (64, 64)}
 
 
-def launch_config(batch: int, heads: int, rows: int, width: int, arch: int, kernel: str, half: bool = True) -> dict:
-    """Tiles of `kernel` ("forward", "bwd_q", "bwd_kv"); `rows` are what the programs share out."""
+def launch_config(
+    batch: int, heads: int, rows: int, width: int, arch: int, kernel: Kernel, half: bool = True
+) -> dict[str, int]:
+    """The tiles of a kernel, smaller where few rows would leave multiprocessors idle.
+
+    Args:
+        batch: and `heads`: how often the rows are shared out.
+        rows: queries, or keys for `Kernel.BACKWARD_KV`: what the programs of one head share.
+        width: of a head.
+        arch: a tabled architecture, such as 86.
+        kernel: which kernel.
+        half: whether the operands have 16 bits.
+
+    Returns:
+        The kernel's constexprs, `num_warps` and `num_stages`.
+    """
     d0, d1 = split_width(width)
-    _, own, inner, warps, stages = next(row for row in TILES[kernel] if width <= row[0])
-    if kernel == "forward" and width <= 64:
-        own, inner = NARROW_FORWARD.get(arch, (128, 32))
+    tile = next(t for t in TILES[kernel] if width <= t.widest and (not t.archs or arch in t.archs))
+    own, inner, stages = tile.own, tile.inner, tile.stages
     if not half:  # float32 products run on plain arithmetic, which holds its operands in registers
         own, inner, stages = 16, 16, 1
     while own > 16 and batch * heads * blocks(rows, own) < MULTIPROCESSORS[arch]:
         own //= 2
-    tiles = {"BLOCK_M": own, "BLOCK_N": inner} if kernel == "bwd_kv" else {"BLOCK_N": own, "BLOCK_M": inner}
-    return tiles | {"D": width, "D0": d0, "D1": d1, "num_warps": warps, "num_stages": stages}
+    tiles = {"BLOCK_M": own, "BLOCK_N": inner} if kernel is Kernel.BACKWARD_KV else {"BLOCK_N": own, "BLOCK_M": inner}
+    return tiles | {"D": width, "D0": d0, "D1": d1, "num_warps": tile.warps, "num_stages": stages}
 
 
 def reason(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *_: object) -> str | None:
     return unavailable(q, dots=True) or head_reason(q, k, v)
 
 
-def _config(q: Tensor, rows: int, kernel: str, align: int) -> dict:
+def _config(q: Tensor, rows: int, kernel: Kernel, align: int) -> dict[str, int]:
     half = q.dtype != torch.float32
     config = launch_config(q.shape[0], q.shape[1], rows, q.shape[3], current_arch(q.device), kernel, half)
     return config | {"ALIGN": align}
@@ -63,14 +115,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     align = common_align(q, k, v)
-    config = _config(q, queries, "forward", align)
+    config = _config(q, queries, Kernel.FORWARD, align)
     tiles = blocks(queries, config["BLOCK_N"])
     out = heads_last_empty(q)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    launch(
-        self_fwd_kernel, (batch * heads * tiles,), q, k, v, out, lse, queries, keys, heads, tiles, scale * LOG2_E,
-        *strides(q, align), *strides(k, align), *strides(v, align), EVEN=keys % config["BLOCK_M"] == 0, **config,
-    )  # fmt: skip
+    sizes = queries, keys, heads, tiles, scale * LOG2_E
+    layout = *strides(q, align), *strides(k, align), *strides(v, align)
+    even = keys % config["BLOCK_M"] == 0
+    launch(self_fwd_kernel, (batch * heads * tiles,), q, k, v, out, lse, *sizes, *layout, EVEN=even, **config)
     return out, lse
 
 
@@ -85,19 +137,18 @@ def backward(
     layout = *strides(q, align), *strides(k, align), *strides(v, align), *strides(dout, align)
     dq, dk, dv = (heads_last_empty(t) for t in (q, k, v))
     delta = torch.empty_like(lse)
-    config = _config(q, queries, "bwd_q", align)
+    config = _config(q, queries, Kernel.BACKWARD_Q, align)
     tiles = blocks(queries, config["BLOCK_N"])
-    launch(
-        self_bwd_q_kernel, (batch * heads * tiles,), q, k, v, dout, out, lse, delta, dq,
-        queries, keys, heads, tiles, float(scale), scale * LOG2_E, *layout, *strides(out, align),
-        EVEN=keys % config["BLOCK_M"] == 0, **config,
-    )  # fmt: skip
-    config = _config(q, keys, "bwd_kv", align)
+    sizes = queries, keys, heads, tiles, float(scale), scale * LOG2_E
+    tensors = q, k, v, dout, out, lse, delta, dq
+    even = keys % config["BLOCK_M"] == 0
+    wide = *layout, *strides(out, align)
+    launch(self_bwd_q_kernel, (batch * heads * tiles,), *tensors, *sizes, *wide, EVEN=even, **config)
+    config = _config(q, keys, Kernel.BACKWARD_KV, align)
     tiles = blocks(keys, config["BLOCK_M"])
-    launch(
-        self_bwd_kv_kernel, (batch * heads * tiles,), q, k, v, dout, lse, delta, dk, dv,
-        queries, keys, heads, tiles, float(scale), scale * LOG2_E, *layout, **config,
-    )  # fmt: skip
+    sizes = queries, keys, heads, tiles, float(scale), scale * LOG2_E
+    tensors = q, k, v, dout, lse, delta, dk, dv
+    launch(self_bwd_kv_kernel, (batch * heads * tiles,), *tensors, *sizes, *layout, **config)
     return dq, dk, dv
 
 

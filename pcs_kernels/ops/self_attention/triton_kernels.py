@@ -27,11 +27,33 @@ def _split_pid(tiles, heads):
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles"])
 def self_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, queries, keys, heads, tiles, log2_scale,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
-    ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    queries,
+    keys,
+    heads,
+    tiles,
+    log2_scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_km,
+    stride_vb,
+    stride_vh,
+    stride_vm,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     tile, b, h, row = _split_pid(tiles, heads)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     q_base = _head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
@@ -66,13 +88,43 @@ def self_fwd_kernel(
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles"])
 def self_bwd_q_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr,
-    queries, keys, heads, tiles, scale, log2_scale,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
-    stride_db, stride_dh, stride_dn, stride_ob, stride_oh, stride_on,
-    ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    out_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    queries,
+    keys,
+    heads,
+    tiles,
+    scale,
+    log2_scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_km,
+    stride_vb,
+    stride_vh,
+    stride_vm,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """dq of one query tile, and delta = rowsum(dout out) for the other kernel."""
     tile, b, h, row = _split_pid(tiles, heads)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -107,13 +159,39 @@ def self_bwd_q_kernel(
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles"])
 def self_bwd_kv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    queries, keys, heads, tiles, scale, log2_scale,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
-    stride_db, stride_dh, stride_dn,
-    ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    queries,
+    keys,
+    heads,
+    tiles,
+    scale,
+    log2_scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_km,
+    stride_vb,
+    stride_vh,
+    stride_vm,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """dk and dv of one key tile; P is transposed, so that it is a left operand without a shuffle."""
     tile, b, h, row = _split_pid(tiles, heads)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,0 +1,48 @@
+"""What the host tells Triton kernels about their operands: alignment, strides, limits; and sums of partial results."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._launch import blocks, launch
+from ._math import LOG2E, sum_partials_kernel
+
+LOG2_E: float = LOG2E.value  # the kernels' constant on the host's side
+MAX_WIDTH = 256  # of a head: the widest row of the tile tables (Stable Diffusion's widest head has 160)
+
+
+def sum_partials(part: Tensor, out: Tensor, owner: Tensor | None = None) -> Tensor:
+    """part [S, n...] fp32 summed over S into contiguous out, always in the same order.
+
+    With owner [B] int64, S = B * per_owner partials belong to B samples and out [K, n...] sums those of each owner.
+    """
+    count = part.shape[0]
+    owners = 1 if owner is None else out.shape[0]
+    n = part.numel() // count
+    block = 256  # 2 elements a thread: small outputs (a few thousand elements) still give several programs
+    per_owner = 1 if owner is None else count // owner.shape[0]
+    tensors = part, part if owner is None else owner, out
+    config = {"HAS_OWNER": owner is not None, "BLOCK": block, "num_warps": 4, "num_stages": 1}
+    launch(sum_partials_kernel, (blocks(n, block), owners), *tensors, n, count, per_owner, **config)
+    return out
+
+
+def common_align(*tensors: Tensor | None) -> int:
+    """8 where every row starts on a multiple of 8 elements, so that 16-byte loads are possible; else 1."""
+    wide = all(s % 8 == 0 for t in tensors if t is not None for s in t.stride()[:-1])
+    return 8 if wide else 1
+
+
+def strides(x: Tensor | None, align: int) -> tuple[int, ...]:
+    """The strides but the last, in units of `align`: the kernel multiplies them back and so knows the alignment."""
+    return (0, 0, 0) if x is None else tuple(s // align for s in x.stride()[:-1])
+
+
+def head_reason(*tensors: Tensor) -> str | None:
+    """Why the attention kernels cannot take these [B, H, N, D] tensors of one width, or None."""
+    if tensors[0].shape[3] > MAX_WIDTH:
+        return f"head width {tensors[0].shape[3]} is above {MAX_WIDTH}; use the reference"
+    for x in tensors:
+        if x.shape[2] * abs(x.stride(2)) + x.shape[3] >= 2**31:
+            return "the rows of one head lie 2^31 or more elements apart. Fix: .contiguous(), or use the reference"
+    return None
