@@ -37,7 +37,7 @@ def floating(name: str, x: Tensor) -> None:
 
 def dense(name: str, x: Tensor) -> None:
     require_type(
-        x.layout == torch.strided, lambda: f"{name} must be a dense strided tensor, not {x.layout}; mend: .to_dense()"
+        x.layout == torch.strided, lambda: f"{name} must be a dense strided tensor, not {x.layout}. Fix: .to_dense()"
     )
 
 
@@ -58,7 +58,7 @@ def shape(name: str, x: Tensor, wanted: tuple[int, ...], letters: str) -> None:
 
 def same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     require_type(
-        x.dtype == other.dtype, lambda: f"{name} is {x.dtype} but {other_name} is {other.dtype}; mend: cast one of them"
+        x.dtype == other.dtype, lambda: f"{name} is {x.dtype} but {other_name} is {other.dtype}. Fix: cast one of them"
     )
     same_device(name, x, other_name, other)
 
@@ -72,7 +72,7 @@ def dtype_in(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
 
 
 def number(name: str, value: object) -> float:
-    """`value` as a float; tensors and strings are no numbers."""
+    """`value` as a float; anything but an int or a float is refused."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     return float(value)

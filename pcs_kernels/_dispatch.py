@@ -3,8 +3,8 @@
 Every op has up to three implementations, each a module with the same functions: `reference` (pure torch),
 `triton` and `native` (C++). CUDA tensors try triton, then reference; CPU tensors native, then reference; any
 other device takes the reference. `with backend("triton")` or PCS_BACKEND=triton forces one; a forced
-implementation never falls back: it raises with its reason. "sdpa" and "xformers" name self_attention's outside
-providers and leave the other ops to choose for themselves.
+implementation never falls back: it raises with its reason. "sdpa" and "xformers" name self_attention's external
+backends and leave the other ops to choose for themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BACKENDS = ("reference", "triton", "native")
 PROVIDERS = ("sdpa", "xformers")
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # where autocast may be on
-NEEDS = {"triton": "the triton package is not installed; mend: pip install triton"}
+NEEDS = {"triton": "the triton package is not installed. Fix: pip install triton"}
 
 LIBRARY = torch.library.Library("pcs_kernels", "DEF")
 OPS: dict[str, Op] = {}
@@ -79,15 +79,18 @@ class Op:
 
     def select(self, forced: str, device_type: str, *args: Any) -> ModuleType:
         """The module that runs this call. `args` are what the implementation's `reason` looks at."""
+        reason: str | None = None
+        for candidate in (forced,) if forced else self.order.get(device_type, ("reference",)):
+            module = self.module(candidate)
+            if isinstance(module, str):
+                reason = module
+                continue
+            reason = None if candidate == "reference" else module.reason(*args)
+            if reason is None:
+                return module
         if forced:
-            reason = self.why_not(forced, *args)
-            if reason is not None:
-                raise BackendUnavailable(f"{self.name}: backend {forced!r} cannot run this call: {reason}")
-            return self.module(forced)  # type: ignore[return-value]
-        for candidate in self.order.get(device_type, ("reference",)):
-            if self.why_not(candidate, *args) is None:
-                return self.module(candidate)  # type: ignore[return-value]
-        raise BackendUnavailable(f"{self.name}: no backend can run on device {device_type!r}")
+            raise BackendUnavailable(f"{self.name}: backend {forced!r} cannot run this call: {reason}")
+        raise BackendUnavailable(f"{self.name}: no backend can run on device {device_type!r}: {reason}")
 
 
 def _valid(name: str, source: str) -> str:
@@ -106,13 +109,20 @@ def forced_backend() -> str:
 
 
 def forced_provider() -> str:
-    """The outside provider of self_attention that is forced now, or ""."""
+    """The external backend of self_attention that is forced now, or ""."""
     return _forced if _forced in PROVIDERS else ""
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend inside the `with`, for the whole process (autograd runs backwards on other threads)."""
+    """Force one backend inside the `with`, for the whole process: autograd runs backwards on other threads.
+
+    Args:
+        name: "reference", "triton" or "native"; "sdpa" or "xformers" for self_attention alone.
+
+    Raises:
+        BackendUnavailable: from a call that the forced backend cannot run; the message is its reason.
+    """
     global _forced
     before = _forced
     _forced = _valid(name, "backend")
@@ -123,7 +133,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` in its inputs' dtype on every backend: autocast would change torch's products inside it, and no kernel."""
+    """Wrap `run` so that it computes in its inputs' dtype: autocast would change torch's products, and no kernel."""
 
     @functools.wraps(run)
     def plain(*args: Any) -> Any:
@@ -152,5 +162,5 @@ def define(
 
 
 def distinct(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The outputs with every empty one made anew: what is not needed may be one shared tensor, ops must not alias."""
+    """The outputs with every empty one made anew: unneeded gradients may be one tensor, and ops must not alias."""
     return tuple(x if x.numel() else x.new_empty(x.shape) for x in outputs)

@@ -1,8 +1,7 @@
 """The C++ build for this CPU, and the only place where tensors become addresses.
 
 Four builds of the same sources ship on x86-64 (baseline, AVX2, AVX-512 with bf16, and that with AMX's matrix tiles); a
-probe picks one at first use.
-PCS_NATIVE names another for tests, one that this CPU can run.
+probe picks one at first use. PCS_NATIVE names another for tests, one that this CPU can run.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor
 
 SETS = ("baseline", "avx2", "avx512", "amx")  # each CPU that runs one runs those before it
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/tensor_view.h
 
 
 @functools.cache
 def instruction_set() -> str:
-    """The build to use: the best for this CPU that was built (an old compiler leaves some out), or what PCS_NATIVE
-    names."""
+    """The build to use: what PCS_NATIVE names, else the best for this CPU that an old compiler did not leave out."""
     best = importlib.import_module("pcs_kernels._cpuid").best()
     wanted = os.environ.get("PCS_NATIVE") or best
     if wanted not in SETS:
@@ -47,7 +45,7 @@ def library() -> ModuleType:
         if os.environ.get("PCS_NATIVE") and importlib.util.find_spec("pcs_kernels._cpuid"):
             raise ImportError(f"PCS_NATIVE is {os.environ['PCS_NATIVE']!r}, which was not built") from None
         raise ImportError(
-            "the C++ kernels were not built (no compiler at install time); mend: install g++ and run pip install again"
+            "the C++ kernels were not built (no compiler at install time). Fix: install g++ and run pip install again"
         ) from None
     functions = _openmp_of_torch()
     if functions is not None:
@@ -56,24 +54,31 @@ def library() -> ModuleType:
 
 
 def _openmp_of_torch() -> tuple[int, int] | None:
-    """The addresses of GOMP_parallel and omp_get_thread_num in torch's OpenMP runtime; else plain threads work."""
+    """The addresses of GOMP_parallel and omp_get_thread_num in torch's OpenMP runtime; None: plain threads then work.
+
+    Two pools of threads on the same cores would stand in each other's way.
+    """
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    # libgomp, libiomp5 and libomp (of GCC, Intel and LLVM): all three answer to GOMP_parallel
     for path in glob.glob(os.path.join(folder, "lib[gio]*omp*.so*")):
         try:
             runtime = ctypes.CDLL(path)
-            found = [ctypes.cast(f, ctypes.c_void_p).value for f in (runtime.GOMP_parallel, runtime.omp_get_thread_num)]
+            parallel = ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+            thread = ctypes.cast(runtime.omp_get_thread_num, ctypes.c_void_p).value
         except (OSError, AttributeError):
             continue
-        if all(found):
-            return found[0], found[1]  # type: ignore[return-value]
+        if parallel and thread:
+            return parallel, thread
     return None
 
 
 def threads() -> int:
+    """How many threads a kernel may use: torch's own setting."""
     return torch.get_num_threads()
 
 
 def dtype_code(x: Tensor) -> int:
+    """The number by which the C++ side knows x's dtype."""
     return DTYPES[x.dtype]
 
 

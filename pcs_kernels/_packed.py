@@ -1,4 +1,4 @@
-"""Weights packed once for a kernel and kept beside the weight, for as long as it lives and is not written to."""
+"""Cache of packed weights, invalidated when the weight changes or dies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-MOST_VARIANTS = 2
+MOST_VARIANTS = 2  # two input shapes may alternate (a batch and its last, smaller one) without packing anew each time
 
 _cache: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, dict[Hashable, Any]]]] = {}
 
@@ -28,10 +28,15 @@ def _writes(weight: Tensor) -> int:
 
 
 def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], variant: Hashable = None) -> Any:
-    """pack(weight), computed once per `kind` until the weight is written to in place.
+    """pack(weight), computed once until the weight is written to in place.
 
-    The best packing may depend on the input's shape: that is the `variant`, of which the latest two are kept.
     Writes through `weight.data` cannot be seen, as nowhere in torch: call `forget_packed_weights()` after them.
+
+    Args:
+        weight: the weight; a view is kept under its base, with its place and strides.
+        kind: which packing this is: an op and a direction.
+        pack: computes it from the detached weight.
+        variant: what of the input the best packing depends on, such as its shape; the latest two are kept.
     """
     root = weight if weight._base is None else weight._base
     key = id(root)
@@ -48,5 +53,5 @@ def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], varian
 
 
 def forget_packed_weights() -> None:
-    """Drop every packed copy; the next call packs afresh."""
+    """Drop every packed copy, so that the next call packs anew: needed after writes through `weight.data`."""
     _cache.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class GEGLU(torch.nn.Linear):
 class FrozenLinear(torch.nn.Linear):
     """A Linear that never trains and keeps nothing for the backward."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.requires_grad_(False)
 
@@ -39,7 +41,7 @@ class FrozenLinear(torch.nn.Linear):
 class FrozenConv2d(torch.nn.Conv2d):
     """A Conv2d that never trains and keeps nothing for the backward; square kernel, stride and padding."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         square = len(set(self.stride)) == len(set(self.padding)) == 1 and not isinstance(self.padding, str)
         if not square or self.groups != 1 or set(self.dilation) != {1} or self.padding_mode != "zeros":

@@ -23,10 +23,16 @@ _BNB_NESTED = "__bnb_optimizer_quant_state__"
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose two states are coded in 8 bits by blocks; tensors under `min_8bit_size` elements keep float32 states.
+    """AdamW whose two states are coded in 8 bits by blocks.
 
-    bfloat16 parameters are rounded stochastically from `seed`, so that updates below their precision are not lost;
-    seed=None rounds to nearest.
+    Args:
+        params: parameters or parameter groups, contiguous or channels-last.
+        lr: and `betas`, `eps`, `weight_decay`: as in torch.optim.AdamW.
+        block_size: elements that share one scale, a power of two from 16 to 4096; the default is bitsandbytes'.
+        min_8bit_size: tensors with fewer elements keep float32 states; the default is bitsandbytes'.
+        seed: bfloat16 parameters are rounded stochastically from it, so that updates below their precision are not
+            lost; None rounds to nearest.
+        decay_first: whether the weight decay comes before the update; False matches bitsandbytes on CUDA.
     """
 
     def __init__(
@@ -56,8 +62,16 @@ class AdamW8bit(torch.optim.Optimizer):
         self._order: dict[Tensor, int] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, grad_scale: float = 1.0) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient; `grad_scale` multiplies them (clipping, accumulation)."""
+    def step(self, closure: Callable[[], Any] | None = None, grad_scale: float = 1.0) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew, with gradients.
+            grad_scale: multiplies every gradient (clipping, accumulation).
+
+        Returns:
+            The closure's loss, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -70,11 +84,17 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, p: Tensor, group: dict[str, Any], grad_scale: float = 1.0) -> None:
-        """One step of one parameter from its .grad."""
+        """Step one parameter from its .grad.
+
+        Args:
+            p: a parameter of this optimizer.
+            group: its parameter group.
+            grad_scale: multiplies the gradient.
+        """
         if p.grad is None:
             raise ValueError("update needs p.grad; it is None")
         if p.grad.is_sparse:
-            raise ValueError("p.grad is sparse, which AdamW8bit does not take; mend: Embedding(sparse=False)")
+            raise ValueError("p.grad is sparse, which AdamW8bit does not take. Fix: Embedding(sparse=False)")
         part, part_grad = own_part(p), own_part(p.grad)
         if not part.numel():
             return
@@ -83,6 +103,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._init_state(part, state)
         state["step"] += 1
         numbers = (group["lr"], *group["betas"][:2], group["eps"], group["weight_decay"], int(state["step"]))
+        # a prime above any number of parameters: no two pairs of seed and parameter draw the same bits
         seed = None if self.seed is None else self.seed * 1_000_003 + self._index(p)
         value, grad = in_memory_order(part, part), in_memory_order(part, part_grad).contiguous()
         if state["state1"].dtype == torch.uint8:
@@ -117,7 +138,11 @@ class AdamW8bit(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of bitsandbytes' AdamW8bit, keeping codes and scales in their dtypes."""
+        """Load a state_dict of this class or of bitsandbytes' AdamW8bit; codes and scales keep their dtypes.
+
+        Raises:
+            ValueError: where parameter groups, block size or memory format differ from the saved ones.
+        """
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
         sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
         if sizes != saved_sizes:
@@ -149,8 +174,8 @@ def _check_saved_state(saved: dict[str, Any], p: Tensor, key: Any, block_size: i
         memory = tuple(in_memory_order(p, p).shape)
         if saved[name].ndim == 4 and tuple(saved[name].shape) != memory:
             raise ValueError(
-                f"state_dict: {name} of parameter {key} was saved from another memory format than the parameter's; "
-                "mend: give the parameter the same one (contiguous or channels_last) before loading"
+                f"state_dict: {name} of parameter {key} was saved from another memory format than the parameter's. "
+                "Fix: give the parameter the same one (contiguous or channels_last) before loading"
             )
         number = name[-1]
         if saved[name].dtype == torch.uint8:

@@ -9,6 +9,7 @@ clip="previous"  the coefficient comes from the norm of the step before (the fir
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from .._layout import in_memory_order
 from .adamw8bit import AdamW8bit
 
-PART = 1 << 16  # elements whose squares are summed at a time
+PART = 1 << 16  # elements whose squares are summed at a time: 256 KiB in float32 stay in a core's L2 cache
 
 
 class StepInBackward:
@@ -40,9 +41,15 @@ class StepInBackward:
         self._hooks = [p.register_post_accumulate_grad_hook(self._produced) for p in self._groups]
 
     def backward(self, loss_of: Callable[[], Tensor], *more: Callable[[], Tensor]) -> Tensor:
-        """Run one whole optimizer step: each callable returns the loss of one micro-batch; returns their sum.
+        """Run one whole optimizer step.
 
-        With two passes the callable of a single micro-batch is called twice and must compute the same loss both times.
+        Args:
+            loss_of: computes the loss of one micro-batch. With two passes the callable of a single micro-batch is
+                called twice and must compute the same loss both times.
+            *more: the same for the further micro-batches.
+
+        Returns:
+            The sum of the losses, detached.
         """
         losses = (loss_of, *more)
         self.refused = 0
@@ -58,13 +65,13 @@ class StepInBackward:
             self.norm = norm
             self._set_coefficient(norm)
             self._steps_now = True
-        total = None
+        found: list[Tensor] = []
         for micro_batch in losses:
             loss = micro_batch()
             loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
+            found.append(loss.detach())
         self.finish()
-        return total  # type: ignore[return-value]
+        return functools.reduce(torch.add, found)
 
     def _measure(self, loss_of: Callable[[], Tensor]) -> Tensor:
         """A backward for the norm alone."""
@@ -152,11 +159,15 @@ class StepInBackward:
 
     def _set_coefficient(self, norm: float | None) -> None:
         if self.max_norm is not None and norm is not None:
-            self._coefficient = min(1.0, self.max_norm / (norm + 1e-6))
+            self._coefficient = min(1.0, self.max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s own 1e-6
 
 
 def sum_of_squares(gradient: Tensor | None) -> Tensor:
-    """The sum of squares in float32; a large CPU tensor in parts, whose float32 copies stay in the cache."""
+    """The sum of a gradient's squares in float32; 16-bit CPU tensors in parts, whose float32 copies stay in the cache.
+
+    Args:
+        gradient: of any shape and memory format; None is refused.
+    """
     assert gradient is not None
     flat = in_memory_order(gradient, gradient.detach()).flatten()
     if flat.dtype == torch.float32 or flat.device.type != "cpu":
@@ -168,15 +179,24 @@ def sum_of_squares(gradient: Tensor | None) -> Tensor:
 def step_in_backward(
     opt: AdamW8bit, accumulate: int = 1, max_norm: float | None = None, clip: str = "two_pass"
 ) -> StepInBackward:
-    """Update each parameter of `opt` inside the backward that produces its gradient, and free that gradient.
+    """Update each parameter inside the backward that produces its gradient, and free that gradient.
 
     Without clipping, or with clip="previous", plain `loss.backward()` works (call `handle.finish()` after each step
     where max_norm is given); `handle.backward(lambda: loss)` does a whole step in every case.
+
+    Args:
+        opt: the optimizer whose parameters are updated.
+        accumulate: micro-batches of one step.
+        max_norm: clip the global norm of the gradients to this; default: no clipping.
+        clip: "two_pass" (exact, one more backward) or "previous" (by the norm of the step before).
+
+    Returns:
+        The handle of the hooks; `handle.remove()` takes them off.
     """
     if not isinstance(opt, AdamW8bit):
         raise TypeError(f"opt must be pcs_kernels.optim.AdamW8bit, not {type(opt).__name__}")
     if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate must be a whole number of at least 1, not {accumulate!r}")
+        raise ValueError(f"accumulate must be an integer of at least 1, not {accumulate!r}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be above 0 or None, not {max_norm}")
     if clip not in ("two_pass", "previous"):

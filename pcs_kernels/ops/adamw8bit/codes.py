@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-DECADES = 7
+DECADES = 7  # as in bitsandbytes: the two maps then hold exactly 256 values
 
 
 @functools.cache
@@ -27,20 +27,21 @@ def code_map(signed: bool) -> Tensor:
 
 
 def blocks(n: int, block_size: int) -> int:
+    """How many blocks n elements make."""
     return -(-n // block_size)
 
 
 def decode(state: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> Tensor:
     """float32 values of a coded state, flat [n]."""
-    scale = absmax.repeat_interleave(block_size)[: state.numel()]
-    return qmap[state.flatten().long()] * scale
+    scale = absmax.repeat_interleave(block_size)[: state.numel()]  # [n]
+    return qmap[state.flatten().long()] * scale  # [n]
 
 
 def encode(values: Tensor, qmap: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """(codes u8 [n], absmax [blocks]) of flat float32 values: the code nearest to value / absmax of its block."""
     n = values.numel()
-    padded = torch.nn.functional.pad(values, (0, -n % block_size)).view(-1, block_size)
-    absmax = padded.abs().amax(dim=1)
-    scaled = (padded / torch.where(absmax > 0, absmax, 1.0)[:, None]).flatten()[:n]
-    middles = (qmap[1:] + qmap[:-1]) / 2
-    return torch.bucketize(scaled, middles).to(torch.uint8), absmax
+    padded = torch.nn.functional.pad(values, (0, -n % block_size)).view(-1, block_size)  # [blocks, block_size]
+    absmax = padded.abs().amax(dim=1)  # [blocks]
+    scaled = (padded / torch.where(absmax > 0, absmax, 1.0)[:, None]).flatten()[:n]  # [n]
+    middles = (qmap[1:] + qmap[:-1]) / 2  # [255]
+    return torch.bucketize(scaled, middles).to(torch.uint8), absmax  # [n], [blocks]

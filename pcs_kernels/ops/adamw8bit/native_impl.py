@@ -43,17 +43,33 @@ def step_8bit(
         return
     grad = grad.contiguous()
     LIBRARY.adamw8bit_step(
-        _native.dtype_code(param), _native.dtype_code(grad),
-        *map(_native.address, (param, grad, state1, state2, absmax1, absmax2)), param.numel(),
-        _settings(param, *numbers), _native.threads(),
-    )  # fmt: skip
+        _native.dtype_code(param),
+        _native.dtype_code(grad),
+        *map(_native.address, (param, grad, state1, state2, absmax1, absmax2)),
+        param.numel(),
+        _settings(param, *numbers),
+        _native.threads(),
+    )
 
 
 def _is_known(qmap: Tensor, signed: bool) -> bool:
     return qmap is code_map(signed) or LIBRARY.adamw8bit_knows(_native.address(qmap), signed)
 
 
-def _settings(param, lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first):
+def _settings(
+    param: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    block_size: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+) -> tuple[float | None, ...]:
+    """The numbers as csrc takes them: the seed in 32 bits, and none where nothing is rounded."""
     seed = None if seed is None or param.dtype != torch.bfloat16 else seed & 0xFFFFFFFF
     return (lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first)
 
@@ -76,6 +92,10 @@ def step_32bit(
     grad = grad.contiguous()
     settings = _settings(param, lr, beta1, beta2, eps, weight_decay, step, 0, grad_scale, seed, decay_first)
     LIBRARY.adamw32bit_step(
-        _native.dtype_code(param), _native.dtype_code(grad),
-        *map(_native.address, (param, grad, exp_avg, exp_avg_sq)), param.numel(), settings, _native.threads(),
-    )  # fmt: skip
+        _native.dtype_code(param),
+        _native.dtype_code(grad),
+        *map(_native.address, (param, grad, exp_avg, exp_avg_sq)),
+        param.numel(),
+        settings,
+        _native.threads(),
+    )

@@ -21,14 +21,16 @@ def _check_param(param: Tensor, grad: Tensor) -> None:
     check.floating("param", param)
     check.not_empty("param", param)
     check.dtype_in("param", param, (torch.float32, torch.float16, torch.bfloat16))
-    check.require(param.is_contiguous(), lambda: "param must be contiguous; mend: param.data = param.data.contiguous()")
+    check.require(param.is_contiguous(), lambda: "param must be contiguous. Fix: param.data = param.data.contiguous()")
     check.floating("grad", grad)
     check.shape("grad", grad, tuple(param.shape), "param.shape")
     check.dtype_in("grad", grad, (param.dtype, torch.float32))
     check.same_device("grad", grad, "param", param)
 
 
-def _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale) -> None:
+def _check_numbers(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float
+) -> None:
     numbers = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, grad_scale=grad_scale)
     for name, value in numbers.items():
         check.finite(name, value)
@@ -59,7 +61,17 @@ def _check_apart(**tensors: Tensor) -> None:
         taken[pointer] = name
 
 
-def _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size) -> None:
+def _check_8bit(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    block_size: int,
+) -> None:
     _check_param(param, grad)
     check.require(
         16 <= block_size <= 4096 and block_size & (block_size - 1) == 0,
@@ -74,38 +86,104 @@ def _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, blo
         _check_state(name, state, (256,), torch.float32, param)
 
 
-def _written(*tensors) -> None:
+def _written(*tensors: Tensor) -> None:
     """Tell autograd, and the packed copies of weights, that the kernel has written to these."""
     increment_version(t for t in tensors if not t.is_inference())
 
 
 def _step_8bit(
-    param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2,
-    lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first, backend,
-):  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    block_size: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+    backend: str,
+) -> None:
     _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size)
     _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale)
     _check_apart(param=param, grad=grad, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
     OP.select(backend, param.device.type, param, grad).step_8bit(
-        param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2,
-        lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first,
-    )  # fmt: skip
+        param,
+        grad,
+        state1,
+        state2,
+        absmax1,
+        absmax2,
+        qmap1,
+        qmap2,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        block_size,
+        grad_scale,
+        seed,
+        decay_first,
+    )
     _written(param, state1, state2, absmax1, absmax2)
 
 
-def _step_8bit_fake(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings):
-    _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, settings[6])
+def _step_8bit_fake(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    block_size: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+    backend: str,
+) -> None:
+    _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size)
 
 
-def _check_32bit(param, grad, exp_avg, exp_avg_sq) -> None:
+def _check_32bit(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
     _check_param(param, grad)
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_state(name, state, tuple(param.shape), torch.float32, param)
 
 
 def _step_32bit(
-    param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale, seed, decay_first, backend
-):
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+    seed: int | None,
+    decay_first: bool,
+    backend: str,
+) -> None:
     _check_32bit(param, grad, exp_avg, exp_avg_sq)
     _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale)
     _check_apart(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
@@ -115,7 +193,9 @@ def _step_32bit(
     _written(param, exp_avg, exp_avg_sq)
 
 
-def _step_32bit_fake(param, grad, exp_avg, exp_avg_sq, *settings):
+def _step_32bit_fake(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float | str | None
+) -> None:
     _check_32bit(param, grad, exp_avg, exp_avg_sq)
 
 
@@ -135,13 +215,39 @@ define(
 )
 
 
-def step_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings) -> None:
-    """One step in place; `settings` as in the schema, without the backend."""
+def step_8bit(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    *settings: float | None,
+) -> None:
+    """One AdamW step of `param` in place, with states coded in 8 bits.
+
+    Args:
+        param: n elements of any shape, contiguous; bfloat16 is rounded stochastically where a seed is given.
+        grad: of param's shape, in its dtype or float32.
+        state1: uint8 codes of m; `state2` those of v.
+        absmax1: float32 [ceil(n / block_size)], the scale of each block of state1; `absmax2` of state2.
+        qmap1: float32 [256], the signed code map; `qmap2` is the unsigned one.
+        *settings: lr, beta1, beta2, eps, weight_decay, step (from 1), block_size, grad_scale, seed or None,
+            decay_first (whether the weight decay comes before the update).
+    """
     torch.ops.pcs_kernels.adamw8bit_step(
         param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings, forced_backend()
     )
 
 
-def step_32bit(param, grad, exp_avg, exp_avg_sq, *settings) -> None:
-    """The same step with float32 states, for tensors too small to be worth coding."""
+def step_32bit(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float | None) -> None:
+    """The same step with float32 states, for tensors too small to be worth coding.
+
+    Args:
+        param: as in `step_8bit`, and so is `grad`.
+        exp_avg: float32 m of param's shape; `exp_avg_sq` is v.
+        *settings: those of `step_8bit` without block_size.
+    """
     torch.ops.pcs_kernels.adamw32bit_step(param, grad, exp_avg, exp_avg_sq, *settings, forced_backend())

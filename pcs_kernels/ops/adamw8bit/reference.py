@@ -25,18 +25,18 @@ def hash32(x: Tensor) -> Tensor:
 
 def random_bits(seed: int, step: int, n: int, device: torch.device) -> Tensor:
     """16 bits for each of n elements: hash32(low(i) ^ hash32(high(i) ^ hash32(step ^ hash32(seed)))) & 0xFFFF."""
-    i = torch.arange(n, dtype=torch.int64, device=device)
-    key = hash32(torch.tensor(seed & 0xFFFFFFFF, device=device))
-    key = hash32(key ^ (step & 0xFFFFFFFF))
-    return hash32((i & 0xFFFFFFFF) ^ hash32((i >> 32) ^ key)) & 0xFFFF
+    i = torch.arange(n, dtype=torch.int64, device=device)  # [n]
+    key = hash32(torch.tensor(seed & 0xFFFFFFFF, device=device))  # []
+    key = hash32(key ^ (step & 0xFFFFFFFF))  # []
+    return hash32((i & 0xFFFFFFFF) ^ hash32((i >> 32) ^ key)) & 0xFFFF  # [n]
 
 
 def round_stochastically(values: Tensor, seed: int, step: int) -> Tensor:
     """float32 -> bfloat16, up with the probability of the remainder; inf and NaN stay."""
-    bits = values.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    bits = (bits + random_bits(seed, step, values.numel(), values.device)) & 0xFFFF0000
-    signed = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
-    return torch.where(values.isfinite(), signed.view(torch.float32), values).to(torch.bfloat16)
+    bits = values.view(torch.int32).to(torch.int64) & 0xFFFFFFFF  # [n]
+    bits = (bits + random_bits(seed, step, values.numel(), values.device)) & 0xFFFF0000  # [n]
+    signed = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)  # [n]
+    return torch.where(values.isfinite(), signed.view(torch.float32), values).to(torch.bfloat16)  # [n]
 
 
 def adamw(
@@ -49,6 +49,7 @@ def adamw(
 
 
 def write(param: Tensor, new: Tensor, seed: int | None, step: int) -> None:
+    """Store the new values [n], rounded stochastically where param is bfloat16 and a seed is given."""
     if seed is not None and param.dtype == torch.bfloat16:
         new = round_stochastically(new, seed, step)
     param.copy_(new.view(param.shape))
@@ -74,15 +75,16 @@ def step_8bit(
     seed: int | None,
     decay_first: bool,
 ) -> None:
-    g = grad.flatten().float() * grad_scale
-    m = beta1 * decode(state1, absmax1, qmap1, block_size) + (1 - beta1) * g
-    v = beta2 * decode(state2, absmax2, qmap2, block_size) + (1 - beta2) * g * g
-    new = adamw(param.flatten().float(), m, v, lr, beta1, beta2, eps, weight_decay if decay_first else 0.0, step)
+    g = grad.flatten().float() * grad_scale  # [n]
+    m = beta1 * decode(state1, absmax1, qmap1, block_size) + (1 - beta1) * g  # [n]
+    v = beta2 * decode(state2, absmax2, qmap2, block_size) + (1 - beta2) * g * g  # [n]
+    decay = weight_decay if decay_first else 0.0
+    new = adamw(param.flatten().float(), m, v, lr, beta1, beta2, eps, decay, step)  # [n]
     if not decay_first:
-        new = new * (1 - lr * weight_decay)
+        new = new * (1 - lr * weight_decay)  # [n]
     write(param, new, seed, step)
     for values, state, absmax, qmap in ((m, state1, absmax1, qmap1), (v, state2, absmax2, qmap2)):
-        codes, scale = encode(values, qmap, block_size)
+        codes, scale = encode(values, qmap, block_size)  # [n], [blocks]
         state.copy_(codes.view(state.shape))
         absmax.copy_(scale)
 
@@ -102,11 +104,11 @@ def step_32bit(
     seed: int | None,
     decay_first: bool,
 ) -> None:
-    g = grad.float() * grad_scale
+    g = grad.float() * grad_scale  # param.shape
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * g)
     exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
     decay = weight_decay if decay_first else 0.0
-    new = adamw(param.float(), exp_avg, exp_avg_sq, lr, beta1, beta2, eps, decay, step)
+    new = adamw(param.float(), exp_avg, exp_avg_sq, lr, beta1, beta2, eps, decay, step)  # param.shape
     if not decay_first:
-        new = new * (1 - lr * weight_decay)
+        new = new * (1 - lr * weight_decay)  # param.shape
     write(param, new.flatten(), seed, step)

@@ -23,9 +23,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: floa
     out = heads_last_empty(q)
     maps = q.new_empty((q.shape[0], groups, q.shape[2]), dtype=torch.float32)
     LIBRARY.cross_attention_forward(
-        _native.dtype_code(q), *map(_native.heads, (q, k, v, out)), _native.address(capture), _native.address(maps),
-        groups, attention_sizes(q, k), scale, _native.threads(),
-    )  # fmt: skip
+        _native.dtype_code(q),
+        *map(_native.heads, (q, k, v, out)),
+        _native.address(capture),
+        _native.address(maps),
+        groups,
+        attention_sizes(q, k),
+        scale,
+        _native.threads(),
+    )
     return out, maps
 
 
@@ -46,10 +52,17 @@ def backward(
     groups = 0 if capture is None or dmaps is None else capture.shape[1]
     gradients = [heads_last_empty(x) if needed else None for x, needed in zip((q, k, v), needs, strict=True)]
     LIBRARY.cross_attention_backward(
-        _native.dtype_code(q), _native.heads(dout), _native.address(dmaps), *map(_native.heads, (q, k, v)),
-        _native.address(capture), groups, *map(_native.heads, gradients), attention_sizes(q, k), scale,
+        _native.dtype_code(q),
+        _native.heads(dout),
+        _native.address(dmaps),
+        *map(_native.heads, (q, k, v)),
+        _native.address(capture),
+        groups,
+        *map(_native.heads, gradients),
+        attention_sizes(q, k),
+        scale,
         _native.threads(),
-    )  # fmt: skip
+    )
     empty = q.new_empty(0)
     dq, dk, dv = (empty if g is None else g for g in gradients)
     return dq, dk, dv

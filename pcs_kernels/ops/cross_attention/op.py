@@ -5,12 +5,12 @@ q [B,H,N,D]; k, v [B,H,T,D]; capture [B,G,T] float32 token weights -> out [B,H,N
 
     P = softmax(scale q k^T);  out = P v;  maps[b,g,n] = mean_h sum_t P[b,h,n,t] capture[b,g,t]
 
-Kept for the backward: q, k, v (and capture); nothing of size N x T.
+Kept for the backward: q, k, v (and capture); the N x T matrix P is never stored.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..._dtypes import accumulator
 from ..._layout import heads_last_empty
 
 OP = Op("cross_attention", __package__)
-MAX_TOKENS = 320
+MAX_TOKENS = 320  # four chunks of 77 fit; a Triton program holds all scores of its queries, [tile, T], in registers
 
 
 class Needs(NamedTuple):
@@ -53,29 +53,54 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: 
         check.same_device("capture", capture, "q", q)
 
 
-def _forward(q, k, v, capture, scale, backend):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
     _check_call(q, k, v, capture, scale)
     return OP.select(backend, q.device.type, q, k, v, capture, scale).forward(q, k, v, capture, scale)
 
 
-def _forward_fake(q, k, v, capture, scale, backend):
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
     _check_call(q, k, v, capture, scale)
     groups = 0 if capture is None else capture.shape[1]
     return heads_last_empty(q), q.new_empty((q.shape[0], groups, q.shape[2]), dtype=accumulator(q.dtype))
 
 
-def _backward(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
-    return distinct(
-        OP.select(backend, q.device.type, q, k, v, capture, scale).backward(
-            dout, dmaps, q, k, v, capture, scale, Needs(need_q, need_k, need_v)
-        )
-    )
+def _backward(
+    dout: Tensor | None,
+    dmaps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    capture: Tensor | None,
+    scale: float,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    needs = Needs(need_q, need_k, need_v)
+    implementation = OP.select(backend, q.device.type, q, k, v, capture, scale)
+    return distinct(implementation.backward(dout, dmaps, q, k, v, capture, scale, needs))
 
 
-def _backward_fake(dout, dmaps, q, k, v, capture, scale, need_q, need_k, need_v, backend):
-    return tuple(
-        heads_last_empty(x) if needed else q.new_empty(0) for x, needed in ((q, need_q), (k, need_k), (v, need_v))
-    )
+def _backward_fake(
+    dout: Tensor | None,
+    dmaps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    capture: Tensor | None,
+    scale: float,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    needed = ((q, need_q), (k, need_k), (v, need_v))
+    return tuple(heads_last_empty(x) if need else q.new_empty(0) for x, need in needed)
 
 
 def _flops(q: Tensor, k: Tensor) -> int:
@@ -106,7 +131,9 @@ define(
 
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, capture, scale, backend):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
         out, maps = torch.ops.pcs_kernels.cross_attention_forward(q, k, v, capture, scale, backend)
         ctx.save_for_backward(q, k, v, capture)
         ctx.settings = scale, backend
@@ -114,7 +141,7 @@ class _CrossAttention(torch.autograd.Function):
         return out, maps
 
     @staticmethod
-    def backward(ctx, dout, dmaps):
+    def backward(ctx: Any, dout: Tensor | None, dmaps: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, capture = ctx.saved_tensors
         scale, backend = ctx.settings
         need = ctx.needs_input_grad[:3]
@@ -127,10 +154,16 @@ class _CrossAttention(torch.autograd.Function):
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, maps): attention of q [B,H,N,D] over k, v [B,H,T,D], and the maps [B,G,N] of `capture` [B,G,T] or None.
+    """Attention over text tokens that also returns the maps of chosen tokens; gradients flow through both.
 
-    `capture` weighs tokens, one row a map (1.0 at each token of interest); it takes no gradient itself.
-    `scale` defaults to D ** -0.5.
+    Args:
+        q: [B, H, N, D].
+        k: [B, H, T, D] with at most 320 tokens, and so is v.
+        capture: token weights [B, G, T], one row a map (1.0 at each token of interest); it takes no gradient itself.
+        scale: of the scores; default: D ** -0.5.
+
+    Returns:
+        out [B, H, N, D], and maps [B, G, N], the mean over the heads; None without `capture`.
     """
     check.tensor("q", q)
     scale = check.attention_scale(scale, q)

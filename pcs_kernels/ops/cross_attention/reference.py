@@ -14,20 +14,21 @@ from .op import Needs
 
 def heads_last(x: Tensor) -> Tensor:
     """[B, H, N, D] with the memory of [B, N, H, D], so that merging the heads is a free view."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.transpose(1, 2).contiguous().transpose(1, 2)  # [B, H, N, D]
 
 
 def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    scores = q @ k.transpose(-1, -2)
-    return torch.softmax(scores.to(accumulator(q.dtype)) * scale, dim=-1)
+    """P [B, H, N, T], in the accumulation dtype."""
+    scores = q @ k.transpose(-1, -2)  # [B, H, N, T]
+    return torch.softmax(scores.to(accumulator(q.dtype)) * scale, dim=-1)  # [B, H, N, T]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    p = probabilities(q, k, scale)
-    out = heads_last(p.to(v.dtype) @ v)
+    p = probabilities(q, k, scale)  # [B, H, N, T]
+    out = heads_last(p.to(v.dtype) @ v)  # [B, H, N, D]
     if capture is None:
-        return out, p.new_empty(q.shape[0], 0, q.shape[2])
-    return out, capture.to(p.dtype) @ p.mean(dim=1).transpose(-1, -2)
+        return out, p.new_empty(q.shape[0], 0, q.shape[2])  # [B, 0, N]
+    return out, capture.to(p.dtype) @ p.mean(dim=1).transpose(-1, -2)  # [B, G, N]
 
 
 def backward(
@@ -41,16 +42,18 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dP = dout v^T + dmaps^T capture / H;  dS = P (dP - rowsum(P dP));  dq = scale dS k;  dk = scale dS^T q"""
-    p = probabilities(q, k, scale)
-    dp = torch.zeros_like(p)
+    p = probabilities(q, k, scale)  # [B, H, N, T]
+    dp = torch.zeros_like(p)  # [B, H, N, T]
     if dout is not None:
-        dp = dp + dout @ v.transpose(-1, -2)
+        dp = dp + dout @ v.transpose(-1, -2)  # [B, H, N, T]
     if dmaps is not None and capture is not None:
-        dp = dp + (dmaps.transpose(-1, -2) @ capture.to(dmaps.dtype))[:, None] / q.shape[1]
-    ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
-    dq = heads_last(ds @ k) if needs.q else q.new_empty(0)
-    dk = heads_last(ds.transpose(-1, -2) @ q) if needs.k else q.new_empty(0)
+        dp = dp + (dmaps.transpose(-1, -2) @ capture.to(dmaps.dtype))[:, None] / q.shape[1]  # + [B, 1, N, T]
+    ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)  # [B, H, N, T]
+    dq = heads_last(ds @ k) if needs.q else q.new_empty(0)  # [B, H, N, D]
+    dk = heads_last(ds.transpose(-1, -2) @ q) if needs.k else q.new_empty(0)  # [B, H, T, D]
     dv = q.new_empty(0)
-    if needs.v:
-        dv = heads_last(p.to(v.dtype).transpose(-1, -2) @ dout) if dout is not None else heads_last(torch.zeros_like(v))
+    if needs.v and dout is not None:
+        dv = heads_last(p.to(v.dtype).transpose(-1, -2) @ dout)  # [B, H, T, D]
+    elif needs.v:
+        dv = heads_last(torch.zeros_like(v))  # [B, H, T, D]
     return dq, dk, dv

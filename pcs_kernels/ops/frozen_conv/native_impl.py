@@ -7,6 +7,8 @@ one (larger strides), so it is packed as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def _dense(x: Tensor) -> Tensor:
 def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool) -> Tensor:
     if not pack:
         return reference.forward_conv(x, weight, bias, stride, padding, pack)
-    return _convolve(x, weight, "forward", lambda w: w, bias, stride, padding)
+    return _convolve(x, weight, "forward", _as_it_is, bias, stride, padding)
 
 
 def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool) -> Tensor:
@@ -45,54 +47,68 @@ def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: i
         return reference.backward_conv(dy, weight, height, width, stride, padding, pack)
     if stride == 1:
         return _convolve(dy, weight, "backward", _flipped, None, 1, kernel - 1 - padding)
-    rest = [
-        (size + 2 * padding - kernel) % stride for size in (height, width)
-    ]  # rows that the last step of the kernel did not reach
-    w = packed(
-        weight,
-        ("transposed", stride, padding),
-        lambda weight: _mkldnn._reorder_convolution_transpose_weight(
-            weight.contiguous(), [padding] * 2, rest, [stride] * 2, [1, 1], 1, list(dy.shape)
-        ),
-        variant=tuple(dy.shape) + tuple(rest),
-    )
-    return _mkldnn._convolution_transpose_pointwise(
-        dy, w, None, [padding] * 2, rest, [stride] * 2, [1, 1], 1, "none", [], ""
-    )
+    # rows and columns that the last step of the kernel did not reach
+    rest = [(size + 2 * padding - kernel) % stride for size in (height, width)]
+    numbers = [padding] * 2, rest, [stride] * 2, [1, 1], 1
+
+    def pack_transposed(weight: Tensor) -> Tensor:
+        return _mkldnn._reorder_convolution_transpose_weight(weight.contiguous(), *numbers, list(dy.shape))
+
+    w = packed(weight, ("transposed", stride, padding), pack_transposed, variant=tuple(dy.shape) + tuple(rest))
+    return _mkldnn._convolution_transpose_pointwise(dy, w, None, *numbers, "none", [], "")
 
 
 def _flipped(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1).contiguous()
 
 
-def _convolve(x, weight, direction, turn, bias, stride, padding) -> Tensor:
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.t().contiguous()
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    direction: str,
+    turn: Callable[[Tensor], Tensor],
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+) -> Tensor:
     x, bias = _dense(x), None if bias is None else bias.contiguous()
-    w = packed(
-        weight,
-        (direction, stride, padding),
-        lambda weight: _mkldnn._reorder_convolution_weight(
-            turn(weight).contiguous(), [padding] * 2, [stride] * 2, [1, 1], 1, list(x.shape)
-        ),
-        variant=tuple(x.shape),
-    )
-    return _mkldnn._convolution_pointwise(x, w, bias, [padding] * 2, [stride] * 2, [1, 1], 1, "none", [], "")
+    numbers = [padding] * 2, [stride] * 2, [1, 1], 1
+
+    def pack(weight: Tensor) -> Tensor:
+        return _mkldnn._reorder_convolution_weight(turn(weight).contiguous(), *numbers, list(x.shape))
+
+    w = packed(weight, (direction, stride, padding), pack, variant=tuple(x.shape))
+    return _mkldnn._convolution_pointwise(x, w, bias, *numbers, "none", [], "")
 
 
 def forward_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:
-    return (
-        _product(x, weight, "forward", lambda w: w, bias) if pack else reference.forward_linear(x, weight, bias, pack)
-    )
+    if not pack:
+        return reference.forward_linear(x, weight, bias, pack)
+    return _product(x, weight, "forward", _as_it_is, bias)
 
 
 def backward_linear(dy: Tensor, weight: Tensor, pack: bool) -> Tensor:
     if not pack:
         return reference.backward_linear(dy, weight, pack)
-    return _product(dy, weight, "backward", lambda w: w.t().contiguous(), None)
+    return _product(dy, weight, "backward", _transposed, None)
 
 
-def _product(x, weight, direction, turn, bias) -> Tensor:
+def _product(
+    x: Tensor, weight: Tensor, direction: str, turn: Callable[[Tensor], Tensor], bias: Tensor | None
+) -> Tensor:
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     rows = x.numel() // x.shape[-1]
-    pack = lambda weight: _mkldnn._reorder_linear_weight(turn(weight).contiguous(), rows)  # noqa: E731
+
+    def pack(weight: Tensor) -> Tensor:
+        return _mkldnn._reorder_linear_weight(turn(weight).contiguous(), rows)
+
     w = packed(weight, direction, pack, variant=rows)
     return _mkldnn._linear_pointwise(x, w, bias, "none", [], "")

@@ -7,6 +7,7 @@ On the CPU the weight is packed once for each direction and kept beside it; pack
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ... import _check as check
 from ..._dispatch import Op, define, forced_backend
 
-# cuDNN and cuBLAS are the best GPU convolutions and products there are: our Triton kernel runs when it is forced.
+# cuDNN and cuBLAS have the fastest convolutions and products on a GPU: our Triton kernel runs only where it is forced.
 OP = Op("frozen_conv", __package__, order={"cuda": ("reference",), "cpu": ("native", "reference")})
 
 
@@ -63,14 +64,18 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _conv(x, weight, bias, stride, padding, pack, backend):
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool, backend: str
+) -> Tensor:
     _check_conv(x, weight, bias, stride, padding)
     implementation = OP.select(backend, x.device.type, x, weight)
     y = implementation.forward_conv(x, weight, bias, stride, padding, pack)
     return y.contiguous(memory_format=_format(x))
 
 
-def _conv_fake(x, weight, bias, stride, padding, pack, backend):
+def _conv_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool, backend: str
+) -> Tensor:
     _check_conv(x, weight, bias, stride, padding)
     height = (x.shape[2] + 2 * padding - weight.shape[2]) // stride + 1
     width = (x.shape[3] + 2 * padding - weight.shape[3]) // stride + 1
@@ -78,32 +83,36 @@ def _conv_fake(x, weight, bias, stride, padding, pack, backend):
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format(x))
 
 
-def _conv_backward(dy, weight, height, width, stride, padding, pack, backend):
+def _conv_backward(
+    dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool, backend: str
+) -> Tensor:
     implementation = OP.select(backend, dy.device.type, dy, weight)
     dx = implementation.backward_conv(dy, weight, height, width, stride, padding, pack)
     return dx.contiguous(memory_format=_format(dy))
 
 
-def _conv_backward_fake(dy, weight, height, width, stride, padding, pack, backend):
+def _conv_backward_fake(
+    dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool, backend: str
+) -> Tensor:
     size = (dy.shape[0], weight.shape[1], height, width)
     return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=_format(dy))
 
 
-def _linear(x, weight, bias, pack, backend):
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool, backend: str) -> Tensor:
     _check_linear(x, weight, bias)
     return OP.select(backend, x.device.type, x, weight).forward_linear(x, weight, bias, pack).contiguous()
 
 
-def _linear_fake(x, weight, bias, pack, backend):
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool, backend: str) -> Tensor:
     _check_linear(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _linear_backward(dy, weight, pack, backend):
+def _linear_backward(dy: Tensor, weight: Tensor, pack: bool, backend: str) -> Tensor:
     return OP.select(backend, dy.device.type, dy, weight).backward_linear(dy, weight, pack).contiguous()
 
 
-def _linear_backward_fake(dy, weight, pack, backend):
+def _linear_backward_fake(dy: Tensor, weight: Tensor, pack: bool, backend: str) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], weight.shape[1]))
 
 
@@ -157,13 +166,15 @@ define(
 
 class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, pack, backend):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.settings = x.shape[2], x.shape[3], stride, padding, pack, backend
         return torch.ops.pcs_kernels.frozen_conv2d_forward(x, weight, bias, stride, padding, pack, backend)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         dx = torch.ops.pcs_kernels.frozen_conv2d_backward(dy, weight, *ctx.settings)
         return dx, None, None, None, None, None, None
@@ -171,24 +182,24 @@ class _FrozenConv2d(torch.autograd.Function):
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, pack, backend):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool, backend: str) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.settings = pack, backend
         return torch.ops.pcs_kernels.frozen_linear_forward(x, weight, bias, pack, backend)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, *ctx.settings), None, None, None, None
 
 
-def _must_be_frozen(function: str, mend: str, **parameters: Tensor | None) -> None:
+def _must_be_frozen(function: str, instead: str, **parameters: Tensor | None) -> None:
     for name, p in parameters.items():
         check.require(
             not (isinstance(p, Tensor) and p.requires_grad),
             lambda: (
-                f"{name} requires a gradient, which {function} never computes; mend: {name}.requires_grad_(False), "
-                f"or {mend} to train it"
+                f"{name} requires a gradient, which {function} never computes. Fix: {name}.requires_grad_(False), "
+                f"or {instead} to train it"
             ),
         )
 
@@ -196,7 +207,17 @@ def _must_be_frozen(function: str, mend: str, **parameters: Tensor | None) -> No
 def frozen_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1, pack: bool = True
 ) -> Tensor:
-    """conv2d of x [B,C,H,W] with a frozen weight [O,C,kh,kw]; gradients flow to x and nothing is kept for them."""
+    """A convolution with a frozen weight: gradients flow to x, and nothing but the weight is kept for them.
+
+    Args:
+        x: [B, C, H, W].
+        weight: [O, C, kh, kw] without a gradient, and so is bias [O].
+        stride: of both sides, and so is `padding`.
+        pack: keep a packed copy of the weight for each direction used (CPU); False saves that memory.
+
+    Returns:
+        [B, O, H', W'], channels-last where x is.
+    """
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenConv2d.apply(x, weight, bias, stride, padding, pack, forced_backend())
@@ -204,7 +225,16 @@ def frozen_conv2d(
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: bool = True) -> Tensor:
-    """x weight^T + bias with a frozen weight [O,C]; gradients flow to x and nothing is kept for them."""
+    """x weight^T + bias with a frozen weight: gradients flow to x, and nothing but the weight is kept for them.
+
+    Args:
+        x: [..., C].
+        weight: [O, C] without a gradient, and so is bias [O].
+        pack: keep a packed copy of the weight for each direction used (CPU); False saves that memory.
+
+    Returns:
+        [..., O].
+    """
     _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenLinear.apply(x, weight, bias, pack, forced_backend())

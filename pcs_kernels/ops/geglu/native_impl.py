@@ -17,9 +17,13 @@ def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     LIBRARY.geglu_forward(
-        _native.dtype_code(x), _native.address(x), _native.address(y), x.numel() // x.shape[-1], y.shape[-1],
+        _native.dtype_code(x),
+        _native.address(x),
+        _native.address(y),
+        x.numel() // x.shape[-1],
+        y.shape[-1],
         _native.threads(),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -27,7 +31,12 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
     dx = x.new_empty(x.shape)
     LIBRARY.geglu_backward(
-        _native.dtype_code(x), _native.address(dy), _native.address(x), _native.address(dx), x.numel() // x.shape[-1],
-        dy.shape[-1], _native.threads(),
-    )  # fmt: skip
+        _native.dtype_code(x),
+        _native.address(dy),
+        _native.address(x),
+        _native.address(dx),
+        x.numel() // x.shape[-1],
+        dy.shape[-1],
+        _native.threads(),
+    )
     return dx

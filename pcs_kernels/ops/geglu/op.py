@@ -5,6 +5,8 @@ x [..., 2F] -> y [..., F].  Kept for the backward: x.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,19 +47,26 @@ define("geglu_backward(Tensor dy, Tensor x, str backend) -> Tensor", _backward, 
 
 class _Geglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.backend = backend
         return torch.ops.pcs_kernels.geglu_forward(x, backend)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return torch.ops.pcs_kernels.geglu_backward(dy, x, ctx.backend), None
 
 
 def geglu(x: Tensor) -> Tensor:
-    """x[..., :F] * gelu(x[..., F:]) for x [..., 2F]; exact gelu, differentiable."""
+    """The gate of a feed-forward, x[..., :F] * gelu(x[..., F:]), with the exact gelu; differentiable.
+
+    Args:
+        x: [..., 2F].
+
+    Returns:
+        [..., F].
+    """
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _Geglu.apply(x, forced_backend())
     return torch.ops.pcs_kernels.geglu_forward(x, forced_backend())

@@ -45,10 +45,18 @@ def forward(
     rstd = torch.empty_like(mean)
     weight, bias = _contiguous(weight), _contiguous(bias)
     LIBRARY.group_norm_silu_forward(
-        _native.dtype_code(x), _native.address(dense), _native.address(y), _shape(dense, groups),
-        _native.values(weight), _native.values(bias), _native.address(mean), _native.address(rstd), eps, silu,
+        _native.dtype_code(x),
+        _native.address(dense),
+        _native.address(y),
+        _shape(dense, groups),
+        _native.values(weight),
+        _native.values(bias),
+        _native.address(mean),
+        _native.address(rstd),
+        eps,
+        silu,
         _native.threads(),
-    )  # fmt: skip
+    )
     return y if dense is x else torch.empty_like(x).copy_(y), mean, rstd
 
 
@@ -70,15 +78,25 @@ def backward(
     dweight = torch.empty_like(weight, dtype=torch.float32) if needs.weight and weight is not None else None
     dbias = torch.empty_like(bias, dtype=torch.float32) if needs.bias and bias is not None else None
     LIBRARY.group_norm_silu_backward(
-        _native.dtype_code(x), _native.address(dy), _native.address(dense), _shape(dense, groups),
-        _native.address(mean), _native.address(rstd), _native.values(weight), _native.values(bias), silu,
-        _native.address(dx), _native.address(dweight), _native.address(dbias), _native.threads(),
-    )  # fmt: skip
+        _native.dtype_code(x),
+        _native.address(dy),
+        _native.address(dense),
+        _shape(dense, groups),
+        _native.address(mean),
+        _native.address(rstd),
+        _native.values(weight),
+        _native.values(bias),
+        silu,
+        _native.address(dx),
+        _native.address(dweight),
+        _native.address(dbias),
+        _native.threads(),
+    )
     empty = x.new_empty(0)
     if dx is not None and dense is not x:
         dx = torch.empty_like(x).copy_(dx)
     return (
         empty if dx is None else dx,
-        empty if dweight is None else dweight.to(weight.dtype),  # type: ignore[union-attr]
-        empty if dbias is None else dbias.to(bias.dtype),  # type: ignore[union-attr]
+        empty if dweight is None or weight is None else dweight.to(weight.dtype),
+        empty if dbias is None or bias is None else dbias.to(bias.dtype),
     )

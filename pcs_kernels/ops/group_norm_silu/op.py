@@ -5,7 +5,7 @@ x [B, C, *spatial] -> y of x's shape and memory format.  Kept for the backward: 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,29 +42,56 @@ def _check_call(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
             check.same_device(name, p, "x", x)
 
 
-def _forward(x, groups, weight, bias, eps, silu, backend):
+def _forward(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_call(x, groups, weight, bias, eps)
-    return OP.select(backend, x.device.type, x, groups, weight, bias, eps, silu).forward(
-        x, groups, weight, bias, eps, silu
-    )
+    implementation = OP.select(backend, x.device.type, x, groups, weight, bias, eps, silu)
+    return implementation.forward(x, groups, weight, bias, eps, silu)
 
 
-def _forward_fake(x, groups, weight, bias, eps, silu, backend):
+def _forward_fake(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_call(x, groups, weight, bias, eps)
     statistics = x.new_empty((x.shape[0], groups), dtype=accumulator(x.dtype))
     return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
 
-def _backward(dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend):
-    return distinct(
-        OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu).backward(
-            dy, x, mean, rstd, groups, weight, bias, silu, Needs(need_x, need_weight, need_bias)
-        )
-    )
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    needs = Needs(need_x, need_weight, need_bias)
+    implementation = OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu)
+    return distinct(implementation.backward(dy, x, mean, rstd, groups, weight, bias, silu, needs))
 
 
-def _backward_fake(dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend):
-    def gradient(needed, p):
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    def gradient(needed: bool, p: Tensor | None) -> Tensor:
         return torch.empty_like(p) if needed and p is not None else x.new_empty(0)
 
     return gradient(need_x, x), gradient(need_weight, weight), gradient(need_bias, bias)
@@ -86,29 +113,32 @@ define(
 
 class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, groups, weight, bias, eps, silu, backend):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        silu: bool,
+        backend: str,
+    ) -> Tensor:
         y, mean, rstd = torch.ops.pcs_kernels.group_norm_silu_forward(x, groups, weight, bias, eps, silu, backend)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.settings = groups, silu, backend
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         groups, silu, backend = ctx.settings
         need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
-        dx, dweight, dbias = torch.ops.pcs_kernels.group_norm_silu_backward(
-            dy, x, mean, rstd, groups, weight, bias, silu, need_x, need_weight, need_bias, backend
+        needs = need_x, need_weight, need_bias
+        gradients = torch.ops.pcs_kernels.group_norm_silu_backward(
+            dy, x, mean, rstd, groups, weight, bias, silu, *needs, backend
         )
-        return (
-            dx if need_x else None,
-            None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            None,
-            None,
-            None,
-        )
+        dx, dweight, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return dx, None, dweight, dbias, None, None, None
 
 
 def group_norm_silu(
@@ -119,7 +149,19 @@ def group_norm_silu(
     eps: float = 1e-5,
     activation: str | None = "silu",
 ) -> Tensor:
-    """GroupNorm of x [B, C, *spatial] in `groups` groups, then SiLU (activation="silu") or nothing (None)."""
+    """GroupNorm, then SiLU or nothing, differentiable; statistics in float32.
+
+    Args:
+        x: [B, C, *spatial], contiguous or channels-last.
+        groups: must divide C.
+        weight: [C] in x's dtype or float32; default: 1.
+        bias: [C] likewise; default: 0.
+        eps: added to the variance.
+        activation: "silu" or None.
+
+    Returns:
+        A tensor of x's shape, dtype and memory format.
+    """
     check.require(activation in ("silu", None), lambda: f'activation must be "silu" or None, not {activation!r}')
     silu = activation == "silu"
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias)):

@@ -34,9 +34,14 @@ def _pack(matrices: Tensor, rows_are_columns: bool) -> Tensor:
     out = torch.empty((stack.shape[0], size), dtype=torch.uint8)
     for source, to in zip(stack, out, strict=True):
         LIBRARY.pack_operand(
-            _native.dtype_code(stack), _native.address(to), _native.address(source), columns, depth, rows_are_columns,
+            _native.dtype_code(stack),
+            _native.address(to),
+            _native.address(source),
+            columns,
+            depth,
+            rows_are_columns,
             _native.threads(),
-        )  # fmt: skip
+        )
     return out
 
 
@@ -66,9 +71,12 @@ def _project(
     mask = None if mask is None else mask.to(torch.float32).contiguous()
     index = None if index is None else index.contiguous()
     LIBRARY.lowrank_residual(
-        _native.dtype_code(x), tuple(map(_native.address, (x, w, bias, down, up, mask, index, low, y))),
-        (samples, rows // samples, x.shape[-1], outputs, rank), scale, _native.threads(),
-    )  # fmt: skip
+        _native.dtype_code(x),
+        tuple(map(_native.address, (x, w, bias, down, up, mask, index, low, y))),
+        (samples, rows // samples, x.shape[-1], outputs, rank),
+        scale,
+        _native.threads(),
+    )
     return y, low
 
 
@@ -108,7 +116,7 @@ def backward(
         t = low[:, : down.shape[-2]]
     ddown_here = needs.down and t is not None and x is not None
     empty = dy.new_empty(0)
-    others = needs._replace(x=False, down=needs.down and not ddown_here)
+    others = Needs(False, needs.weight, needs.bias, needs.down and not ddown_here, needs.up, needs.mask)
     gradients = (empty,) * 6
     if any(others):
         gradients = reference.backward(dy, x, weight, down, up, mask, scale, index, others)

@@ -10,7 +10,8 @@ Kept for the backward: x where down, up, weight or mask take a gradient, else no
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,16 @@ class Needs(NamedTuple):
     mask: bool
 
 
-def _check_call(x, weight, bias, down, up, mask, scale, index) -> None:
+def _check_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+) -> None:
     check.floating("x", x)
     check.require(x.dim() >= 2, lambda: f"x must be [..., C_in] with at least two dimensions, not {tuple(x.shape)}")
     check.not_empty("x", x)
@@ -82,37 +92,90 @@ def _check_index(index: Tensor | None, concepts: int) -> None:
     )
 
 
-def _forward(x, weight, bias, down, up, mask, scale, index, backend):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    backend: str,
+) -> Tensor:
     _check_call(x, weight, bias, down, up, mask, scale, index)
     _check_index(index, down.shape[0])
     implementation = OP.select(backend, x.device.type, x, weight, bias, down, up, mask, scale, index)
     return implementation.forward(x, weight, bias, down, up, mask, scale, index)
 
 
-def _forward_fake(x, weight, bias, down, up, mask, scale, index, backend):
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    backend: str,
+) -> Tensor:
     _check_call(x, weight, bias, down, up, mask, scale, index)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _backward(dy, x, weight, down, up, mask, scale, index, *rest):
-    *flags, backend = rest
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_down: bool,
+    need_up: bool,
+    need_mask: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    needs = Needs(need_x, need_weight, need_bias, need_down, need_up, need_mask)
     implementation = OP.select(backend, dy.device.type, dy, weight, None, down, up, mask, scale, index)
-    return distinct(implementation.backward(dy, x, weight, down, up, mask, scale, index, Needs(*flags)))
+    return distinct(implementation.backward(dy, x, weight, down, up, mask, scale, index, needs))
 
 
-def _backward_fake(dy, x, weight, down, up, mask, scale, index, *rest):
-    needs = Needs(*rest[:-1])
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_down: bool,
+    need_up: bool,
+    need_mask: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    needs = Needs(need_x, need_weight, need_bias, need_down, need_up, need_mask)
 
-    def gradient(needed, shape, dtype):
-        return dy.new_empty(shape if needed else 0, dtype=dtype if needed else dy.dtype)
+    def gradient(needed: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return dy.new_empty(shape if needed else (0,), dtype=dtype if needed else dy.dtype)
 
+    dmask = dy.new_empty(0) if mask is None else gradient(needs.mask, mask.shape, mask.dtype)
     return (
         gradient(needs.x, (*dy.shape[:-1], weight.shape[1]), dy.dtype),
         gradient(needs.weight, weight.shape, dy.dtype),
         gradient(needs.bias, (weight.shape[0],), dy.dtype),
         gradient(needs.down, down.shape, down.dtype),
         gradient(needs.up, up.shape, up.dtype),
-        gradient(needs.mask and mask is not None, getattr(mask, "shape", None), getattr(mask, "dtype", None)),
+        dmask,
     )
 
 
@@ -146,7 +209,18 @@ define(
 
 class _LowrankResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, mask, scale, index, backend):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        index: Tensor | None,
+        backend: str,
+    ) -> Tensor:
         _, need_weight, _, need_down, need_up, need_mask = ctx.needs_input_grad[:6]
         keeps_x = need_weight or need_down or need_up or need_mask
         ctx.save_for_backward(x if keeps_x else None, weight, down, up, mask, index)
@@ -154,7 +228,7 @@ class _LowrankResidual(torch.autograd.Function):
         return torch.ops.pcs_kernels.lowrank_residual_forward(x, weight, bias, down, up, mask, scale, index, backend)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, mask, index = ctx.saved_tensors
         scale, backend = ctx.settings
         need = ctx.needs_input_grad[:6]
@@ -174,7 +248,21 @@ def lowrank_residual(
     scale: float = 1.0,
     index: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + bias + mask * scale * (x down^T) up^T on x [..., C_in]; `index` [B] picks each sample's adapter."""
+    """A projection with a masked low-rank residual: x W^T + bias + mask * scale * (x down^T) up^T, differentiable.
+
+    Args:
+        x: [..., C_in].
+        weight: [C_out, C_in], or [C_out, C_in, 1, 1] of a 1x1 convolution.
+        bias: [C_out] or None.
+        down: [R, C_in]; with `index` a stack [K, R, C_in].
+        up: [C_out, R]; with `index` a stack [K, C_out, R].
+        mask: weights of the residual, of x's shape without its last dimension; default: 1 everywhere.
+        scale: of the residual.
+        index: int64 [B], the adapter of the stack that each sample of x takes; default: one adapter for all.
+
+    Returns:
+        [..., C_out].
+    """
     check.tensor("weight", weight)
     if weight.dim() == 4:
         check.require(

@@ -20,9 +20,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     out = heads_last_empty(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     LIBRARY.self_attention_forward(
-        _native.dtype_code(q), *map(_native.heads, (q, k, v, out)), _native.address(lse), attention_sizes(q, k), scale,
+        _native.dtype_code(q),
+        *map(_native.heads, (q, k, v, out)),
+        _native.address(lse),
+        attention_sizes(q, k),
+        scale,
         _native.threads(),
-    )  # fmt: skip
+    )
     return out, lse
 
 
@@ -32,7 +36,12 @@ def backward(
     dout, q, k, v = map(unit_rows, (dout, q, k, v))
     dq, dk, dv = map(heads_last_empty, (q, k, v))
     LIBRARY.self_attention_backward(
-        _native.dtype_code(q), *map(_native.heads, (dout, q, k, v, out)), _native.address(lse.contiguous()),
-        *map(_native.heads, (dq, dk, dv)), attention_sizes(q, k), scale, _native.threads(),
-    )  # fmt: skip
+        _native.dtype_code(q),
+        *map(_native.heads, (dout, q, k, v, out)),
+        _native.address(lse.contiguous()),
+        *map(_native.heads, (dq, dk, dv)),
+        attention_sizes(q, k),
+        scale,
+        _native.threads(),
+    )
     return dq, dk, dv

@@ -1,8 +1,8 @@
-"""self_attention: softmax(scale q k^T) v for image positions, by the fastest exact provider at hand.
+"""self_attention: softmax(scale q k^T) v for image positions, by the fastest exact backend of this machine.
 
 q [B,H,N,D]; k, v [B,H,M,D] -> out [B,H,N,D] with the memory of [B,N,H,D].
 
-Providers: torch's scaled_dot_product_attention ("sdpa"), xformers, our Triton kernel, our native CPU kernel, the
+Backends: torch's scaled_dot_product_attention ("sdpa"), xformers, our Triton kernel, our native CPU kernel, the
 reference. On a GPU sdpa runs where its flash kernel fits (16-bit, D a multiple of 8 up to 256), else xformers where
 it is installed, else Triton, else sdpa's own fallbacks; on a CPU the native kernel, else sdpa.
 Kept for the backward: q, k, v, out and the log-sum-exp [B,H,N].
@@ -11,6 +11,7 @@ Kept for the backward: q, k, v, out and the log-sum-exp [B,H,N].
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,21 +36,25 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     check.finite("scale", scale)
 
 
-def _forward(q, k, v, scale, backend):
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     _check_call(q, k, v, scale)
     return OP.select(backend, q.device.type, q, k, v, scale).forward(q, k, v, scale)
 
 
-def _forward_fake(q, k, v, scale, backend):
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     _check_call(q, k, v, scale)
     return heads_last_empty(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
-def _backward(dout, q, k, v, out, lse, scale, backend):
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return OP.select(backend, q.device.type, q, k, v, scale).backward(dout, q, k, v, out, lse, scale)
 
 
-def _backward_fake(dout, q, k, v, out, lse, scale, backend):
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return heads_last_empty(q), heads_last_empty(k), heads_last_empty(v)
 
 
@@ -80,14 +85,14 @@ define(
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, backend):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
         out, lse = torch.ops.pcs_kernels.self_attention_forward(q, k, v, scale, backend)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = scale, backend
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         scale, backend = ctx.settings
         gradients = torch.ops.pcs_kernels.self_attention_backward(dout, q, k, v, out, lse, scale, backend)
@@ -108,7 +113,7 @@ def xformers_reason(device_type: str) -> str | None:
     if device_type != "cuda":
         return "xformers needs a CUDA tensor"
     if importlib.util.find_spec("xformers") is None:
-        return "the xformers package is not installed; mend: pip install xformers"
+        return "the xformers package is not installed. Fix: pip install xformers"
     return None
 
 
@@ -132,7 +137,16 @@ _provider._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v for q [B,H,N,D], k and v [B,H,M,D]; `scale` defaults to D ** -0.5."""
+    """Attention of all queries to all keys: softmax(scale q k^T) v, differentiable.
+
+    Args:
+        q: [B, H, N, D].
+        k: [B, H, M, D], and so is v.
+        scale: of the scores; default: D ** -0.5.
+
+    Returns:
+        [B, H, N, D] with the memory of [B, N, H, D], so that merging the heads is a free view.
+    """
     check.tensor("q", q)
     scale = check.attention_scale(scale, q)
     provider = _provider(q.device.type, q.dtype, q.shape[-1] if q.dim() else 0)
