@@ -343,7 +343,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_twice_leaves_at_once(tmp_path):
 def examples() -> list[str]:
     """Every example of the help and of the docs, each once, those that others stand on first."""
     lines = [line for name in COMMANDS for line, _ in command(name).examples]
-    text = (ROOT / "docs" / "command-line.md").read_text() + (ROOT / "docs" / "real-checkpoints.md").read_text()
+    text = (ROOT / "docs" / "command-line.md").read_text() + (ROOT / "docs" / "quickstart-gpu.md").read_text()
     lines += [
         line for line in re.findall(r"^(pcs .+)$", text, re.MULTILINE) if "COMMAND" not in line and "--help" not in line
     ]
