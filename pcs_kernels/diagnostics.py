@@ -111,6 +111,33 @@ def _providers() -> list[Verdict]:
     ]
 
 
+def hardware() -> dict[str, dict[str, str]]:
+    """The backend that an everyday call runs on, by op and hardware.
+
+    Every backend is asked for its reason, as dispatch asks it, for each tabled GPU architecture: this needs the triton
+    package, but no GPU.
+
+    Returns:
+        op -> {"CPU": backend of a float32 call, "sm_75": backend of a bfloat16 call, ...}.
+    """
+    from ._launch import SHARED_LIMIT, recording
+
+    found = {name: {"CPU": _chosen(OPS[name], "cpu", "cpu")} for name in op_names()}
+    for arch in SHARED_LIMIT:
+        with recording(arch):
+            for name in op_names():
+                found[name][f"sm_{arch}"] = _chosen(OPS[name], "cuda", "meta")
+    return found
+
+
+def _chosen(op: Op, device_type: str, device: str) -> str:
+    """The backend of a call on `device_type`, asked with tensors on `device`."""
+    if op.name == "self_attention" and device_type == "cuda" and flash_reason(torch.bfloat16, 64) is None:
+        return "sdpa"
+    arguments = example(op.name, device)
+    return next(backend for backend in op.order[device_type] if op.why_not(backend, *arguments) is None)
+
+
 def table() -> str:
     """The text of `python -m pcs_kernels`: versions and device, then one line for each op and backend."""
     build = native_build()
