@@ -100,7 +100,7 @@ def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
         assert cli.main(["plan", "--device", "cpu", "--method", "personalized_residuals"]) == 0
         assert machine.kernels()[0] in run_report.machine()["kernels"]
     said = capsys.readouterr().err
-    assert "slower than it could: the operations run on the reference backend" in said and "plain torch" in said
+    assert "slower than it could: the operations run on the reference backend" in said and "plain PyTorch" in said
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

@@ -95,9 +95,24 @@ def test_native_codes_are_the_nearest(signed):
     gradient = grid if signed else grid.sqrt()
     with pcs_kernels.backend("native"):
         pcs_kernels.ops.adamw8bit.step_8bit(
-            p, gradient, m, v, *absmax, codes.code_map(True), codes.code_map(False),
-            0.0, 0.0, 0.0, 1e-8, 0.0, 1, 256, 1.0, None, True,
-        )  # fmt: skip
+            p,
+            gradient,
+            m,
+            v,
+            *absmax,
+            codes.code_map(True),
+            codes.code_map(False),
+            0.0,
+            0.0,
+            0.0,
+            1e-8,
+            0.0,
+            1,
+            256,
+            1.0,
+            None,
+            True,
+        )
     difference = ((m if signed else v).int() - expected.int()).abs()
     assert int(difference.max()) <= 1
     assert float((difference > 0).float().mean()) < 0.002
@@ -207,9 +222,22 @@ def test_native_equals_reference(dtype, grad_dtype, n):
             for step in range(1, 4):
                 g = torch.randn(n).to(grad_dtype)
                 pcs_kernels.ops.adamw8bit.step_8bit(
-                    p, g, *state, codes.code_map(True), codes.code_map(False),
-                    1e-3, 0.9, 0.999, 1e-8, 1e-2, step, 256, 0.5, 11, False,
-                )  # fmt: skip
+                    p,
+                    g,
+                    *state,
+                    codes.code_map(True),
+                    codes.code_map(False),
+                    1e-3,
+                    0.9,
+                    0.999,
+                    1e-8,
+                    1e-2,
+                    step,
+                    256,
+                    0.5,
+                    11,
+                    False,
+                )
         found[backend] = p
     unit = 2**-8 if dtype == torch.bfloat16 else 1e-5
     difference = (found["native"].float() - found["reference"].float()).abs()

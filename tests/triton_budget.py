@@ -55,7 +55,8 @@ def odd_cases(arch: int) -> list:
     attention, lowrank, conv = (implementation(op) for op in ("self_attention", "lowrank_residual", "frozen_conv"))
     full = torch.float32
     pixel, stats = meta(1, 1, 1, 1), meta(1, 1, dtype=full)
-    three = cross.Needs(True, True, True)
+    three, some = cross.Needs(True, True, True), lowrank.Needs(True, False, False, True, True, False)
+    square = meta(64, 64, dtype=full)
     one, wide = meta(1, 1, 1, 8), meta(1, 2, 80, 40, dtype=full)
     lse, maps, weight = meta(1, 2, 80, dtype=full), meta(1, 6, 80, dtype=full), meta(1, 1, 1, dtype=full)
     rows, adapter, stack = meta(2, 80, 64, dtype=full), meta(40, 64, dtype=full), meta(3, 1, 64, dtype=full)
@@ -71,12 +72,11 @@ def odd_cases(arch: int) -> list:
         lambda: attention.forward(one, one, one, 1.0),
         lambda: attention.backward(wide, wide, wide, wide, wide, lse, 1.0),
         lambda: lowrank.forward(meta(1, 1), meta(1, 1), None, meta(1, 1), meta(1, 1), None, 1.0, None),
-        lambda: lowrank.backward(rows, rows, meta(64, 64, dtype=full), adapter, adapter.t(), None, 1.0, None,
-                                 lowrank.Needs(True, False, False, True, True, False)),
-        lambda: lowrank.forward(rows, meta(64, 64, dtype=full), None, stack, stack.transpose(1, 2), None, 1.0, index),
+        lambda: lowrank.backward(rows, rows, square, adapter, adapter.t(), None, 1.0, None, some),
+        lambda: lowrank.forward(rows, square, None, stack, stack.transpose(1, 2), None, 1.0, index),
         lambda: conv.forward_conv(image, meta(8, 8, 3, 3, dtype=full), None, 2, 0, True),
         lambda: conv.backward_linear(meta(1, 1), meta(1, 1), True),
-    )  # fmt: skip
+    )
     return [case for number, call in enumerate(calls) for case in record(arch, f"odd {number}", call)]
 
 

@@ -64,18 +64,22 @@ class TokenTile(NamedTuple):
 # The first row that fits is taken. A row's reason is what the next larger tile costs, compiled by Triton 3.8 (registers
 # and bytes of spilled registers a thread, as in tests/triton_budget.json). A program holds all scores of its queries.
 QUERY_TILES = (
-    QueryTile(80, 96, 64),  # ROWS at D = 64, T = 77: 210 registers; 128 queries spill 128 on sm_80
-    QueryTile(160, 96, 32),  # half of it for twice the tokens
-    QueryTile(MAX_TOKENS, MAX_WIDTH, 16),  # 16 is the least dimension of a tl.dot
+    QueryTile(80, 96, 64),  # ROWS at D = 80, T = 77: 248 registers; 128 queries spill 136 on sm_80
+    QueryTile(160, 96, 32),  # ROWS at D = 64, T = 154: 224 registers; 64 queries spill 56 on sm_80
+    QueryTile(MAX_TOKENS, MAX_WIDTH, 16),  # ROWS at D = 64, T = 320: 250; 32 spill 152, and 32 at D = 160, T = 77
 )
 TOKEN_TILES = (
     TokenTile(48, 32, 16, 4),  # 178 registers at D = 40; 32 tokens spill 8 on sm_80, 64 queries 8 on sm_86 and sm_120
     TokenTile(64, 32, 32, 4),  # 122 registers
-    TokenTile(96, 16, 32, 8),  # 222 registers at D = 80; 32 queries take 252
-    TokenTile(MAX_WIDTH, 32, 16, 4),  # 128 registers at D = 160
+    TokenTile(96, 16, 32, 8),  # 222 registers at D = 80; 32 queries take 252, 64 spill 144 on sm_80
+    TokenTile(MAX_WIDTH, 32, 16, 4),  # 166 registers at D = 160; 32 tokens spill 336 on sm_80
 )
-FOUR_WARPS = {Kernel.FORWARD: MAX_WIDTH, Kernel.ROWS: 96, Kernel.CAPTURE: 64}  # the widest head; above it, eight
-PREFETCHED = 16384  # padded elements of one head's keys: with its values, 64 KiB in 16 bits, which every card has
+# The widest head that four warps compute; eight above it. ROWS at D = 160: 168 registers with four, 128 with eight;
+# CAPTURE at D = 80: four spill 56 on sm_120.
+FOUR_WARPS = {Kernel.FORWARD: MAX_WIDTH, Kernel.ROWS: 96, Kernel.CAPTURE: 64}
+# Padded elements of a head's keys up to which CAPTURE loads the next head's keys and values ahead: 12800 (D = 160,
+# T = 77) take 59 KiB of shared memory then, 25600 (T = 154) 109 KiB, more than the 99 of sm_86, sm_89 and sm_120.
+PREFETCHED = 16384
 
 
 def launch_config(
@@ -104,7 +108,8 @@ def launch_config(
     warps = 4 if width <= FOUR_WARPS[kernel] else 8
     stages, least, programs = 1, 16, batch * heads
     if kernel is Kernel.CAPTURE:
-        stages = 2 if (t0 + t1) * (d0 + d1) <= PREFETCHED else 1  # 2: the next head's keys and values are loaded ahead
+        stages = 2 if (t0 + t1) * (d0 + d1) <= PREFETCHED else 1
+        # eight warps share at least 32 queries: with 16, D = 80 spills 8 on sm_80
         least, programs = min(own, 16 if warps == 4 else 32), batch
     while own > least and programs * blocks(queries, own) < MULTIPROCESSORS[arch]:
         own //= 2

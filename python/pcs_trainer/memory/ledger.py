@@ -1,4 +1,4 @@
-"""A ledger of every storage that a training step makes: what is alive when, in which part of the step, for which layer.
+"""Trace tensor lifetimes in a training step: which storage is alive when, in which part of the step, for which layer.
 
 On the meta device a storage has its size and no bytes, so a step of any model is counted in about a second, exactly and
 without computing it. Work is counted beside it, in FLOPs plus a price for each byte written.
@@ -21,13 +21,14 @@ FLOPS_A_BYTE = 100  # what a byte written costs beside a FLOP: consumer and serv
 KINDS = ("kept activations", "gradients", "working memory")
 
 
-def _flops(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    """2 per multiply-add of products, convolutions and attention; everything else counts by its bytes alone."""
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """FLOPs of a call: 2 per multiply-add of products, convolutions and attention; other ops count by bytes alone."""
     count = costs.formulas().get(packet) or flop_registry.get(packet)
     return count(*args, **kwargs, out_val=out) if count is not None else 0
 
 
 def out_of(out: Any) -> Tensor:
+    """The tensor that an op or layer returns first."""
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
@@ -63,12 +64,16 @@ class StepCount:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts storages made while it is entered; `owned` were there before and are not counted."""
+    """Counts the storages that are made while it is entered.
+
+    Args:
+        owned: tensors that were there before; their storages are not counted.
+    """
 
     def __init__(self, owned: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._owned = {t.untyped_storage()._cdata for t in owned}
-        self._alive: dict[int, tuple[_Storage, weakref.ref]] = {}
+        self._alive: dict[int, tuple[_Storage, weakref.ref[Any]]] = {}
         self._all: list[_Storage] = []
         self._now = 0
         self._forward = True
@@ -78,11 +83,13 @@ class Ledger(TorchDispatchMode):
         self._marks: dict[str, int] = {}  # live bytes when a layer's forward ended
         self._before = 0  # live bytes when the last layer's forward ended
         self._segment = ""
-        self._packed: dict[tuple, int] = {}
+        self._packed: dict[tuple[Any, ...], int] = {}
         self._high: dict[str, int] = {}  # the most alive while the backward was in a segment
         self.live = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self._now += 1
@@ -123,7 +130,14 @@ class Ledger(TorchDispatchMode):
         self.live -= entry.size
 
     def watch(self, layers: dict[str, nn.Module]) -> list[Any]:
-        """Follow layers through the step; returns the hooks' handles, to be removed after it."""
+        """Follow layers through the step.
+
+        Args:
+            layers: name -> module.
+
+        Returns:
+            The hooks' handles, to be removed after the step.
+        """
         return [layer.register_forward_hook(self._left(name)) for name, layer in layers.items()]
 
     def _left(self, name: str) -> Callable[..., None]:
@@ -139,19 +153,20 @@ class Ledger(TorchDispatchMode):
         return hook
 
     def forward_ends(self) -> None:
-        """What is alive now was kept for the backward."""
+        """Mark the end of the forward: what is alive now was kept for the backward."""
         self._forward = False
         self._kept = self.live
         for entry, _ in self._alive.values():
             entry.kind = "kept activations"
 
     def is_gradient(self, t: Tensor) -> None:
-        """Say that a tensor made in this step is a parameter's gradient."""
+        """Count a tensor that was made in this step as a parameter's gradient."""
         found = self._alive.get(t.untyped_storage()._cdata)
         if found is not None:
             found[0].kind = "gradients"
 
     def result(self) -> StepCount:
+        """The counts of the finished step."""
         change: dict[int, dict[str, int]] = {}
         for entry in self._all:
             kind = entry.kind if entry.kind in KINDS else "working memory"
