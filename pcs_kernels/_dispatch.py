@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 BACKENDS = ("reference", "triton", "native")
-PROVIDERS = ("sdpa", "xformers")
+EXTERNAL = ("sdpa", "xformers")
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # where autocast may be on
 NEEDS = {"triton": "the triton package is not installed. Fix: pip install triton"}
@@ -94,8 +94,8 @@ class Op:
 
 
 def _valid(name: str, source: str) -> str:
-    if name not in BACKENDS + PROVIDERS:
-        raise ValueError(f"{source} is {name!r}; choose one of {', '.join(BACKENDS + PROVIDERS)}")
+    if name not in BACKENDS + EXTERNAL:
+        raise ValueError(f"{source} is {name!r}; choose one of {', '.join(BACKENDS + EXTERNAL)}")
     return name
 
 
@@ -108,9 +108,9 @@ def forced_backend() -> str:
     return _forced if _forced in BACKENDS else ""
 
 
-def forced_provider() -> str:
+def forced_external() -> str:
     """The external backend of self_attention that is forced now, or ""."""
-    return _forced if _forced in PROVIDERS else ""
+    return _forced if _forced in EXTERNAL else ""
 
 
 @contextlib.contextmanager

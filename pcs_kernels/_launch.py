@@ -153,7 +153,8 @@ def launch(
         kernel: a function under `triton.jit`.
         grid: programs along each axis.
         *args: in the kernel's order.
-        num_warps: and `num_stages`: as Triton takes them.
+        num_warps: as Triton takes it.
+        num_stages: as Triton takes it.
         **constexprs: the kernel's `tl.constexpr` arguments by name.
     """
     if _recorder is not None:

@@ -48,7 +48,7 @@ def by_name(packet: Any, flops: Formula) -> Formula:
         read = {name: out_val if name == RESULT else argument(packet, name, args, kwargs) for name in names}
         return flops(**read)
 
-    count._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode passes tensors instead of their shapes
+    count.__dict__["_get_raw"] = True  # FlopCounterMode then passes tensors instead of their shapes
     return count
 
 

@@ -86,8 +86,8 @@ def example(op: str, device: str) -> tuple[object, ...]:
 
 
 def verdicts() -> list[Verdict]:
-    """Every op on every backend of this machine, then self_attention's outside providers."""
-    return [verdict for name in op_names() for verdict in _backends_of(OPS[name])] + _providers()
+    """Every op on every backend of this machine, then self_attention's external backends."""
+    return [verdict for name in op_names() for verdict in _backends_of(OPS[name])] + _external()
 
 
 def _backends_of(op: Op) -> list[Verdict]:
@@ -102,7 +102,7 @@ def _backends_of(op: Op) -> list[Verdict]:
     ]
 
 
-def _providers() -> list[Verdict]:
+def _external() -> list[Verdict]:
     flash = flash_reason(torch.bfloat16, 64) if device_type() == "cuda" else "the native kernel comes first on the CPU"
     xformers = xformers_reason(device_type())
     return [

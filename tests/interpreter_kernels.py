@@ -252,7 +252,8 @@ def test_adamw8bit_matches_the_reference(n, block_size, decay_first):
         module.step_8bit(p, grad, *s, code_map(True), code_map(False), *numbers)
         results.append((p, s))
     (p, s), (p_wanted, s_wanted) = results
-    torch.testing.assert_close(p, p_wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(p, p_wanted, rtol=1e-6, atol=1e-6)  # eight float32 roundings
+    # a value that is halfway between two codes but for a rounding may take either: 1 in 500
     for codes, wanted in zip(s[:2], s_wanted[:2], strict=True):
         distance = (codes.int() - wanted.int()).abs()
         assert int(distance.max()) <= 1 and int(distance.sum()) <= n // 500

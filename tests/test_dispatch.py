@@ -92,7 +92,7 @@ def test_main_lists_every_op_and_backend():
             assert len(lines) == 1 and len(lines[0].split()) > 2, (op, backend)
 
 
-def test_self_attention_providers():
+def test_external_backends_of_self_attention():
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     with pcs_kernels.backend("sdpa"):

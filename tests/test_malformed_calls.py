@@ -141,6 +141,7 @@ def answer(name: str, arguments: dict[str, object]) -> list[torch.Tensor]:
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if found.device.type == "meta" or expected.device.type == "meta":
         return found.shape == expected.shape
+    # spoilt arguments (repeated, huge, of stride 0) cost digits on any backend; a wrong answer differs by its own size
     loose = 0.1 if found.dtype in (torch.bfloat16, torch.float16) else 1e-3
     if found.dtype == torch.uint8:
         return bool(((found.int() - expected.int()).abs() <= 1).all())

@@ -205,7 +205,7 @@ def test_autocast_changes_nothing(case, backend):
 
 
 @pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=needs.compiler)))
-def test_autocast_changes_no_provider(compiled):
+def test_autocast_changes_no_external_backend(compiled):
     q = R(1, 2, 9, 8)
     attention = torch.compile(pcs_kernels.self_attention, fullgraph=True) if compiled else pcs_kernels.self_attention
     with pcs_kernels.backend("sdpa"):

@@ -27,7 +27,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups, contiguous or channels-last.
-        lr: and `betas`, `eps`, `weight_decay`: as in torch.optim.AdamW.
+        lr: learning rate.
+        betas: decay of the two running averages.
+        eps: added to the root of the second average.
+        weight_decay: decoupled, as in torch.optim.AdamW.
         block_size: elements that share one scale, a power of two from 16 to 4096; the default is bitsandbytes'.
         min_8bit_size: tensors with fewer elements keep float32 states; the default is bitsandbytes'.
         seed: bfloat16 parameters are rounded stochastically from it, so that updates below their precision are not

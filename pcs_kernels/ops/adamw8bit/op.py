@@ -231,9 +231,12 @@ def step_8bit(
     Args:
         param: n elements of any shape, contiguous; bfloat16 is rounded stochastically where a seed is given.
         grad: of param's shape, in its dtype or float32.
-        state1: uint8 codes of m; `state2` those of v.
-        absmax1: float32 [ceil(n / block_size)], the scale of each block of state1; `absmax2` of state2.
-        qmap1: float32 [256], the signed code map; `qmap2` is the unsigned one.
+        state1: uint8 codes of m, of param's shape.
+        state2: uint8 codes of v, of param's shape.
+        absmax1: float32 [ceil(n / block_size)], the scale of each block of state1.
+        absmax2: the same of state2.
+        qmap1: float32 [256], the signed code map.
+        qmap2: float32 [256], the unsigned code map.
         *settings: lr, beta1, beta2, eps, weight_decay, step (from 1), block_size, grad_scale, seed or None,
             decay_first (whether the weight decay comes before the update).
     """
@@ -246,8 +249,10 @@ def step_32bit(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     """The same step with float32 states, for tensors too small to be worth coding.
 
     Args:
-        param: as in `step_8bit`, and so is `grad`.
-        exp_avg: float32 m of param's shape; `exp_avg_sq` is v.
+        param: as in `step_8bit`.
+        grad: as in `step_8bit`.
+        exp_avg: float32 m, of param's shape.
+        exp_avg_sq: float32 v, of param's shape.
         *settings: those of `step_8bit` without block_size.
     """
     torch.ops.pcs_kernels.adamw32bit_step(param, grad, exp_avg, exp_avg_sq, *settings, forced_backend())

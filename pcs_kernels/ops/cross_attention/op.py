@@ -158,7 +158,8 @@ def cross_attention(
 
     Args:
         q: [B, H, N, D].
-        k: [B, H, T, D] with at most 320 tokens, and so is v.
+        k: [B, H, T, D] with at most 320 tokens.
+        v: [B, H, T, D].
         capture: token weights [B, G, T], one row a map (1.0 at each token of interest); it takes no gradient itself.
         scale: of the scores; default: D ** -0.5.
 

@@ -88,7 +88,11 @@ def launch_config(
     """The tiles of a kernel, smaller where few queries would leave multiprocessors idle.
 
     Args:
-        batch: and `heads`, `queries`, `tokens`, `width`: the B, H, N, T and D of the call.
+        batch: B of the call.
+        heads: H.
+        queries: N.
+        tokens: T.
+        width: D.
         arch: a tabled architecture, such as 86.
         kernel: which kernel.
         half: whether the operands have 16 bits.

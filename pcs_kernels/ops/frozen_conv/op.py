@@ -211,8 +211,10 @@ def frozen_conv2d(
 
     Args:
         x: [B, C, H, W].
-        weight: [O, C, kh, kw] without a gradient, and so is bias [O].
-        stride: of both sides, and so is `padding`.
+        weight: [O, C, kh, kw]; one that requires a gradient is refused.
+        bias: [O] or None, likewise.
+        stride: of both sides.
+        padding: of both sides, with zeros.
         pack: keep a packed copy of the weight for each direction used (CPU); False saves that memory.
 
     Returns:
@@ -229,7 +231,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: b
 
     Args:
         x: [..., C].
-        weight: [O, C] without a gradient, and so is bias [O].
+        weight: [O, C]; one that requires a gradient is refused.
+        bias: [O] or None, likewise.
         pack: keep a packed copy of the weight for each direction used (CPU); False saves that memory.
 
     Returns:

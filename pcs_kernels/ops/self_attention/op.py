@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import _check as check
-from ..._dispatch import BackendUnavailable, Op, define, forced_backend, forced_provider, without_autocast
+from ..._dispatch import BackendUnavailable, Op, define, forced_backend, forced_external, without_autocast
 from ..._dtypes import accumulator
 from ..._layout import heads_last_empty
 
@@ -117,12 +117,12 @@ def xformers_reason(device_type: str) -> str | None:
     return None
 
 
-def _provider(device_type: str, dtype: torch.dtype, width: int) -> str:
+def _backend_of(device_type: str, dtype: torch.dtype, width: int) -> str:
     """ "sdpa", "xformers" or "op" (one of this package's own backends)."""
     if forced_backend():
         return "op"
-    if forced_provider():
-        return forced_provider()
+    if forced_external():
+        return forced_external()
     if device_type == "cpu":
         return "op" if dtype is torch.float64 or not isinstance(OP.module("native"), str) else "sdpa"
     if device_type == "cuda" and flash_reason(dtype, width) is not None:
@@ -133,7 +133,7 @@ def _provider(device_type: str, dtype: torch.dtype, width: int) -> str:
 
 
 # torch.compiler.assume_constant_result does no more, but importing it would load the whole compiler.
-_provider._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_backend_of.__dict__["_dynamo_marked_constant"] = True
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -141,7 +141,8 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
 
     Args:
         q: [B, H, N, D].
-        k: [B, H, M, D], and so is v.
+        k: [B, H, M, D].
+        v: [B, H, M, D].
         scale: of the scores; default: D ** -0.5.
 
     Returns:
@@ -149,12 +150,12 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     """
     check.tensor("q", q)
     scale = check.attention_scale(scale, q)
-    provider = _provider(q.device.type, q.dtype, q.shape[-1] if q.dim() else 0)
-    if provider != "op":
+    external = _backend_of(q.device.type, q.dtype, q.shape[-1] if q.dim() else 0)
+    if external != "op":
         for name, x in (("q", q), ("k", k), ("v", v)):
             check.tensor(name, x)
         _check_call(q, k, v, scale)
-        return _sdpa(q, k, v, scale) if provider == "sdpa" else _xformers(q, k, v, scale)
+        return _sdpa(q, k, v, scale) if external == "sdpa" else _xformers(q, k, v, scale)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (q, k, v)):
         return _SelfAttention.apply(q, k, v, scale, forced_backend())
     return torch.ops.pcs_kernels.self_attention_forward(q, k, v, scale, forced_backend())[0]

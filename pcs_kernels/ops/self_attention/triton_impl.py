@@ -79,7 +79,8 @@ def launch_config(
     """The tiles of a kernel, smaller where few rows would leave multiprocessors idle.
 
     Args:
-        batch: and `heads`: how often the rows are shared out.
+        batch: B of the call.
+        heads: H.
         rows: queries, or keys for `Kernel.BACKWARD_KV`: what the programs of one head share.
         width: of a head.
         arch: a tabled architecture, such as 86.

@@ -25,7 +25,8 @@ def trained_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
         x: [B, C_in, H, W].
         weight: [C_out, C_in, K, K]; in channels-last memory it is never copied, and its gradient comes in the same.
         bias: [C_out] or None.
-        stride: of both sides, and so is `padding`.
+        stride: of both sides.
+        padding: of both sides, with zeros.
 
     Returns:
         [B, C_out, H', W'].
