@@ -40,7 +40,7 @@ class DreamBooth(Settings):
     prior_images: int = 100
     step_in_backward: bool = True
     train_text_encoder: bool = False
-    stage: Literal["base", "super_resolution"] = "base"
+    stage: Literal["base", "super_resolution"] = "base"  # the other trains an up-scaler
     noise_level: float = 1e-5  # super_resolution: variance of the noise laid on the small picture
 
 

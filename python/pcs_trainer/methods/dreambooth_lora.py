@@ -29,7 +29,7 @@ class DreamBoothLoRA(DreamBooth):
     learning_rate: float = 1e-4
     step_in_backward: bool = False
     rank: int = 4
-    init: Literal["zero_up", "both_random"] = "zero_up"
+    init: Literal["zero_up", "both_random"] = "zero_up"  # both_random: the second half is small, not zero
 
 
 def setup(model: Model, s: DreamBoothLoRA, learner: Learner) -> None:

@@ -26,7 +26,7 @@ class Residuals(Settings):
     """The paper's values are Settings' own defaults."""
 
     rank: int | None = None  # None: RANK_SHARE of each projection's width
-    init: Literal["zero_up", "both_random"] = "zero_up"
+    init: Literal["zero_up", "both_random"] = "zero_up"  # both_random: the second half is small, not zero
 
 
 def setup(model: Model, s: Residuals, learner: Learner) -> None:
