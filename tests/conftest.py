@@ -6,6 +6,7 @@ import torch
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    torch.set_warn_always(True)  # what torch warns of once a process would depend on the tests before
 
 
 def pytest_report_header():
@@ -21,14 +22,6 @@ def nan_filled_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def quiet_warnings():
-    import warnings
-
-    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def test_small_updates_of_bfloat16_are_not_lost():
         for _ in range(100):
             p.grad = torch.ones_like(p)
             opt.step()
-        moved[seed] = 1 - float(p.float().mean())
+        moved[seed] = 1 - float(p.detach().float().mean())
     assert moved[0] == pytest.approx(100 * 2e-4, rel=0.1)  # the mean of 8192 draws of 100 steps, and to spare
     assert moved[None] == 0
 
