@@ -74,7 +74,7 @@ def file_size(method: str) -> str:
     """Bytes of a concept file's tensors, for people."""
     learner = learned(method)
     kept = [row for word in learner.words.values() if word.kept for row in word.rows]
-    size = sum(t.nbytes for t in [*learner.weights.values(), *kept])
+    size = sum(t.nbytes for t in [*learner.weights.values(), *learner.fixed.values(), *kept])
     if size >= 10**9:
         return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.1f} MB" if size >= 10**6 else f"{size / 1e3:.0f} kB"
