@@ -98,6 +98,7 @@ def test_what_the_trainer_is_given(model, folder, tmp_path):
     several.learner.restore()
 
 
+@pytest.mark.slow
 def test_a_prior_folder_of_black_pictures(model, folder, tmp_path):
     prior = tmp_path / "prior"
     prior.mkdir()
@@ -116,6 +117,7 @@ def test_an_out_folder_that_cannot_be_written(model, folder, tmp_path):
         Trainer(model, "personalized_residuals", folder, class_word="mug", out=blocked / "run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_warning_while_training_and_a_sentence_at_the_end(model, folder, tmp_path, monkeypatch):
     import safetensors.torch
 

@@ -80,6 +80,7 @@ def test_every_function_it_names_exists():
         assert callable(found), name
 
 
+@pytest.mark.slow
 def test_benchmarks_run_to_the_end(tmp_path):
     """One op, few rounds: the gate, the timing, the targets and the results file."""
     out = tmp_path / "ops.csv"
@@ -90,6 +91,7 @@ def test_benchmarks_run_to_the_end(tmp_path):
     assert len(lines) == 1 + 12 and "ratio" in lines[0]
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_to_the_end(tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--out", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)

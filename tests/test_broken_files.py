@@ -29,6 +29,7 @@ def lora_file(model, file, **changes):
 PROJECTION = "lora_unet_mid_block_attentions_0_proj_out"
 
 
+@pytest.mark.slow
 def test_broken_safetensors(model, tmp_path):
     file = tmp_path / "f.safetensors"
     lora_file(model, file)

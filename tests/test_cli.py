@@ -217,6 +217,7 @@ def test_debug_shows_where(tmp_path, monkeypatch):
         cli.main(["train", "--debug"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys):
     assert cli.main(["plan", "--budget", "20MB", "--batch", "4", "--device", "cpu"]) == 3
     assert "missing" in capsys.readouterr().out

@@ -40,6 +40,7 @@ def test_backend_is_restored_after_an_error():
     assert pcs_kernels._dispatch.forced_backend() == ""
 
 
+@pytest.mark.slow
 def test_environment_forces_a_backend():
     code = "import pcs_kernels; print(pcs_kernels._dispatch.forced_backend())"
     assert python(code, PCS_BACKEND="reference") == "reference"
@@ -60,6 +61,7 @@ def test_import_is_light():
     assert float(cost) < 0.2
 
 
+@pytest.mark.slow
 def test_the_package_runs_without_a_compiler():
     """With the compiled modules hidden, everything runs on the reference and says why."""
     code = """
@@ -150,6 +152,7 @@ def builds() -> tuple[str, ...]:
     return _native.SETS[: _native.SETS.index(_native.instruction_set()) + 1] if needs.built() else _native.SETS
 
 
+@pytest.mark.slow
 @needs.native
 @pytest.mark.parametrize("build", builds())
 def test_every_build_is_no_worse_than_torch(build):

@@ -88,6 +88,7 @@ def test_without_the_native_build_the_reference_runs(monkeypatch):
         assert machine.kernels()[1] and "not built" in machine.slow_note() and "slower" in machine.slow_note()
 
 
+@pytest.mark.slow
 def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
     from pcs_trainer.cli import entry as cli
 

@@ -103,6 +103,7 @@ def nothing_learned(model, word="mug"):
     return Concept("textual_inversion", {}, {"<mug>": first_rows(model, word)}, meta, fingerprint(model))
 
 
+@pytest.mark.slow
 def test_a_concept_that_learned_nothing_closes_no_gap_and_keeps_the_class(tiny):
     asks = ASKS[:3]
     found = evaluate(tiny, nothing_learned(tiny), pictures_of(21, 4, kind="mug"), prompts=asks, count=3, steps=3)

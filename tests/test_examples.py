@@ -21,6 +21,7 @@ def script(name: str, *words: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_kernel_agrees_with_plain_torch(tmp_path):
     said = script("one_kernel.py", cwd=tmp_path)
     differences = [float(x) for x in re.findall(r"difference (?:of a gradient )?(\S+?);?\s", said)]

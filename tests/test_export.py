@@ -189,6 +189,7 @@ def test_whole_pipeline(model, tmp_path, make):
     assert not list(tmp_path.glob(".whole*"))
 
 
+@pytest.mark.slow
 def test_our_own_loader_reads_the_pipeline_we_write(model, tmp_path):
     concept = dreambooth(model)
     report = export(concept, tmp_path / "db", "diffusers", model)
@@ -278,6 +279,7 @@ def test_what_cannot_be_exported_is_said(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_other_families(tmp_path, family, format):

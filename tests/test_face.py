@@ -32,6 +32,7 @@ def test_what_was_promised_is_there():
         pcs_trainer.trainer  # noqa: B018
 
 
+@pytest.mark.slow
 def test_names_stay_functions_after_the_modules_behind_them_were_used(model, tmp_path):
     """merge, export and evaluate once turned into modules after Concept.compress or Concept.export had been called."""
     import concept_cases

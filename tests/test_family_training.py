@@ -11,6 +11,7 @@ from pcs_trainer.sampling.drawing import sample
 from pcs_trainer.training.trainer import Trainer
 from test_model_loading import text_config, write_model
 
+pytestmark = pytest.mark.slow
 SETTINGS = dict(
     class_word="b", token="<v>", template="{subject}", class_template="{class}", init_word="b", identifier="learned",
     resolution=32, steps=2, batch=1, prior_images=1, prior_steps=1, augment=False,

@@ -47,6 +47,7 @@ def real_size(tmp_path_factory):
     return root, at
 
 
+@pytest.mark.slow
 def test_memory_and_time_of_loading_sd15(real_size):
     root, size = real_size
     run = subprocess.run([sys.executable, "-c", MEASURE, str(root)], capture_output=True, text=True, check=True)

@@ -50,6 +50,7 @@ def raw_calls():
     yield "adamw32bit_step", (R(30), R(30), R(30), torch.rand(30), *numbers, 1.0, None, False, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
 def test_opcheck(backend):
     torch.utils.deterministic.fill_uninitialized_memory = False  # opcheck compares two runs bit for bit
@@ -75,6 +76,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @needs.compiler
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_whole_and_gives_the_same(name):
@@ -214,6 +216,7 @@ def test_autocast_changes_no_external_backend(compiled):
             torch.testing.assert_close(attention(q, q, q), expected)
 
 
+@pytest.mark.slow
 @needs.native
 @pytest.mark.parametrize("threads", (1, 2, 3, 5))
 def test_threads_agree_bit_for_bit(threads):

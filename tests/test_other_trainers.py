@@ -47,6 +47,7 @@ def test_an_instance_prompt_is_taken_apart(prompt, words):
     assert {k: v for k, v in found.items() if k not in ("notes", "identifier")} == words
 
 
+@pytest.mark.slow
 def test_a_list_of_concepts_is_learned_together(tmp_path, capsys):
     file = tmp_path / "concepts.json"
     folders = [tmp_path / name for name in ("dog", "cat")]

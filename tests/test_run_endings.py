@@ -15,6 +15,7 @@ from pcs_trainer.training.trainer import Trainer
 from trainer_cases import SMALL, cache, pictures
 
 __all__ = ["cache"]
+pytestmark = pytest.mark.slow
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 
 
@@ -23,8 +24,7 @@ import signal, sys, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without it
 sys.path[:0] = {path!r}
 torch.set_num_threads(1)
-from pcs_trainer import load_model
-from pcs_trainer.trainer import Trainer
+from pcs_trainer import Trainer, load_model
 from pcs_trainer.tiny.subjects import photos
 t = Trainer(load_model("tiny"), "personalized_residuals", [p.picture for p in photos(51, 2)], class_word="mug",
             out={out!r}, steps=100000, checkpoint_every=3, keep=2, batch=1, check_backend=False)
@@ -42,9 +42,8 @@ import os, random, signal, sys, time, torch
 sys.path[:0] = {path!r}
 torch.set_num_threads(1)
 from pathlib import Path
-from pcs_trainer import load_model
-from pcs_trainer.checkpoint import checkpoints, read_checkpoint
-from pcs_trainer.trainer import Trainer
+from pcs_trainer import Trainer, load_model
+from pcs_trainer.training.checkpoint import checkpoints, read_checkpoint
 from pcs_trainer.tiny.subjects import photos
 
 out, moments, reached = Path({out!r}), random.Random(0), 0
@@ -100,8 +99,8 @@ def test_an_interrupt_saves_and_ends(model, tmp_path):
         if line.startswith("step 4"):
             process.send_signal(signal.SIGINT)
             break
-    rest = process.stdout.read()
-    assert process.wait(60) == 0 and "stopped" in rest and "saved" in rest
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped" in rest and "saved" in rest
     assert load_concept(tmp_path / "concept.safetensors", model).meta["finished"] == "0"
 
 
@@ -110,8 +109,7 @@ import os, sys, torch
 sys.path[:0] = {path!r}
 torch.set_num_threads(1)
 import torch.distributed as dist
-from pcs_trainer import load_model
-from pcs_trainer.trainer import Trainer
+from pcs_trainer import Trainer, load_model
 from pcs_trainer.tiny.subjects import photos
 model = load_model("tiny")
 model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer

@@ -47,6 +47,7 @@ def test_the_autoencoder_keeps_pictures_and_its_latents_are_centred(parts):
     assert parts.vae.config.scaling_factor == 1.0
 
 
+@pytest.mark.slow
 def test_it_draws_what_the_caption_says(parts):
     scenes, texts, names = held_out_captions(16, 60_000_000)
     drawn = parts.draw(texts, seed=1, bf16=True)
@@ -59,5 +60,6 @@ def test_the_same_seed_draws_the_same_picture_and_another_another(parts):
     assert np.array_equal(one, again) and not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_picture():
     assert diffusers_difference(WEIGHTS, count=3)["largest"] <= 2

@@ -30,6 +30,7 @@ def test_merges_make_each_word_one_token_most_frequent_first():
     assert merges[0] == ("a", "b</w>") and ("a", "b") in merges and len(merges) == 4
 
 
+@pytest.mark.slow
 def test_whitening_keeps_the_pictures_and_makes_latents_white():
     torch.manual_seed(0)
     vae = train_vae.build_vae().eval()
@@ -82,6 +83,7 @@ def small_set(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_second_run_resumes_where_the_first_stopped(small_set):
     def run(minutes):
         files = (small_set / name for name in ("tokenizer", "captions.json", "latents.npy"))
@@ -104,6 +106,7 @@ def _average_gradients(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_their_gradients(tmp_path):
     torch.multiprocessing.spawn(_average_gradients, (train_unet.free_port(), str(tmp_path)), nprocs=2)
     for rank in (0, 1):

@@ -21,7 +21,10 @@ from pcs_kernels.ops.lowrank_residual import triton_impl as lowrank  # noqa: E40
 from pcs_kernels.ops.self_attention import triton_impl as attention  # noqa: E402
 from tests import triton_budget  # noqa: E402
 
-pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1: interpreted kernels do not compile")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1: interpreted kernels do not compile"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,7 @@ def test_any_size_of_picture(size):
         assert relative(unet(x, t, context), peer_prediction(network, x, t, context, {})) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_full_sd15_configuration():
     torch.manual_seed(0)
     from diffusers import UNet2DConditionModel
