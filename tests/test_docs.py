@@ -19,7 +19,7 @@ from pcs_trainer.cli.commands import COMMANDS, command
 from pcs_trainer.cli.options import parse
 from pcs_trainer.methods import TITLES
 from pcs_trainer.unet.plans import PLAN_NAMES
-from test_rooms import ROOMS
+from test_rooms import ROOMS, TRAINER, arrows, room
 
 from pcs_kernels import diagnostics
 
@@ -262,6 +262,22 @@ def test_the_readmes_tree_and_the_tour_name_every_room():
     tour = (DOCS / "how-it-works.md").read_text()
     rooms = {room for line in ROOMS for room in line.split()} - {"__main__"}
     assert {room for room in rooms if not re.search(rf"\b{re.escape(room)}\b", tour)} == set()
+
+
+def test_the_tours_arrows_are_the_imports():
+    ground = set(ROOMS[0].split())
+    found: dict[str, set[str]] = {}
+    for arrow in arrows(TRAINER):
+        if arrow.source and arrow.target:
+            source, target = room(arrow.source)[1], room(arrow.target)[1]
+            found.setdefault(source, set()).update({target} - {source} - ground)
+    tour = (DOCS / "how-it-works.md").read_text()
+    table = tour.split("| room |")[1].split("\n\n")[0]
+    for name, said in re.findall(r"^\| `(\w+)` \| [^|]+ \| ?([^|]*) ?\|$", table, re.MULTILINE):
+        rooms = {word for word in re.split(r"[, ]+", said) if word}
+        if name != "cli":
+            assert rooms == found.get(name, set()), f"{name} imports {', '.join(sorted(found.get(name, set())))}"
+    assert found["cli"] | {"cli"} == {r for line in ROOMS[1:] for r in line.split()} - {"tiny.make", "__main__"}
 
 
 def test_the_tour_names_the_recomputation_plans():
