@@ -10,11 +10,12 @@ from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.sampling.drawing import sample
 from pcs_trainer.training.trainer import Trainer
 from test_model_loading import text_config, write_model
+from trainer_cases import small_for
 
 pytestmark = pytest.mark.slow
 SETTINGS = dict(
     class_word="b", token="<v>", template="{subject}", class_template="{class}", init_word="b", identifier="learned",
-    resolution=32, steps=2, batch=1, prior_images=1, prior_steps=1, augment=False,
+    resolution=32, steps=2, batch=1, prior_images=1, prior_steps=1,
 )  # fmt: skip
 METHODS = ("dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost")
 
@@ -40,7 +41,9 @@ def pictures():
 def test_a_method_trains_saves_and_draws(model, method, tmp_path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
     events = []
-    concept = Trainer(model, method, pictures(), out=tmp_path / "out", **SETTINGS).train(on_event=events.append)
+    concept = Trainer(
+        model, method, pictures(), out=tmp_path / "out", **SETTINGS | small_for(method, augment=False)
+    ).train(on_event=events.append)
     assert [e.kind for e in events if e.kind in ("step", "done")] == ["step", "step", "done"]
     assert len(concept.words["<v>"]) == len(model.text_encoders)
     loaded = load_concept(tmp_path / "out" / "concept.safetensors", model)

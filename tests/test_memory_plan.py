@@ -7,9 +7,10 @@ import pytest
 import torch
 from kept_bytes import Storages
 from pcs_trainer.memory.assign import Table, fastest, fastest_within, smallest
+from pcs_trainer.memory.counts import Counted, Request
 from pcs_trainer.memory.ledger import LayerCount, StepCount
 from pcs_trainer.memory.networks import KNOWN_TEXT, Networks, networks_of
-from pcs_trainer.memory.planner import Plan, _Counted, plan
+from pcs_trainer.memory.planner import Plan, plan
 from pcs_trainer.memory.rehearsal import Rehearsal, state_bytes
 from pcs_trainer.methods import settings_for
 from pcs_trainer.unet.recompute import PLANS
@@ -46,12 +47,13 @@ def allocated(step) -> int:
     return peak
 
 
+@pytest.mark.slow
 @needs.native  # the reference makes more
 @pytest.mark.parametrize("method", METHODS)
 def test_counted_bytes_are_the_bytes_of_a_real_step(method):
     settings = settings_for(None, method)
     arguments = Networks(SMALL, [TEXT]), settings, (2, 16), torch.bfloat16
-    counted = _Counted(*arguments, "cpu", False)
+    counted = Counted(Request(*arguments, "cpu", False))
     real = Rehearsal(*arguments, "cpu", counted=False)
     real.step()
     for name in PLANS:
@@ -68,7 +70,7 @@ def test_lasting_bytes_are_those_of_the_real_thing():
 
     settings = settings_for(None, "personalized_residuals")
     arguments = Networks(SMALL, [TEXT]), settings, (1, 16), torch.bfloat16
-    lasting = _Counted(*arguments, "cpu", False).lasting()
+    lasting = Counted(Request(*arguments, "cpu", False)).lasting()
     _packed.forget_packed_weights()
     real = Rehearsal(*arguments, "cpu", counted=False)
     real.step()
@@ -96,7 +98,7 @@ def test_state_bytes_of_one_tensor():
 def test_kept_bytes_by_hooks_and_by_the_ledger():
     """What saved-tensor hooks see of the UNet's forward, and what the planner calls kept."""
     settings = settings_for(None, "personalized_residuals")
-    counted = _Counted(Networks(SD15_REAL, []), settings, (1, 32), torch.bfloat16, "cuda", False)
+    counted = Counted(Request(Networks(SD15_REAL, []), settings, (1, 32), torch.bfloat16, "cuda", False))
     for name in ("A", "B", "C"):
         kept = counted.count(name).kept
         rehearsal = counted.rehearsal
@@ -132,6 +134,7 @@ def test_what_trains_is_what_the_trainer_trains(method):
 TARGETS = {"dreambooth": 4.1, "custom_diffusion": 2.5, "personalized_residuals": 1.9, "textboost": 2.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(TARGETS))
 def test_the_four_methods_on_sd15_at_512(method, record_property):
     limit = int(TARGETS[method] * 1e9)
@@ -169,6 +172,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_accumulated():
     assert found.settings == {"batch": found.batch, "accumulate": found.accumulate, "plan": found.assignment}
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met_says_what_is_missing():
     found = plan(SD15_REAL, "dreambooth", 256, budget="3GB")
     assert not found.fits
@@ -179,6 +183,7 @@ def test_a_budget_that_cannot_be_met_says_what_is_missing():
     assert not fixed.fits and "batch=1" in fixed.missing
 
 
+@pytest.mark.slow
 def test_the_cpu_holds_packed_copies_and_no_context():
     found = plan("tiny", "personalized_residuals", device="cpu", dtype=torch.float32)
     assert found.context == 0 and found.resolution == 64
@@ -202,7 +207,7 @@ def test_no_budget(budget):
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"method": "magic"}, "there is no method 'magic'"),
-    ({"batch": 0}, "batch must be a whole number"),
+    ({"batch": 0}, "batch must be an integer"),
     ({"resolution": 100}, "multiple of 8"),
     ({"resolution": -8}, "multiple of 8"),
     ({"budget": "-4GB"}, "the budget"),

@@ -11,7 +11,7 @@ from pcs_trainer import load_model
 from pcs_trainer.data import augment, prompts
 from pcs_trainer.data.batches import Bank, draw_batch, seeded
 from pcs_trainer.methods import custom_diffusion, settings_for, textboost
-from pcs_trainer.methods.learner import learner_for
+from pcs_trainer.methods.start import learner_for
 from pcs_trainer.model.autoencoder import Moments
 from pcs_trainer.model.schedule import Schedule
 from pcs_trainer.model.text import encode

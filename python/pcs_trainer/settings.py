@@ -10,9 +10,21 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 Identifier = Literal["rare", "learned", "plain"]
 Schedule = Literal["constant", "cosine", "linear"]
 
-COUNTS = ("steps", "batch", "accumulate", "keep", "token_vectors", "bank", "prior_images", "rank")  # at least 1
-AMOUNTS = ("token_learning_rate", "clip_norm", "snr_gamma", "prior_weight", "preservation_weight", "weight_decay",
-           "warmup", "checkpoint_every", "preview_every", "probe_every", "resolution")  # fmt: skip  # at least 0
+# At least 1, and at least 0.
+COUNTS = ("steps", "batch", "accumulate", "keep", "token_vectors", "bank", "prior_images", "rank")
+AMOUNTS = (
+    "token_learning_rate",
+    "clip_norm",
+    "snr_gamma",
+    "prior_weight",
+    "preservation_weight",
+    "weight_decay",
+    "warmup",
+    "checkpoint_every",
+    "preview_every",
+    "probe_every",
+    "resolution",
+)
 
 
 @dataclass(kw_only=True)
@@ -49,9 +61,9 @@ class Settings:
     prior_weight: float = 0.0  # of the loss on class images; 0 is off
     prior_images: int = 100
     prior_folder: str | None = None  # class images with captions beside them; None lets the model draw them
-    prior_steps: int = 25
+    prior_steps: int = 25  # sampling steps of a generated class image
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    step_in_backward: bool = False
+    step_in_backward: bool = False  # update each parameter inside the backward pass, and free its gradient
     seed: int = 0
     plan: str | dict[str, str] = "A"  # recomputation plan of the UNet, or of its layers by leading part of their names
     checkpoint_every: int = 0  # 0: at the end of the run alone

@@ -135,9 +135,15 @@ def prior_bank(
 
 
 def draw_batch(
-    subject: Bank, prior: Bank | None, names: list[str], s: Settings, step: int, micro: int, share: tuple[int, int],
+    subject: Bank,
+    prior: Bank | None,
+    names: list[str],
+    s: Settings,
+    step: int,
+    micro: int,
+    share: tuple[int, int],
     timesteps: Callable[[int, torch.Generator], Tensor],
-) -> Batch:  # fmt: skip
+) -> Batch:
     """The examples of one micro-batch; of `share` = (rank, world) processes each takes its part of world x batch."""
     rank, world = share
     generator = seeded(s.seed, Stream.BATCH, step, micro)
@@ -159,9 +165,14 @@ def draw_batch(
     t = timesteps(len(x), generator)
     mine = keep.tolist()
     return Batch(
-        x[keep], [prompts[i] for i in mine], None if masks is None else masks[keep], noise[keep], t[keep], s.batch,
+        x[keep],
+        [prompts[i] for i in mine],
+        None if masks is None else masks[keep],
+        noise[keep],
+        t[keep],
+        s.batch,
         [said[i] for i in mine],
-    )  # fmt: skip
+    )
 
 
 def data_digest(subjects: Sequence[Subject], prior: Bank | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic")
-SMALLEST = 16  # pixels a side
+SMALLEST = 16  # pixels a side: two latent pixels, below which there is nothing to learn from
 
 
 @dataclass
@@ -160,6 +160,7 @@ def _mask_of(path: Path, masks: str | Path | None, shape: tuple[int, ...]) -> np
 
 def is_blank(pixels: np.ndarray) -> bool:
     """A picture with nothing in it, such as the black one a safety checker leaves."""
+    # A deviation of 2 of 255 levels is JPEG's noise on one colour.
     return float(pixels.astype(np.float32).std(axis=(0, 1)).max()) < 2.0
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..model.model import Model
     from ..settings import Settings
 
-ATTEMPTS = 5
+ATTEMPTS = 5  # rounds of drawing blank class images again
 
 
 def prior_pictures(model: Model, prompt: str, s: Settings, report: Any) -> list[Picture]:
@@ -53,9 +53,12 @@ def draw_prior(model: Model, prompt: str, s: Settings) -> list[Picture]:
     for attempt in range(ATTEMPTS):
         wanted = s.prior_images - len(result)
         drawn = sample(
-            model, [prompt] * wanted, steps=s.prior_steps, seed=1_000_003 * (s.seed + 1) + 10_007 * attempt,
+            model,
+            [prompt] * wanted,
+            steps=s.prior_steps,
+            seed=1_000_003 * (s.seed + 1) + 10_007 * attempt,
             size=s.resolution or None,
-        )  # fmt: skip
+        )
         pixels = [np.asarray(image.convert("RGB")) for image in drawn]
         result += [Picture(p, f"prior-{len(result) + i:04d}.png") for i, p in enumerate(pixels) if not is_blank(p)]
         if len(result) >= s.prior_images:

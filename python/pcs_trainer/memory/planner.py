@@ -6,28 +6,24 @@ no weights. On a GPU, measure=True runs the candidates for real under a hard cap
 
 from __future__ import annotations
 
-import functools
-import json
 import time
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..methods import settings_for
 from ..model.model import Model, load_model
-from ..settings import Settings
-from ..unet.recompute import PLANS
+from ..unet.plans import PLAN_NAMES, PLANS
 from ..units import parse_bytes
-from .assign import Table, fastest, fastest_within, smallest
-from .ledger import StepCount
-from .networks import Networks, networks_of
+from .assign import fastest, fastest_within, smallest
+from .counts import Counted, Request, counted_once
+from .networks import networks_of
 from .rehearsal import Rehearsal
 
-CUDA_CONTEXT = 500_000_000  # what the driver takes before the first tensor
+CUDA_CONTEXT = 500_000_000  # allowed for what the driver takes before the first tensor; not measured here
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -85,74 +81,14 @@ class Plan:
         lines += [f"  {'together':<30}{self.total / 1e9:8.3f} GB"]
         if self.budget is not None:
             lines += [f"  {'budget':<30}{self.budget / 1e9:8.3f} GB"]
-        lines += ["", f"memory plans of the {len(self.assignment)} layers: {self.plans}"]
+        counts = Counter(self.assignment.values())
+        named = ", ".join(f"{counts[p]} {PLAN_NAMES[p]} ({p})" for p in PLANS if counts[p])
+        lines += ["", f"recomputation plans of the {len(self.assignment)} layers: {named}"]
         lines += [f"work beyond the fastest plans: {self.slowdown:.0%}"]
         if self.measured:
             took, held = self.measured["seconds"], self.measured["bytes"] / 1e9
             lines += [f"one real step: {took:.3f} s, {held:.3f} GB held"]
         return "\n".join([*lines, self.missing or ("It fits." if self.budget is not None else "")]).rstrip()
-
-
-class _Counted:
-    """One method's step at one size: its rehearsal, and its counts under each memory plan, made when asked for."""
-
-    def __init__(self, networks: Networks, settings: Settings, size: tuple[int, int], dtype: torch.dtype,
-                 device: str, accumulate: bool) -> None:  # fmt: skip
-        self.fake = FakeTensorMode() if device == "cpu" else None
-        self.arguments = networks, settings, size, dtype
-        with self.fake or nullcontext():
-            self.rehearsal = Rehearsal(*self.arguments, "cpu" if self.fake else "meta", accumulate)
-        self._counts: dict[str, StepCount] = {}
-
-    def count(self, assignment: str | dict[str, str]) -> StepCount:
-        key = assignment if isinstance(assignment, str) else json.dumps(assignment)
-        if key not in self._counts:
-            with self.fake or nullcontext():
-                self.rehearsal.unet.set_plan(assignment)
-                self._counts[key] = self.rehearsal.count()
-        return self._counts[key]
-
-    def lasting(self) -> dict[str, int]:
-        """What is there all the time, by component."""
-        found = self.rehearsal.weights()
-        if self.rehearsal.accumulate:
-            found["gradients"] = sum(p.nbytes for p in self.rehearsal.trained)
-        if self.fake:
-            found["packed copies of weights"] = self.count("eager").packed
-        return found
-
-    def components(self, assignment: str | dict[str, str]) -> dict[str, int]:
-        found = self.lasting()
-        for name, size in self.count(assignment).parts.items():
-            found[name] = found.get(name, 0) + size
-        return found
-
-    def bytes(self, assignment: str | dict[str, str]) -> int:
-        return sum(self.components(assignment).values())
-
-    def table(self) -> Table:
-        return Table({plan: self.count(plan) for plan in PLANS}, sum(self.lasting().values()))
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What a count depends on."""
-
-    networks: Networks
-    settings: Settings
-    size: tuple[int, int]  # (pictures in one forward, side of the latents)
-    dtype: torch.dtype
-    device: str
-    accumulate: bool
-
-    def __hash__(self) -> int:
-        return hash(repr(self))  # configurations are dicts, which have no hash of their own
-
-
-@functools.lru_cache(maxsize=8)  # a budget is tried with a few batch sizes; a count holds the networks' shapes
-def _counted(request: _Request) -> _Counted:
-    r = request
-    return _Counted(r.networks, r.settings, r.size, r.dtype, r.device, r.accumulate)
 
 
 def plan(
@@ -168,13 +104,20 @@ def plan(
 ) -> Plan:
     """The memory of one training step of `method`, and the fastest memory plans that keep it within `budget`.
 
-    model: a Model, a UNet, a folder, a hub name, or a UNet's configuration (or {"unet": ..., "text_encoder": ...}).
-    resolution: None is the model's own. batch: pictures of the subject in one forward; None starts at the method's own
-        batch and halves it, accumulating gradients instead, until plan C fits.
-    budget: "6GB", "6000MB" or bytes; None asks for the fastest plans. It holds the CUDA context where device is "cuda".
-    device: what is planned for: "cuda", or "cpu", where the kernels keep packed copies of frozen weights.
-    measure: on a GPU, run the candidates under a hard cap and take the fastest.
-    settings: the trainer's other settings; those that change the memory are rank, variant, train_token and the like.
+    Args:
+        model: a Model, a UNet, a folder, a hub name, or a UNet's configuration ({"unet": ..., "text_encoder": ...}).
+        method: a name in `pcs_trainer.methods.TITLES`.
+        resolution: pixels a side; None is the model's native size.
+        batch: pictures of the subject in one forward; None starts at the method's own batch and halves it,
+            accumulating gradients instead, until the plan that keeps little (C) fits.
+        budget: "6GB", "6000MB" or bytes; None asks for the fastest plans. It includes the CUDA context on "cuda".
+        dtype: of the model's weights.
+        device: what is planned for: "cuda", or "cpu", where the kernels keep packed copies of frozen weights.
+        measure: on a GPU, run the candidates under a hard cap and take the fastest.
+        settings: the method's other settings; those that change the memory are rank, variant, train_token and the like.
+
+    Returns:
+        the plan; `plan.fits` says whether it is within the budget, `plan.missing` what is missing.
     """
     model = load_model(model) if isinstance(model, str) and model == "tiny" else model
     given = {name: value for name, value in settings.items() if value is not None}
@@ -190,16 +133,14 @@ def plan(
     prior = 1 if s.prior_weight else 0
     wanted = (s.batch if batch is None else batch) * s.accumulate
 
-    def counted(pictures: int) -> _Counted:
+    def counted(pictures: int) -> Counted:
         size = pictures * (1 + prior), resolution // networks.pixels
-        return _counted(_Request(networks, s, size, dtype, device, wanted > pictures))
+        return counted_once(Request(networks, s, size, dtype, device, wanted > pictures))
 
-    pictures = s.batch if batch is None else batch
+    pictures = batch or s.batch
+    if batch is None and limit is not None:
+        pictures = _halved_until_it_fits(counted, pictures, limit)
     chosen = counted(pictures)
-    while batch is None and limit is not None and pictures > 1 and chosen.bytes("C") > limit:
-        hopeless = sum(chosen.lasting().values()) > limit
-        pictures = 1 if hopeless else pictures // 2
-        chosen = counted(pictures)
     assignment = _choose(chosen, limit)
     missing = ""
     if limit is not None and chosen.bytes(assignment) > limit:
@@ -207,11 +148,30 @@ def plan(
         missing = _missing(chosen, assignment, limit + context, context, smaller)
     count = chosen.count(assignment)
     found = Plan(
-        method, resolution, pictures, prior * pictures, -(-wanted // pictures), device, allowed,
-        chosen.components(assignment), context, count.kept, max(count.gradients, chosen.lasting().get("gradients", 0)),
-        assignment, count.work / min(chosen.count(p).work for p in PLANS) - 1, missing,
-    )  # fmt: skip
+        method=method,
+        resolution=resolution,
+        batch=pictures,
+        prior=prior * pictures,
+        accumulate=-(-wanted // pictures),
+        device=device,
+        budget=allowed,
+        components=chosen.components(assignment),
+        context=context,
+        kept=count.kept,
+        gradients=max(count.gradients, chosen.lasting().get("gradients", 0)),
+        assignment=assignment,
+        slowdown=count.work / min(chosen.count(p).work for p in PLANS) - 1,
+        missing=missing,
+    )
     return _measured(found, chosen, limit) if measure and found.fits else found
+
+
+def _halved_until_it_fits(counted: Callable[[int], Counted], pictures: int, limit: int) -> int:
+    """The largest of batch, batch / 2, ... 1 with which plan C is within the limit; 1 where none is."""
+    while pictures > 1 and counted(pictures).bytes("C") > limit:
+        hopeless = sum(counted(pictures).lasting().values()) > limit  # what is there all the time does not shrink
+        pictures = 1 if hopeless else pictures // 2
+    return pictures
 
 
 def _budget(amount: str | float) -> int:
@@ -225,20 +185,20 @@ def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels:
     if not isinstance(resolution, int) or resolution < 1 or resolution % pixels:
         raise ValueError(f"the resolution must be a multiple of {pixels} pixels for this model, not {resolution!r}")
     if batch is not None and (not isinstance(batch, int) or batch < 1):
-        raise ValueError(f"batch must be a whole number of at least 1, not {batch!r}")
+        raise ValueError(f"batch must be an integer of at least 1, not {batch!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, not {dtype!r}")
     if device not in ("cuda", "cpu"):
         raise ValueError(f'device must be "cuda" or "cpu", not {device!r}')
 
 
-def _choose(chosen: _Counted, limit: int | None) -> dict[str, str]:
+def _choose(chosen: Counted, limit: int | None) -> dict[str, str]:
     """The fastest assignment whose counted bytes are within the limit, or the smallest one."""
     table = chosen.table()
     if limit is None:
         return fastest(table)
     aim = limit
-    for _ in range(6):
+    for _ in range(6):  # the table adds layers up, the count knows better: the aim is lowered by what it was over
         assignment = fastest_within(table, aim)
         if assignment is None:
             break
@@ -250,7 +210,7 @@ def _choose(chosen: _Counted, limit: int | None) -> dict[str, str]:
     return min(candidates, key=chosen.bytes)
 
 
-def _missing(chosen: _Counted, assignment: dict[str, str], allowed: int, context: int, smaller: _Counted | None) -> str:
+def _missing(chosen: Counted, assignment: dict[str, str], allowed: int, context: int, smaller: Counted | None) -> str:
     """One sentence: how much is missing, what takes the most, and what would help."""
     components = chosen.components(assignment)
     needed = sum(components.values()) + context
@@ -264,7 +224,7 @@ def _missing(chosen: _Counted, assignment: dict[str, str], allowed: int, context
     return sentence + "."
 
 
-def _measured(found: Plan, chosen: _Counted, limit: int | None) -> Plan:
+def _measured(found: Plan, chosen: Counted, limit: int | None) -> Plan:
     """Real steps of each candidate under a hard cap on the allocator; the fastest that ran through."""
     table = chosen.table()
     candidates = [found.assignment, *(dict.fromkeys(table.names, plan) for plan in PLANS)]
@@ -279,14 +239,14 @@ def _measured(found: Plan, chosen: _Counted, limit: int | None) -> Plan:
     return found
 
 
-def _real_step(chosen: _Counted, assignment: dict[str, str], limit: int | None) -> dict[str, float] | None:
+def _real_step(chosen: Counted, assignment: dict[str, str], limit: int | None) -> dict[str, float] | None:
     """Seconds and peak bytes of one step on the GPU, or None where it ran out of memory."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, total if limit is None else limit / total))
     real: Rehearsal | None = None
     try:
-        real = Rehearsal(*chosen.arguments, "cuda", chosen.rehearsal.accumulate, counted=False)
+        real = chosen.request.rehearsal("cuda", counted=False)
         real.unet.set_plan(assignment)
         for _ in range(2):
             real.step()

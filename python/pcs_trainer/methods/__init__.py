@@ -6,6 +6,7 @@ Importing this package imports no torch, so that `pcs --help` stays light.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
         ValueError: one sentence about a wrong name or value.
     """
     from ..settings import with_none_for_unset
+    from ..unet.plans import short_plan
 
     chosen = method_named(method)
     known = [field.name for field in fields(chosen.settings)]
@@ -54,6 +56,10 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
         if name not in known:
             raise ValueError(_unknown(method, name, known))
     values = dict(chosen.tiny if model is not None and model.embedded else {}) | overrides
+    if "plan" in values:
+        given = values["plan"]
+        many = isinstance(given, Mapping)
+        values["plan"] = {n: short_plan(p) for n, p in given.items()} if many else short_plan(given)
     settings = chosen.settings(method=method, **with_none_for_unset(chosen.settings, values))
     settings.check()
     return settings

@@ -43,8 +43,8 @@ class CustomDiffusion(Settings):
     learning_rate: float = 8e-5
     prior_weight: float = 1.0
     prior_images: int = 200
-    variant: Literal["kv", "crossattn"] = "kv"
-    augment: bool = True
+    variant: Literal["kv", "crossattn"] = "kv"  # what trains: keys and values, or all of cross-attention
+    augment: bool = True  # photos at random sizes, named in the prompt
     bank: int = 256  # augmented pictures prepared before training; the autoencoder leaves memory after that
 
 
@@ -72,8 +72,14 @@ METHOD = Method(
     trains="the keys and values of the text in every cross-attention, and a new word",
     choose="several subjects in one picture: train them jointly, or `merge` afterwards",
     # 64 pixels cannot draw the grey margins that augmentation makes, and learn less with them.
-    tiny={"steps": 700, "batch": 2, "learning_rate": 2e-3, "token_learning_rate": 2e-2, "prior_images": 32,
-          "augment": False},
+    tiny={
+        "steps": 700,
+        "batch": 2,
+        "learning_rate": 2e-3,
+        "token_learning_rate": 2e-2,
+        "prior_images": 32,
+        "augment": False,
+    },
     augment=lambda s: Augmentation(augment.custom_diffusion, s.bank) if s.augment else None,
     hold_text=without_first_gradient,
-)  # fmt: skip
+)

@@ -60,10 +60,10 @@ class TextBoost(Settings):
     token_learning_rate: float | None = 1e-3
     timesteps: Literal["uniform", "snr"] = "snr"
     rank: int = 4
-    init: Literal["zero_up", "both_random"] = "zero_up"
-    variant: Literal["v1", "qkv", "causal", "causal++"] = "v1"
-    augment: bool = True
-    augment_probability: float = 0.8
+    init: Literal["zero_up", "both_random"] = "zero_up"  # both_random: the second half is small, not zero
+    variant: Literal["v1", "qkv", "causal", "causal++"] = "v1"  # v1, its q, k, v alone, or the second version
+    augment: bool = True  # photos are changed, and new words name the change
+    augment_probability: float = 0.8  # of each kind of change
     bank: int = 256  # augmented pictures prepared before training; the autoencoder leaves memory after that
     preservation_weight: float = 0.1  # of the knowledge-preservation loss; 0 is off
 
@@ -188,11 +188,17 @@ METHOD = Method(
     choose="a single photo",
     # The embedded text encoder of three layers is too small to hold a subject by itself: the second version, which also
     # moves the text states in front of each cross-attention, can. 64 pixels cannot draw augmentation's collages.
-    tiny={"steps": 800, "batch": 4, "learning_rate": 2e-3, "token_learning_rate": 2e-2, "augment": False,
-          "variant": "causal++"},
+    tiny={
+        "steps": 800,
+        "batch": 4,
+        "learning_rate": 2e-3,
+        "token_learning_rate": 2e-2,
+        "augment": False,
+        "variant": "causal++",
+    },
     augment=augmentation,
     side_loss=preservation,
     reads_more_text=lambda s: bool(s.preservation_weight),
     after_step=lambda model, learner: limit_norms(model, learner.rows),
     one_subject=several_subjects,
-)  # fmt: skip
+)

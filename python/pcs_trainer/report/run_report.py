@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..methods import TITLES, method_named
+from ..training.log import SMOOTHING
 from ..units import bytes_text, time_text
 from ..version import own_version
 from .page import write_report
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 PLACES = ("", " on the beach", " in the snow", " at night")
 STEPS = 25
-SMOOTHING = 0.95  # as the trainer smooths the whole loss (training/log.py): the curves of a page then compare
 
 
 def read_losses(folder: Path) -> dict[str, Any]:

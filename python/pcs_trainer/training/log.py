@@ -13,6 +13,7 @@ from .events import peak_memory
 
 COLUMNS = ("step", "loss", "smoothed", "subject", "prior", "preservation", "lr", "its_per_second")
 PROBES = "probe.csv"
+SMOOTHING = 0.95  # of the loss that is shown: about the last twenty steps, as single ones tell nothing at batch 1
 
 
 class Log:
@@ -52,13 +53,21 @@ class Log:
     def step(self, step: int, parts: list[dict[str, float]], rate: float) -> dict[str, Any]:
         """The data of a step's event."""
         mean = {k: sum(p[k] for p in parts) / len(parts) for k in parts[0]}
-        self.smoothed = mean["loss"] if self.smoothed is None else 0.95 * self.smoothed + 0.05 * mean["loss"]
+        self.smoothed = (
+            mean["loss"] if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * mean["loss"]
+        )
         speed = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
         data = {
-            "loss": mean["loss"], "smoothed": self.smoothed, "subject": mean["subject"], "prior": mean.get("prior"),
-            "preservation": mean.get("preservation"), "lr": rate, "its_per_second": speed,
-            "seconds_left": (self.s.steps - step) / speed, "peak_memory": peak_memory(),
-        }  # fmt: skip
+            "loss": mean["loss"],
+            "smoothed": self.smoothed,
+            "subject": mean["subject"],
+            "prior": mean.get("prior"),
+            "preservation": mean.get("preservation"),
+            "lr": rate,
+            "its_per_second": speed,
+            "seconds_left": (self.s.steps - step) / speed,
+            "peak_memory": peak_memory(),
+        }
         if self._file is not None:
             row = [step, *(data[c] for c in COLUMNS[1:])]
             csv.writer(self._file).writerow(["" if v is None else f"{v:.6g}" for v in row])

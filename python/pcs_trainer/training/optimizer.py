@@ -16,8 +16,8 @@ from ..distributed import any_process, gathered_states, is_part, norm_of, rank_a
 from ..methods.learner import Learner
 from ..settings import Settings
 
-GOOD_EVERY = 10  # steps between copies of a good state
-LARGEST_COPY = 50_000_000  # parameters: above it, checkpoints on disk are the only way back
+GOOD_EVERY = 10  # steps between copies of a good state: at most so many are lost, and a copy costs little
+LARGEST_COPY = 50_000_000  # parameters, 0.2 GB in float32: above it, checkpoints on disk are the only way back
 
 
 class _NotFinite(Exception):

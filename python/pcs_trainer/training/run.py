@@ -130,9 +130,13 @@ class Run:
             random = torch.get_rng_state()
             with torch.no_grad():
                 drawn = sample(
-                    self.model, list(self.s.preview_prompts), words=self.learner.rows, seed=self.s.seed,
-                    hold_first=self.learner.hold_first, size=self.objective.data.size,
-                )  # fmt: skip
+                    self.model,
+                    list(self.s.preview_prompts),
+                    words=self.learner.rows,
+                    seed=self.s.seed,
+                    hold_first=self.learner.hold_first,
+                    size=self.objective.data.size,
+                )
             torch.set_rng_state(random)
             paths = []
             if self.out is not None:

@@ -1,0 +1,27 @@
+"""The start of a training: a method's setup done on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..data.prompts import Vocabulary
+from ..model.model import Model
+from ..settings import Settings
+from . import method_named
+from .learner import Learner
+
+
+def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabulary | None = None) -> Learner:
+    """A method's setup done on a model: what trains, on it, with the words of every subject.
+
+    Args:
+        model: what is changed in place until `Learner.restore`.
+        subjects: the settings of each subject; they differ in token and class word, and the first one's decide.
+        vocabulary: what learned words start from, where it is not the model's own.
+    """
+    first = subjects[0]
+    learner = Learner(model, first.seed, vocabulary)
+    method_named(first.method).setup(model, first, learner)
+    for other in subjects[1:]:
+        learner.add_subject_word(other)
+    return learner
