@@ -23,6 +23,7 @@ TITLES = {
     "custom_diffusion": "Custom Diffusion",
     "textboost": "TextBoost",
     "textual_inversion": "Textual Inversion",
+    "lora_fa": "LoRA-FA",
 }
 
 
