@@ -91,7 +91,7 @@ def test_what_the_trainer_is_given(model, folder, tmp_path):
         Trainer(model, "personalized_residuals", class_word="mug")
     with pytest.raises(ValueError, match="already a word"):
         Trainer(model, "personalized_residuals", folder, class_word="mug", token="red")
-    with pytest.raises(ValueError, match="steps must be a whole number"):
+    with pytest.raises(ValueError, match="steps must be an integer"):
         Trainer(model, "personalized_residuals", folder, class_word="mug", steps=0)
     several = Trainer(model, "textboost", folder, class_word="garden chair", token="<x>", steps=1)
     assert several.trainable()["word.0.<x>"].shape[0] > 1  # a class word of several tokens: a row for each

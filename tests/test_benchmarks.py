@@ -72,6 +72,7 @@ def test_numbers_are_those_of_the_results():
 
 def test_every_function_it_names_exists():
     import pcs_kernels
+    import pcs_kernels.diagnostics
 
     for name in set(re.findall(r"pcs_kernels\.([a-zA-Z_.0-9]+)\(", (ROOT / "pcs_kernels" / "README.md").read_text())):
         found = pcs_kernels
