@@ -13,6 +13,7 @@ from pcs_trainer.errors import NotTrained, TrainingStopped
 from pcs_trainer.training.checkpoint import checkpoints
 from pcs_trainer.training.objective import Objective
 from pcs_trainer.training.probe import Probe
+from pcs_trainer.training.proof import Movement
 from pcs_trainer.training.trainer import Trainer
 from trainer_cases import METHODS, SMALL, cache, pictures, trainer
 
@@ -250,4 +251,29 @@ def test_the_probe_tells_the_held_out_loss_and_the_drift_and_changes_nothing(mod
 def test_the_probe_starts_at_no_drift(model, method):
     objective = trainer(model, method).objective()
     assert Probe(objective).measure()[1] == 0
+    objective.learner.restore()
+
+
+def test_movement_is_told_by_bits_not_by_sums():
+    """bfloat16 weights at small rates flip up as often as down: their sum stays while they train."""
+    for seed in range(50):
+        values = torch.randn(320, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+        trained, still = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.clone())
+        movement = Movement({"trained": trained, "still": still}, [("frozen", values)])
+        bits = trained.data.view(torch.int16)
+        up, down = torch.randperm(320, generator=torch.Generator().manual_seed(seed))[:2]
+        bits[up] += 1
+        bits[down] -= 1
+        assert movement.unmoved() == ["still"] and movement.moved_frozen() == []
+    with pytest.raises(NotTrained, match="still has not moved"):
+        movement.check(())
+
+
+def test_the_gradients_are_compared_on_one_image_of_each_kind(model):
+    objective = trainer(model, "dreambooth_lora", batch=3).objective()
+    batch = objective.batch(0, 0)
+    first = batch.smallest()
+    assert len(batch.t) == 6 and len(first.t) == 2 and first.subjects == 1
+    assert torch.equal(first.latents, batch.latents[[0, 3]]) and torch.equal(first.t, batch.t[[0, 3]])
+    assert first.prompts == [batch.prompts[0], batch.prompts[3]]
     objective.learner.restore()

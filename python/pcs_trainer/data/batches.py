@@ -61,6 +61,13 @@ class Batch:
     subjects: int
     names: list[str] = field(default_factory=list)
 
+    def smallest(self) -> Batch:
+        """One picture of the subject and, where there are class images, one of them."""
+        keep = [0, self.subjects] if len(self.t) > self.subjects else [0]
+        masks = None if self.masks is None else self.masks[keep]
+        prompts, names = ([all_of[i] for i in keep] if all_of else [] for all_of in (self.prompts, self.names))
+        return Batch(self.latents[keep], prompts, masks, self.noise[keep], self.t[keep], 1, names)
+
 
 class Stream(IntEnum):
     """Which random numbers of a run: each use draws from a stream of its own, so that none moves another."""

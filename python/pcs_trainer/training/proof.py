@@ -13,6 +13,8 @@ import pcs_kernels
 from ..distributed import full_value
 from ..errors import NotTrained
 
+MARKED = 1 << 20  # elements of a checksum at a time: 8 MB an int64 tensor, whatever the network's size
+PLACE = 0x9E3779B97F4A7C1 << 1  # even, so that place * PLACE + 1 is odd: a change of one element always shows
 SET = 50_000_000  # parameters: two gradients of so many are held for a comparison, 0.4 GB in float32
 
 
@@ -59,7 +61,7 @@ def _gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) 
 
 
 class Movement:
-    """Which tensors have moved since the start, told by their sums: a copy of a whole model would cost too much."""
+    """Which tensors have moved since the start, told by checksums: a copy of a whole model would cost too much."""
 
     def __init__(self, trained: dict[str, nn.Parameter], frozen: Iterable[tuple[str, Tensor]]) -> None:
         self.trained = {name: (p, _mark(p)) for name, p in trained.items()}
@@ -84,12 +86,20 @@ class Movement:
 
 
 @torch.no_grad()
-def _mark(p: Tensor) -> tuple[float, float]:
-    """The sum of all, and a weighted one of 64 elements: enough to see any step of an optimizer."""
-    flat = full_value(p.detach()).flatten()
-    some = flat[:: max(1, flat.numel() // 64)].double()
-    order = torch.arange(1, len(some) + 1, dtype=torch.float64, device=some.device)
-    return float(flat.sum(dtype=torch.float64)), float((some * order).sum())
+def _mark(p: Tensor) -> int:
+    """A checksum of a tensor's bits, each element's weighted by its place.
+
+    A sum of the values would not do: at small learning rates bfloat16 weights flip up as often as down, and their sum
+    stays while they train.
+    """
+    bits = full_value(p.detach()).flatten()
+    bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    total = 0
+    for start in range(0, len(bits), MARKED):
+        part = bits[start : start + MARKED].long()
+        places = torch.arange(start, start + len(part), device=part.device)
+        total += int((part * (places * PLACE + 1)).sum())  # int64 wraps around, the same way every time
+    return total
 
 
 def check_file(in_memory: Tensor, from_file: Tensor, base: Tensor, path: Any) -> str:

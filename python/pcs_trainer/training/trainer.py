@@ -153,7 +153,7 @@ class Trainer:
 
     def _gradients_agree(self, objective: Objective) -> str:
         exact = compute_dtype(self.model.unet) == torch.float32
-        batch = objective.batch(0, 0)
+        batch = objective.batch(0, 0).smallest()  # the reference's attention holds all its scores: 2 GB an image at 512
         return compare_gradients(self.learner.parameters, lambda: objective.loss(batch, 0)[0], exact)
 
 
