@@ -1,4 +1,4 @@
-"""Fused kernels for personalizing text-to-image diffusion models; torch is the only need.
+"""Fused kernels for personalizing text-to-image diffusion models; torch is the only dependency.
 
 Every function has a pure-torch reference, a Triton kernel and a native CPU kernel behind one call;
 `python -m pcs_kernels` prints which of them this machine runs, and why not the others.
