@@ -9,6 +9,7 @@ Default  rank 4, 500 steps of 1 + 1 pictures, 1e-4.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,11 +35,17 @@ class DreamBoothLoRA(DreamBooth):
 
 def setup(model: Model, s: DreamBoothLoRA, learner: Learner) -> None:
     """A residual on every projection of every attention."""
-    for name, layer in model.unet.named_modules():
-        if isinstance(layer, Linear) and name.endswith(PROJECTIONS) and (".attn1." in name or ".attn2." in name):
-            learner.attach("unet", name, fresh_pair(layer, s.rank, s.init, learner.generator))
+    for name, layer in attention_projections(model):
+        learner.attach("unet", name, fresh_pair(layer, s.rank, s.init, learner.generator))
     train_text_encoders(model, s, learner)
     learner.add_subject_word(s)
+
+
+def attention_projections(model: Model) -> Iterator[tuple[str, Linear]]:
+    """Every query, key, value and output projection of the UNet's attentions, by name."""
+    for name, layer in model.unet.named_modules():
+        if isinstance(layer, Linear) and name.endswith(PROJECTIONS) and (".attn1." in name or ".attn2." in name):
+            yield name, layer
 
 
 METHOD = Method(

@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.model import Model
-from ..unet.layers import Linear
 from .dreambooth import small_picture, train_text_encoders
-from .dreambooth_lora import PROJECTIONS, DreamBoothLoRA
+from .dreambooth_lora import DreamBoothLoRA, attention_projections
 from .learner import Learner, Pair, fresh_pair
 from .method import Method
 
@@ -30,11 +29,10 @@ class LoRAFA(DreamBoothLoRA):
 
 def setup(model: Model, s: LoRAFA, learner: Learner) -> None:
     """A residual with a frozen first half on every projection of every attention."""
-    for name, layer in model.unet.named_modules():
-        if isinstance(layer, Linear) and name.endswith(PROJECTIONS) and (".attn1." in name or ".attn2." in name):
-            down, up = fresh_pair(layer, s.rank, s.init, learner.generator)
-            down.requires_grad_(False)
-            learner.attach("unet", name, Pair(down, up))
+    for name, layer in attention_projections(model):
+        down, up = fresh_pair(layer, s.rank, s.init, learner.generator)
+        down.requires_grad_(False)
+        learner.attach("unet", name, Pair(down, up))
     train_text_encoders(model, s, learner)
     learner.add_subject_word(s)
 
