@@ -15,6 +15,7 @@ from pcs_trainer.methods.start import learner_for
 from pcs_trainer.model.autoencoder import Moments
 from pcs_trainer.model.schedule import Schedule
 from pcs_trainer.model.text import encode
+from pcs_trainer.model.text_adapters import adapters
 from pcs_trainer.training import losses
 from pcs_trainer.training.trainer import Trainer, trainable
 from pcs_trainer.unet.unet import UNet
@@ -274,7 +275,7 @@ def test_held_text_and_the_causal_form(tiny):
         with torch.no_grad():
             for p in learner.parameters.values():
                 p.add_(torch.randn(p.shape, generator=seeded(1)) * 0.1)
-            learner.add_word("<v>", prompts.first_rows(tiny, "mug"), trained=False)
+            learner.words["<v>"].rows = prompts.first_rows(tiny, "mug")
             text = encode(tiny, ["a photo of a <v> mug on a table", ""], learner.rows, hold_first=True)
         place = text.places(0, "<v>")[0]
         torch.testing.assert_close(text.states[0, 0], frozen[0, 0])
@@ -348,3 +349,32 @@ def test_wrong_settings_are_one_sentence(tiny):
             settings_for(tiny, "dreambooth", **wrong)
     with pytest.raises(ValueError, match="did you mean 'dreambooth'"):
         settings_for(tiny, "dreambooht")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (dict(steps="3"), "steps must be an integer, not '3'"), (dict(steps=True), "steps must be an integer"),
+    (dict(learning_rate="fast"), "learning_rate must be a number"), (dict(learning_rate=float("nan")), "learning_rate"),
+    (dict(preview_prompts="a cat"), "preview_prompts must be a list of texts"), (dict(rank=-1), "rank must be an"),
+    (dict(rank="four"), "rank must be an integer or none"), (dict(init="zero"), "init must be one of zero_up"),
+    (dict(plan="D"), "plan 'D' is unknown"), (dict(augment=True), "no setting 'augment'"),
+])  # fmt: skip
+def test_values_of_the_wrong_kind_are_one_sentence(tiny, wrong, said):
+    with pytest.raises(ValueError, match=said) as error:
+        settings_for(tiny, "personalized_residuals", **wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_may_be_called_by_its_long_name(tiny):
+    assert settings_for(tiny, "dreambooth", plan="rebuild_norms").plan == "A"
+    assert settings_for(tiny, "dreambooth", plan={"mid_block": "rebuild_all"}).plan == {"mid_block": "checkpoint"}
+
+
+def test_a_word_of_an_augmentation_cannot_be_the_subjects(tiny):
+    """And one that merely looks like it stays part of the concept."""
+    s = settings_for(tiny, "textboost", class_word="mug", token="<aug-flip>", augment=True, variant="v1")
+    with pytest.raises(ValueError, match="'<aug-flip>' is used twice"):
+        learner_for(tiny, [s])
+    assert not adapters(tiny.text_encoder).residuals  # what a failed setup had attached is off again
+    learner = learner_for(tiny, [settings_for(tiny, "textboost", class_word="mug", token="<aug-mine>", variant="v1")])
+    assert list(learner.kept_rows()) == ["<aug-mine>"]
+    learner.restore()

@@ -80,10 +80,10 @@ class Settings:
     def check(self) -> None:
         """Refuse a wrong value with one sentence (ValueError)."""
         for name, kind in type_hints(type(self)).items():
-            choices, value = literal_choices(kind), getattr(self, name)
-            if choices and value not in choices:
-                names = ", ".join(str(c) for c in choices)
-                raise ValueError(f"{name} must be one of {names}, not {value!r}")
+            value = getattr(self, name)
+            if not fits(value, kind):
+                choices = ", ".join(str(c) for c in literal_choices(kind))
+                raise ValueError(f"{name} must be {f'one of {choices}' if choices else kind_text(kind)}, not {value!r}")
         for name in (n for n in COUNTS if getattr(self, n, None) is not None):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -113,6 +113,27 @@ def literal_choices(kind: Any) -> tuple[Any, ...]:
         found = [choice for part in get_args(kind) for choice in literal_choices(part)]
         return (*found, None) if found else ()
     return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a setting's type; an integer is a number too, and True is neither."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(fits(part, get_args(kind)[0]) for part in value)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def kind_text(kind: Any) -> str:
+    """A setting's type in words: "an integer", "a number or none"."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(kind_text(part) for part in get_args(kind))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return names.get(kind, "a list of texts" if get_origin(kind) is tuple else "a table")
 
 
 def takes_none(kind: Any) -> bool:

@@ -102,6 +102,8 @@ class Learner:
         self, word: str, rows: Sequence[Tensor], *, trained: bool, kept: bool = True, seldom: bool = False
     ) -> None:
         """Give the run a word of its own; its trained rows are parameters apart from any embedding table."""
+        if word in self.words:
+            raise ValueError(f"the word {word!r} is used twice in this run; choose another token")
         self.words[word] = Word([nn.Parameter(r) for r in rows] if trained else list(rows), trained, kept, seldom)
 
     def add_subject_word(self, s: Settings) -> None:

@@ -21,7 +21,11 @@ def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabula
     """
     first = subjects[0]
     learner = Learner(model, first.seed, vocabulary)
-    method_named(first.method).setup(model, first, learner)
-    for other in subjects[1:]:
-        learner.add_subject_word(other)
+    try:
+        method_named(first.method).setup(model, first, learner)
+        for other in subjects[1:]:
+            learner.add_subject_word(other)
+    except BaseException:
+        learner.restore()  # nothing half done stays on the model
+        raise
     return learner
