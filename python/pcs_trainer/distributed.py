@@ -107,6 +107,7 @@ def _is_large_convolution(layer: nn.Module) -> bool:
 
 
 def is_part(t: Tensor) -> bool:
+    """Whether a tensor is this process's part of one that several share."""
     return hasattr(t, "full_tensor")
 
 

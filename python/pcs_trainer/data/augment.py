@@ -47,18 +47,22 @@ class Augmentation:
 
 
 def word(name: str) -> str:
+    """The learned word for one of TextBoost's augmentations."""
     return f"<aug-{name}>"
 
 
 def uniform(generator: torch.Generator, low: float, high: float) -> float:
+    """A random number in [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
 def chosen(generator: torch.Generator, options: tuple) -> object:
+    """One of the options at random."""
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """size x size, whatever the shape was."""
     from PIL import Image
 
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))

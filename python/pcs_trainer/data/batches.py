@@ -122,7 +122,15 @@ def subject_bank(
 def prior_bank(
     model: Model, subjects: Sequence[Subject], s: Settings, size: int, report: Callable[[str], Any]
 ) -> Bank | None:
-    """Pictures of the classes with their captions, or None where the method has no such loss."""
+    """Class images with their captions, or None where there is no such loss.
+
+    Args:
+        model: samples them where no folder is given, and encodes them.
+        subjects: whose classes.
+        s: how many, from where, with how many sampling steps.
+        size: pixels a side.
+        report: told what is being sampled and what was skipped.
+    """
     if not s.prior_weight:
         return None
     pixels, prompts = [], []
@@ -151,7 +159,17 @@ def draw_batch(
     share: tuple[int, int],
     timesteps: Callable[[int, torch.Generator], Tensor],
 ) -> Batch:
-    """The examples of one micro-batch; of `share` = (rank, world) processes each takes its part of world x batch."""
+    """The examples of one micro-batch: a function of the seed, the step and the micro-batch alone.
+
+    Args:
+        subject: the subjects' pictures.
+        prior: the class images, of which as many come as of the subject.
+        names: of the subject's pictures.
+        s: seed and batch.
+        step, micro: which examples.
+        share: (rank, world): of several processes each takes its part of world x batch examples.
+        timesteps: random timesteps, by their number and a generator.
+    """
     rank, world = share
     generator = seeded(s.seed, Stream.BATCH, step, micro)
     count = s.batch * world

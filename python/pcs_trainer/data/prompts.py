@@ -97,4 +97,5 @@ def subject_prompt(s: Settings, caption: str | None = None) -> str:
 
 
 def class_prompt(s: Settings) -> str:
+    """What class images show: the class template with the class word in it."""
     return s.class_template.replace("{class}", s.class_word)

@@ -50,6 +50,7 @@ class Table:
 
 
 def fastest(table: Table) -> dict[str, str]:
+    """The cheapest plan of each layer, by the table."""
     return table.named(table.fastest())
 
 

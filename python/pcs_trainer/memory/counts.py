@@ -80,4 +80,5 @@ class Counted:
 
 @functools.lru_cache(maxsize=8)  # a budget is tried with a few batch sizes; a count holds the networks' shapes
 def counted_once(request: Request) -> Counted:
+    """The count of a request; asked again, the same object."""
     return Counted(request)

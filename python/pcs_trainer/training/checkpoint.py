@@ -18,7 +18,18 @@ FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts",
 
 
 def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """out/checkpoint-N with the trained tensors, the optimizer's state and what the run is."""
+    """Write out/checkpoint-N, whole or not at all, and remove the oldest.
+
+    Args:
+        out: the run's folder.
+        step: N.
+        tensors: what trains, by name.
+        state: the run's identity, "step" and "optimizer".
+        keep: how many checkpoints stay.
+
+    Raises:
+        OSError: one sentence, where it could not be written.
+    """
     from ..files import write_safetensors
 
     folder, part = out / f"checkpoint-{step}", out / f".checkpoint-{step}.{os.getpid()}.part"
@@ -45,6 +56,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The trained tensors of a checkpoint and its state; ValueError where it cannot be read."""
     from ..files import read_safetensors
 
     try:

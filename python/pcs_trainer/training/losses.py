@@ -35,6 +35,7 @@ def snr_law(schedule: Schedule) -> Tensor:
 
 
 def drawn_timesteps(schedule: Schedule, law: str, count: int, generator: torch.Generator) -> Tensor:
+    """Random timesteps [count]: uniform, or by `snr_law` where law is "snr"."""
     if law == "snr":
         return torch.multinomial(snr_law(schedule), count, replacement=True, generator=generator)
     return torch.randint(len(schedule), (count,), generator=generator)

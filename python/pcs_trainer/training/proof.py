@@ -23,6 +23,14 @@ def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Te
 
     Exact arithmetic (float32) allows 2 % a tensor. In 16 bits the gradient of one small tensor is mostly rounding, in
     the reference's too, so there each difference is held against a part of the whole gradient.
+
+    Args:
+        parameters: what trains, by name.
+        loss: computes the loss of one batch, the same at every call.
+        exact: the network computes in float32.
+
+    Returns:
+        the largest difference, as a sentence; NotTrained names the tensor where one is too large.
     """
     parameters = _some(parameters)
     ours = _gradients(parameters, loss)
@@ -103,7 +111,14 @@ def _mark(p: Tensor) -> int:
 
 
 def check_file(in_memory: Tensor, from_file: Tensor, base: Tensor, path: Any) -> str:
-    """The saved file predicts what the trained model predicts, and not what the base model does; else NotTrained."""
+    """The saved file predicts what the trained model predicts, and not what the base model does; else NotTrained.
+
+    Args:
+        in_memory: the trained model's prediction for fixed noise.
+        from_file: the prediction with the file, reloaded, on the base model.
+        base: the base model's own.
+        path: what to call the file in a sentence.
+    """
     if torch.equal(from_file, base):
         raise NotTrained(f"{path} changes nothing: its prediction is the base model's")
     # A change below a thousandth of the prediction is rounding in 16 bits, so the error is not held against less.

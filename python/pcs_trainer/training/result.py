@@ -19,7 +19,15 @@ from .task import Prepared, Task
 
 
 def learned(task: Task, data: Prepared, learner: Learner, step: int, finished: bool) -> Concept:
-    """What has been learned so far, on the CPU, with how it was made."""
+    """What has been learned so far, on the CPU, with how it was made.
+
+    Args:
+        task: what the run was asked to do.
+        data: its photos and class images.
+        learner: what trains, still on the model.
+        step: how many steps were taken.
+        finished: whether those were all.
+    """
     s, model = task.settings, task.model
     meta = {
         "method": s.method,
