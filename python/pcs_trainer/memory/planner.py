@@ -125,9 +125,7 @@ def plan(
     allowed = None if budget is None else _budget(budget)
     networks = networks_of(model)
     resolution = resolution or s.resolution or networks.resolution
-    _check(resolution, batch, dtype, device, networks.pixels)
-    if measure and (device != "cuda" or not torch.cuda.is_available()):
-        raise ValueError("measure=True runs real steps and needs a CUDA device; leave it out to count instead")
+    _check(resolution, batch, dtype, device, networks.pixels, measure)
     context = CUDA_CONTEXT if device == "cuda" else 0
     limit = None if allowed is None else allowed - context
     prior = 1 if s.prior_weight else 0
@@ -181,7 +179,7 @@ def _budget(amount: str | float) -> int:
         raise ValueError(f"the budget {error}") from None
 
 
-def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int) -> None:
+def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int, measure: bool) -> None:
     if not isinstance(resolution, int) or resolution < 1 or resolution % pixels:
         raise ValueError(f"the resolution must be a multiple of {pixels} pixels for this model, not {resolution!r}")
     if batch is not None and (not isinstance(batch, int) or batch < 1):
@@ -190,6 +188,8 @@ def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels:
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, not {dtype!r}")
     if device not in ("cuda", "cpu"):
         raise ValueError(f'device must be "cuda" or "cpu", not {device!r}')
+    if measure and (device != "cuda" or not torch.cuda.is_available()):
+        raise ValueError("measure=True runs real steps and needs a CUDA device; leave it out to count instead")
 
 
 def _choose(chosen: Counted, limit: int | None) -> dict[str, str]:
