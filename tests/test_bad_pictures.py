@@ -136,6 +136,7 @@ def test_a_full_disk_is_a_warning_while_training_and_a_sentence_at_the_end(model
     assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges(model, folder):
     from pcs_trainer import TrainingStopped
 

@@ -139,6 +139,7 @@ def lag_prediction(unet, call, pairs: dict, lag: Lag) -> torch.Tensor:
         unet.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"uncond": "zero"}, {"uncond": "one"}, {"soft": True}])
 @pytest.mark.parametrize("keys", [["dog"], ["dog", "cat"]])
 @torch.no_grad()

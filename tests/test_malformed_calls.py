@@ -148,6 +148,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.double(), expected.double(), rtol=loose, atol=loose, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ("reference", "native", "triton"))
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_malformed_call_is_answered_or_refused(name, backend, monkeypatch):

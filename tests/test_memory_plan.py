@@ -150,6 +150,7 @@ def test_the_four_methods_on_sd15_at_512(method, record_property):
         assert found.gradients <= 2.2 * largest  # one layer's at a time: weight and bias, in bfloat16
 
 
+@pytest.mark.slow
 def test_the_choice_is_checked_by_a_count_of_its_own():
     """A mixed assignment fits by a step counted under it, between the extremes in bytes and in work."""
     free = plan(SD15_REAL, "dreambooth_lora", 256)
@@ -165,6 +166,7 @@ def test_the_choice_is_checked_by_a_count_of_its_own():
     assert "UNet weights" in text and "It fits." in text and f"{tight.total / 1e9:.3f} GB" in text
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_and_accumulated():
     found = plan(SD15_REAL, "personalized_residuals", 256, budget="2.35GB")
     assert found.fits and 1 <= found.batch < 4 and found.batch * found.accumulate == 4

@@ -80,6 +80,7 @@ def peer_latents(kind, config, predict, steps, noise, seed, **options):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [7, 16])
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("name", list(PEERS))

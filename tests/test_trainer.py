@@ -28,6 +28,7 @@ def same(a, b):
     assert all(torch.equal(x, y) for w in a.words for x, y in zip(a.words[w], b.words[w], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_is_the_same_run_bit_for_bit(model, tmp_path, method):
     whole = trainer(model, method, steps=6).train()
@@ -38,6 +39,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(model, tmp_path, method):
     assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(1, 7))]
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_one_step(model):
     """Two micro-batches: the gradient is the mean of theirs, whichever way the optimizer is driven."""
     settings = dict(steps=2, accumulate=2, clip_norm=0.0, learning_rate=1e-5)
@@ -95,6 +97,7 @@ def test_a_backend_with_wrong_gradients_is_found_before_step_1(model, monkeypatc
         trainer(model, steps=2, check_backend=True, plan="eager", init="both_random").train()
 
 
+@pytest.mark.slow
 def test_a_stop_leaves_a_usable_concept_and_a_resume_goes_on(model, tmp_path):
     steps = []
     t = trainer(model, out=tmp_path, steps=8)
@@ -151,6 +154,7 @@ def test_three_bad_steps_end_the_run_with_the_last_good_state(model, tmp_path):
     assert sum("was skipped" in text and "array" in text for text in skipped) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_backward", [True, False])
 def test_one_bad_step_changes_nothing_and_the_run_goes_on(model, in_backward, monkeypatch):
     honest = Objective.loss
@@ -167,6 +171,7 @@ def test_one_bad_step_changes_nothing_and_the_run_goes_on(model, in_backward, mo
     assert all(bool(torch.isfinite(x).all()) for x in concept.tensors.values())
 
 
+@pytest.mark.slow
 def test_a_failed_preview_does_not_end_the_run(model, tmp_path):
     events = []
     t = trainer(model, out=tmp_path, steps=4, preview_every=2, preview_prompts=("a <mug> mug",))
@@ -181,6 +186,7 @@ def test_a_failed_preview_does_not_end_the_run(model, tmp_path):
     assert events[-1].kind == "done"
 
 
+@pytest.mark.slow
 def test_several_concepts_train_together(model):
     both = [
         {"images": pictures(seed=61), "class_word": "mug", "token": "<one>"},
@@ -200,6 +206,7 @@ def test_several_concepts_train_together(model):
     assert not torch.equal(first.rows[0], second.rows[0])  # words that do not train must not be the same words
 
 
+@pytest.mark.slow
 def test_pictures_of_several_classes_in_one_folder_need_captions(model, tmp_path):
     from PIL import Image
 
@@ -228,6 +235,7 @@ def test_masks_weight_the_loss(model, tmp_path):
     assert masks.shape == (2, 1, 16, 16) and float(masks.mean()) == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_probe_tells_the_held_out_loss_and_the_drift_and_changes_nothing(model, tmp_path):
     """On noise that never changes: the loss falls, the class moves, and the run is the one without a probe."""
     events = []
@@ -247,6 +255,7 @@ def test_the_probe_tells_the_held_out_loss_and_the_drift_and_changes_nothing(mod
     assert [e.step for e in later] == [40] and f"({at_first} at first)" in later[0].data["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_probe_starts_at_no_drift(model, method):
     objective = trainer(model, method).objective()

@@ -67,6 +67,7 @@ def halves_loss(prediction, target, weight=1.0):
     return F.mse_loss(prediction, target) + weight * F.mse_loss(prior, prior_target)
 
 
+@pytest.mark.slow
 def test_dreambooth():
     run, batch = started("dreambooth", prior_weight=1.0)
     loss, _ = run.loss(batch, 0)
@@ -82,6 +83,7 @@ def test_dreambooth():
         close(p.grad, gradients[name.removeprefix("unet.")].grad, name, whole)
 
 
+@pytest.mark.slow
 def test_dreambooth_lora():
     from peft import LoraConfig
 

@@ -14,6 +14,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(REAL))
 def test_kept_bytes_of_a_frozen_unet(name, record_property):
     config, size, allowed = REAL[name]
@@ -29,6 +30,7 @@ def test_kept_bytes_of_a_frozen_unet(name, record_property):
     assert checkpoint < hooked
 
 
+@pytest.mark.slow
 def test_kept_bytes_of_a_full_fine_tune():
     theirs = peer_keeps(SD15_REAL, 64, full=True)
     hooked, alive = ours_keeps(SD15_REAL, 64, "A", full=True)
@@ -37,12 +39,14 @@ def test_kept_bytes_of_a_full_fine_tune():
     assert max(ours_keeps(SD15_REAL, 64, "C", full=True)) < hooked
 
 
+@pytest.mark.slow
 def test_a_plan_per_layer_keeps_what_lies_between():
     mixed = {"": "C", "up_blocks.3": "A"}
     low, middle, high = (ours_keeps(SD15_REAL, 64, plan)[0] for plan in ("C", mixed, "A"))
     assert low < middle < high
 
 
+@pytest.mark.slow
 def test_flops_of_the_step_and_of_each_plan():
     forward, eager = step_flops(SD15_REAL, 64, "eager")
     enlarged = 18 * (1280**2 * (16**2 + 32**2) + 640**2 * 64**2)  # the convolutions after an enlargement
