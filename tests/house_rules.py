@@ -16,22 +16,13 @@ SPELLED_HERE = {"tests/house_rules.py", "tests/test_house_rules.py"}
 FOLDERS = ["benchmarks", "csrc", "docs", "examples", "pcs_kernels", "python", "tests", ".ci", ".github"]
 TEXT = {".py", ".pyi", ".cpp", ".h", ".md", ".toml", ".yml", ".yaml", ".cff", ".json", ".csv", ".html", ".txt", ""}
 
-LONGEST_FILE, LONGEST_FUNCTION = 380, 75  # aim for 350 and 60; a function's docstring does not count
+LONGEST_FILE, LONGEST_FUNCTION = 380, 75  # aim for 350 and 60; a function's signature and docstring do not count
 
 # Lines that may say `fmt: skip` or `fmt: off`: tables of data. A number may fall and never rise.
 HAND_FORMATTED: dict[str, int] = {
     "benchmarks/quality/jobs.py": 1,
     "python/pcs_trainer/cli/commands/sample.py": 1,
     "python/pcs_trainer/cli/commands/train_flags.py": 1,
-    "python/pcs_trainer/cli/doctor.py": 1,
-    "python/pcs_trainer/data/batches.py": 2,
-    "python/pcs_trainer/data/prior.py": 1,
-    "python/pcs_trainer/memory/planner.py": 2,
-    "python/pcs_trainer/methods/custom_diffusion.py": 1,
-    "python/pcs_trainer/methods/textboost.py": 1,
-    "python/pcs_trainer/settings.py": 1,
-    "python/pcs_trainer/training/log.py": 1,
-    "python/pcs_trainer/training/run.py": 1,
     "tests/test_bad_pictures.py": 1,
     "tests/test_demo.py": 1,
     "tests/test_dispatch.py": 1,
@@ -43,9 +34,7 @@ HAND_FORMATTED: dict[str, int] = {
     "tests/test_memory_plan.py": 6,
     "tests/test_methods.py": 3,
     "tests/test_model_loading.py": 3,
-    "tests/test_optimizer.py": 2,
     "tests/test_sampling.py": 1,
-    "tests/triton_budget.py": 1,
 }
 
 # Whoever else names data_ptr compares addresses, and hands none to native code.
@@ -131,9 +120,8 @@ def functions_are_short() -> Iterator[str]:
     for path in python():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
-                first = node.body[0]
-                docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) is not None else 0
-                lines = node.end_lineno - node.lineno + 1 - docstring
+                first = node.body[1 if ast.get_docstring(node) is not None and len(node.body) > 1 else 0]
+                lines = node.end_lineno - first.lineno + 1
                 if lines > LONGEST_FUNCTION:
                     yield f"{name(path)}:{node.lineno}: {node.name} has {lines} lines, the limit is {LONGEST_FUNCTION}"
 

@@ -12,9 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from pcs_trainer.cli import entry as cli
@@ -22,9 +20,7 @@ from pcs_trainer.cli.commands import COMMANDS, command
 from pcs_trainer.cli.commands.common import HUB_EXAMPLE
 from pcs_trainer.cli.config import effective, toml, write_config
 from pcs_trainer.cli.options import help_text, known_names, parse
-from pcs_trainer.cli.setting_values import alternatives, as_kind
 from pcs_trainer.errors import UsageError
-from pcs_trainer.methods import TITLES, method_named
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -143,70 +139,6 @@ def test_what_is_wrong_is_one_sentence_and_the_mend(line, says, tmp_path, monkey
     told = [text for text in error.splitlines() if text.startswith("pcs: ") and "no --model given" not in text]
     assert code == (1 if says in ("nothing to resume", "multiple of", "FILE") else 2)
     assert len(told) == 1 and says in told[0] and "Traceback" not in error
-
-
-@dataclass
-class Kinds:
-    """One field of each kind that a setting may have."""
-
-    count: int = 1
-    share: float = 0.5
-    name: str = ""
-    on: bool = False
-    rank: int | None = None
-    variant: Literal["kv", "causal++"] = "kv"
-    stage: Literal["base", "up"] | None = None
-    prompts: tuple[str, ...] = ()
-    plan: str | dict[str, str] = "A"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "value"),
-    [
-        ("count", "3", 3),
-        ("share", "1e-3", 1e-3),
-        ("name", "none", "none"),
-        ("on", "true", True),
-        ("on", "0", False),
-        ("rank", "4", 4),
-        ("rank", "none", None),
-        ("variant", "CAUSAL++", "causal++"),
-        ("stage", "up", "up"),
-        ("stage", "None", None),
-        ("prompts", "a {} at night; a {}", ("a {} at night", "a {}")),
-        ("plan", "C", "C"),
-    ],
-)
-def test_a_setting_is_read_by_its_type(name, text, value):
-    found = as_kind(name, text, get_type_hints(Kinds)[name])
-    assert found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("count", "3.5", "--set: count: expected an integer, got '3.5'"),
-        ("share", "much", "--set: share: expected a number, got 'much'"),
-        ("on", "maybe", "--set: on: expected true or false, got 'maybe'"),
-        ("rank", "low", "--set: rank: expected an integer or none, got 'low'"),
-        ("variant", "casual++", "--set: variant: expected one of kv, causal++, got 'casual++'; did you mean causal++?"),
-        ("stage", "x", "--set: stage: expected one of base, up or none, got 'x'"),
-    ],
-)
-def test_a_wrong_value_of_a_setting_is_one_sentence_with_the_choices(name, text, says):
-    with pytest.raises(UsageError) as error:
-        as_kind(name, text, get_type_hints(Kinds)[name])
-    assert str(error.value) == says
-
-
-def test_every_setting_of_every_method_can_be_set_by_its_text():
-    for method in TITLES:
-        for name, kind in get_type_hints(method_named(method).settings).items():
-            for one in alternatives(kind):
-                texts = {int: "3", float: "0.5", str: "x", bool: "true", type(None): "none"}
-                text = texts.get(one) or (get_args(one)[0] if get_origin(one) is Literal else None)
-                if text is not None:
-                    as_kind(name, text, kind)
 
 
 def test_debug_shows_where(tmp_path, monkeypatch):

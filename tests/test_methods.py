@@ -351,24 +351,6 @@ def test_wrong_settings_are_one_sentence(tiny):
         settings_for(tiny, "dreambooht")
 
 
-@pytest.mark.parametrize("wrong, said", [
-    (dict(steps="3"), "steps must be an integer, not '3'"), (dict(steps=True), "steps must be an integer"),
-    (dict(learning_rate="fast"), "learning_rate must be a number"), (dict(learning_rate=float("nan")), "learning_rate"),
-    (dict(preview_prompts="a cat"), "preview_prompts must be a list of texts"), (dict(rank=-1), "rank must be an"),
-    (dict(rank="four"), "rank must be an integer or none"), (dict(init="zero"), "init must be one of zero_up"),
-    (dict(plan="D"), "plan 'D' is unknown"), (dict(augment=True), "no setting 'augment'"),
-])  # fmt: skip
-def test_values_of_the_wrong_kind_are_one_sentence(tiny, wrong, said):
-    with pytest.raises(ValueError, match=said) as error:
-        settings_for(tiny, "personalized_residuals", **wrong)
-    assert "\n" not in str(error.value)
-
-
-def test_a_plan_may_be_called_by_its_long_name(tiny):
-    assert settings_for(tiny, "dreambooth", plan="rebuild_norms").plan == "A"
-    assert settings_for(tiny, "dreambooth", plan={"mid_block": "rebuild_all"}).plan == {"mid_block": "checkpoint"}
-
-
 def test_a_word_of_an_augmentation_cannot_be_the_subjects(tiny):
     """And one that merely looks like it stays part of the concept."""
     s = settings_for(tiny, "textboost", class_word="mug", token="<aug-flip>", augment=True, variant="v1")

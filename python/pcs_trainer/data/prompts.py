@@ -51,7 +51,7 @@ def choose_token(model: Model, s: Settings) -> Settings:
         s = replace(s, identifier="learned")
     token = s.token or f"<{re.sub(r'[^a-z0-9]+', '-', s.class_word.lower()).strip('-') or 'subject'}>"
     if len(plain_ids(tokenizer, token)) == 1 or not token.strip() or " " in token:
-        what = "is already a word of the tokenizer" if token.strip() and " " not in token else "is no single word"
+        what = "is already a word of the tokenizer" if token.strip() and " " not in token else "is not a single word"
         raise ValueError(
             f"token {token!r} {what}; choose another, such as '<{token.strip() or 'dog'}>', or identifier='plain'"
         )

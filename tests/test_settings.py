@@ -1,0 +1,101 @@
+"""Settings of the methods: by name, from text on the command line, and refused in one sentence where they are wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from pcs_trainer.cli.setting_values import alternatives, as_kind
+from pcs_trainer.errors import UsageError
+from pcs_trainer.methods import TITLES, method_named, settings_for
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(steps="3"), "steps must be an integer, not '3'"),
+        (dict(steps=True), "steps must be an integer"),
+        (dict(learning_rate="fast"), "learning_rate must be a number"),
+        (dict(learning_rate=float("nan")), "learning_rate"),
+        (dict(preview_prompts="a cat"), "preview_prompts must be a list of texts"),
+        (dict(rank=-1), "rank must be an"),
+        (dict(rank="four"), "rank must be an integer or none"),
+        (dict(init="zero"), "init must be one of zero_up"),
+        (dict(plan="D"), "plan 'D' is unknown"),
+        (dict(augment=True), "no setting 'augment'"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_sentence(model, wrong, said):
+    with pytest.raises(ValueError, match=said) as error:
+        settings_for(model, "personalized_residuals", **wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_may_be_called_by_its_long_name(model):
+    assert settings_for(model, "dreambooth", plan="rebuild_norms").plan == "A"
+    assert settings_for(model, "dreambooth", plan={"mid_block": "rebuild_all"}).plan == {"mid_block": "checkpoint"}
+
+
+@dataclass
+class Kinds:
+    """One field of each kind that a setting may have."""
+
+    count: int = 1
+    share: float = 0.5
+    name: str = ""
+    on: bool = False
+    rank: int | None = None
+    variant: Literal["kv", "causal++"] = "kv"
+    stage: Literal["base", "up"] | None = None
+    prompts: tuple[str, ...] = ()
+    plan: str | dict[str, str] = "A"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("count", "3", 3),
+        ("share", "1e-3", 1e-3),
+        ("name", "none", "none"),
+        ("on", "true", True),
+        ("on", "0", False),
+        ("rank", "4", 4),
+        ("rank", "none", None),
+        ("variant", "CAUSAL++", "causal++"),
+        ("stage", "up", "up"),
+        ("stage", "None", None),
+        ("prompts", "a {} at night; a {}", ("a {} at night", "a {}")),
+        ("plan", "C", "C"),
+    ],
+)
+def test_a_setting_is_read_by_its_type(name, text, value):
+    found = as_kind(name, text, get_type_hints(Kinds)[name])
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("count", "3.5", "--set: count: expected an integer, got '3.5'"),
+        ("share", "much", "--set: share: expected a number, got 'much'"),
+        ("on", "maybe", "--set: on: expected true or false, got 'maybe'"),
+        ("rank", "low", "--set: rank: expected an integer or none, got 'low'"),
+        ("variant", "casual++", "--set: variant: expected one of kv, causal++, got 'casual++'; did you mean causal++?"),
+        ("stage", "x", "--set: stage: expected one of base, up or none, got 'x'"),
+    ],
+)
+def test_a_wrong_value_of_a_setting_is_one_sentence_with_the_choices(name, text, says):
+    with pytest.raises(UsageError) as error:
+        as_kind(name, text, get_type_hints(Kinds)[name])
+    assert str(error.value) == says
+
+
+def test_every_setting_of_every_method_can_be_set_by_its_text():
+    for method in TITLES:
+        for name, kind in get_type_hints(method_named(method).settings).items():
+            for one in alternatives(kind):
+                texts = {int: "3", float: "0.5", str: "x", bool: "true", type(None): "none"}
+                text = texts.get(one) or (get_args(one)[0] if get_origin(one) is Literal else None)
+                if text is not None:
+                    as_kind(name, text, kind)
