@@ -19,7 +19,7 @@ BREAKERS = {
     "nothing_names_a_machine": ("docs/broken.md", "see " + "/home/" + "somebody/model\n"),
     "nothing_is_left_to_do": ("csrc/broken.cpp", "// TO" + "DO: faster\n"),
     "files_are_short": ("benchmarks/broken.py", "x = 1\n" * (house_rules.LONGEST_FILE + 1)),
-    "functions_are_short": ("python/broken.py", "def f():\n" + "    x = 1\n" * house_rules.LONGEST_FUNCTION),
+    "functions_are_short": ("python/broken.py", "def f():\n" + "    x = 1\n" * (house_rules.LONGEST_FUNCTION + 1)),
     "toml_parses": ("examples/broken.toml", "[tool\n"),
     "messages_speak_the_fields_english": ("python/broken.py", "raise ValueError(f'{x} is no whole number')\n"),
 }
