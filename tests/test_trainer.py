@@ -233,6 +233,7 @@ def test_masks_weight_the_loss(model, tmp_path):
     assert len(t.subjects[0].pictures) == 2
     masks = t.objective().data.bank.masks
     assert masks.shape == (2, 1, 16, 16) and float(masks.mean()) == pytest.approx(0.25, abs=0.02)
+    t.learner.restore()
 
 
 @pytest.mark.slow
