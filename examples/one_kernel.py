@@ -45,7 +45,8 @@ capture = torch.zeros(2, 1, 20)
 capture[:, 0, 5] = 1.0  # the map of token 5
 y, maps = ours(x, text, capture)
 difference = float((y - theirs(x, text)).detach().abs().max())
-print(f"largest difference {difference:.1e}; a map of token 5: {list(maps.shape)}, {float(maps.mean()):.3f} on average")
+average = float(maps.detach().mean())
+print(f"largest difference {difference:.1e}; a map of token 5: {list(maps.shape)}, {average:.3f} on average")
 
 gradients = [
     torch.autograd.grad(out.square().sum(), module.k.weight)[0]

@@ -31,7 +31,7 @@ HAND_FORMATTED: dict[str, int] = {
     "tests/test_family_training.py": 1,
     "tests/test_grammar.py": 3,
     "tests/test_malformed_calls.py": 1,
-    "tests/test_memory_plan.py": 6,
+    "tests/test_memory_plan.py": 5,
     "tests/test_methods.py": 3,
     "tests/test_model_loading.py": 3,
     "tests/test_sampling.py": 1,

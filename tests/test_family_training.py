@@ -7,6 +7,7 @@ import pytest
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.concept.loading import load_concept
+from pcs_trainer.methods import TITLES
 from pcs_trainer.sampling.drawing import sample
 from pcs_trainer.training.trainer import Trainer
 from test_model_loading import text_config, write_model
@@ -17,7 +18,7 @@ SETTINGS = dict(
     class_word="b", token="<v>", template="{subject}", class_template="{class}", init_word="b", identifier="learned",
     resolution=32, steps=2, batch=1, prior_images=1, prior_steps=1,
 )  # fmt: skip
-METHODS = ("dreambooth", "dreambooth_lora", "custom_diffusion", "personalized_residuals", "textboost")
+METHODS = tuple(TITLES)
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])

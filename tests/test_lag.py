@@ -280,13 +280,13 @@ def test_what_lag_cannot_do_is_said_in_one_sentence(tiny):
     early = made_up_concept(tiny, "<one>", 1, only="attn2.to_k")
     concept = made_up_concept(tiny, "<one>", 1)
     for concepts, prompt, lag, sentence in (
-        ([early], "a <one> dog", True, "the concept '<one>' has none: sample with lag=False"),
-        ([Concept("x", {}, {}, {"token": "dog"})], "a dog", True, "the concept 'dog' has none: sample with lag=False"),
+        ([early], "a <one> dog", True, "the concept '<one>' has none: sample without LAG"),
+        ([Concept("x", {}, {}, {"token": "dog"})], "a dog", True, "the concept 'dog' has none: sample without LAG"),
         ([concept], "a cup", True, r"the words of the concept '<one>' \('<one>', 'dog'\), and no prompt has one"),
         ([concept], "a <one> dog", Lag(tokens=["cup"]), r"\('cup'\), and no prompt has one"),
         ([concept], "a <one> dog", Lag(tokens={"<two>": ["dog"]}), "names '<two>'; the concepts here are '<one>'"),
         ([], "a dog", True, r"nothing: give Lag\(tokens"),
-        ([], "a dog", Lag(tokens=["dog"]), "the model has none: sample with lag=False"),
+        ([], "a dog", Lag(tokens=["dog"]), "the model has none: sample without LAG"),
     ):
         with pytest.raises(ValueError, match=sentence):
             sample(tiny, prompt, concepts, steps=1, lag=lag)

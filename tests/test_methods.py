@@ -65,6 +65,23 @@ def test_dreambooth_lora(sd14):
     assert layers == {f"attn{i}.{p}" for i in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out.0")}
 
 
+def test_lora_fa(sd14):
+    """The second halves alone; the first are in the concept all the same."""
+    found = trainable(sd14, "lora_fa")
+    assert count(found) == 99_840 * 8 and all(n.endswith(".up") for n in found)
+    learner = learner_for(sd14, [settings_for(None, "lora_fa", identifier="plain")])
+    assert len(learner.fixed) == len(found) and all(n.endswith(".down") for n in learner.fixed)
+    learner.restore()
+
+
+def test_a_setup_that_attaches_nothing_is_one_sentence(sd14, monkeypatch):
+    from pcs_trainer.methods import dreambooth_lora
+
+    monkeypatch.setattr(dreambooth_lora, "PROJECTIONS", ("to_query",))
+    with pytest.raises(ValueError, match="dreambooth_lora trains nothing on this model"):
+        trainable(sd14, "dreambooth_lora")
+
+
 def test_custom_diffusion(sd14):
     found = trainable(sd14, "custom_diffusion")
     assert count(found) == 19_169_280 + 768 and count(found, words=False) == 19_169_280

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import DoesNotFit, UsageError
+from ..errors import DoesNotFit, UnsupportedModel, UsageError
 from .commands import COMMANDS, command
 from .config import effective
 from .exit_codes import DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, WRONG_USAGE
@@ -65,7 +65,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the system'}: {error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("pcs_trainer."):
         return f"{error.name} is not installed. Fix: pip install 'pcs_kernels[trainer]'"
     if isinstance(error, (ValueError, ImportError, OSError)) or type(error).__module__.startswith("pcs_"):
         return text
@@ -74,7 +74,7 @@ def sentence(error: BaseException) -> str:
 
 def exit_code(error: BaseException) -> int:
     """The exit code that an error ends the command with."""
-    if isinstance(error, UsageError):
+    if isinstance(error, (UsageError, UnsupportedModel)):
         return WRONG_USAGE
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return DOES_NOT_FIT if isinstance(error, DoesNotFit) or out_of_memory else FAILED

@@ -95,7 +95,8 @@ def _read(item: Any, masks: str | Path | None) -> tuple[Picture, list[str]]:
     except ValueError:
         raise
     except Exception as error:  # Pillow raises many kinds
-        raise ValueError(f"{path} cannot be decoded ({' '.join(str(error).split())[:120]})") from None
+        fix = ". Fix: pip install pillow-heif, or save it as JPEG" if path.suffix.lower() == ".heic" else ""
+        raise ValueError(f"{path} cannot be decoded ({' '.join(str(error).split())[:120]}){fix}") from None
     caption = path.with_suffix(".txt")
     if caption.is_file():
         picture.caption = " ".join(caption.read_text(encoding="utf-8", errors="replace").split()) or None

@@ -25,6 +25,8 @@ def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabula
         method_named(first.method).setup(model, first, learner)
         for other in subjects[1:]:
             learner.add_subject_word(other)
+        if not learner.parameters:
+            raise ValueError(f"{first.method} trains nothing on this model: its setup attached no tensor")
     except BaseException:
         learner.restore()  # nothing half done stays on the model
         raise

@@ -74,7 +74,8 @@ class Hub(Folder):
         except Exception as error:  # the client raises its own, requests' and httpx's kinds
             reason = str(error).strip().split("\n")[0]
             raise UnsupportedModel(
-                f"{self.name} is not a folder, and neither the hub nor its cache has {expected} of it: {reason}"
+                f"{self.name} is not a folder, and neither the hub nor its cache has {expected} of it ({reason}). "
+                "Fix: connect to the internet once, or give --model a checkpoint file or folder that you have"
             ) from error
         if not list(root.glob(expected)):
             raise UnsupportedModel(f"the cached copy of {self.name} has no {expected}. Fix: load it once while online")

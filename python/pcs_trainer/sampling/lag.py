@@ -141,7 +141,7 @@ def masked_blocks(unet: UNet, keys: Sequence[str | None]) -> list[str]:
         if not blocks:
             raise ValueError(
                 f"LAG masks low-rank residuals that follow a block's attention over the text (proj_out, attn2.to_out, "
-                f"ff), and {who} has none: sample with lag=False"
+                f"ff), and {who} has none: sample without LAG"
             )
         if left:
             what = f"{left[0]}{f' and {len(left) - 1} more' if len(left) > 1 else ''}"

@@ -91,4 +91,5 @@ def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], setti
         and not (name in FREE and (name != "steps" or constant))
     ]
     if differing:
-        raise ValueError(f"{folder} was made with other settings: {'; '.join(differing)}")
+        fix = "Fix: give the run's own, or another out folder"
+        raise ValueError(f"{folder} was made with other settings: {'; '.join(differing)}. {fix}")

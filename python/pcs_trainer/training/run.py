@@ -59,11 +59,14 @@ class Run:
         if resume:
             self.resume()
         learner = self.learner
-        movement = Movement(learner.parameters, self.objective.frozen()) if self.step == 0 else None
+        # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
+        due = min(self.step + PROOF_STEP, self.s.steps)
+        proves = self.step == 0 or due == self.step + PROOF_STEP
+        movement = Movement(learner.parameters, self.objective.frozen()) if proves else None
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
             while self.step < self.s.steps and not any_process(stop()):
                 self.one_step(log)
-                if movement is not None and self.step == min(PROOF_STEP, self.s.steps):
+                if movement is not None and self.step == due:
                     self.say("proof", text=movement.check(learner.seldom))
                 self.housekeeping(log)
         self.stopped = self.step < self.s.steps

@@ -26,6 +26,7 @@ from .common import (
     free_name,
     open_concept,
     open_model,
+    say,
     slug,
 )
 from .other_trainers import MODEL_TRANSLATE
@@ -129,6 +130,9 @@ def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
     model = open_model(options)
     concepts = [open_concept(where, model, options.force) for where in options.concept or ()]
     prompts = [filled(p, concepts) for p in options.prompts for _ in range(options.count)]
+    subjects = [token or class_word for concept in concepts for token, class_word in concept.subjects]
+    if subjects and not any(name.lower() in prompt.lower() for name in subjects for prompt in prompts):
+        say("no prompt names the subject: write {} where its words go")
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     with Progress("sampling", quiet=options.quiet) as progress:
