@@ -14,6 +14,7 @@ from pcs_trainer.training.checkpoint import checkpoints
 from pcs_trainer.training.objective import Objective
 from pcs_trainer.training.probe import Probe
 from pcs_trainer.training.proof import Movement
+from pcs_trainer.training.task import prepare
 from pcs_trainer.training.trainer import Trainer
 from trainer_cases import METHODS, SMALL, cache, pictures, trainer
 
@@ -231,7 +232,7 @@ def test_masks_weight_the_loss(model, tmp_path):
         mask.save(tmp_path / f"{i}-mask.png")
     t = Trainer(model, "personalized_residuals", tmp_path, class_word="mug", **SMALL, steps=1)
     assert len(t.subjects[0].pictures) == 2
-    masks = t.objective().data.bank.masks
+    masks = prepare(t.task, lambda kind, **data: None).bank.masks
     assert masks.shape == (2, 1, 16, 16) and float(masks.mean()) == pytest.approx(0.25, abs=0.02)
     t.learner.restore()
 
