@@ -20,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def memory_table() -> str:
     """The smallest step counted for each method and model."""
-    rows = speed_docs.newest(memory.RESULTS)
+    rows = speed_docs.counted(memory.RESULTS)
     return memory.least_table(rows) if rows else ""
 
 
