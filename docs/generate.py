@@ -17,7 +17,7 @@ import sys
 import tokenize
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
 
@@ -31,7 +31,7 @@ from pcs_trainer.memory.networks import networks_of  # noqa: E402
 from pcs_trainer.methods import TITLES, method_named, settings_for  # noqa: E402
 from pcs_trainer.methods.learner import Learner  # noqa: E402
 from pcs_trainer.methods.start import learner_for  # noqa: E402
-from pcs_trainer.settings import Settings, literal_choices, type_hints  # noqa: E402
+from pcs_trainer.settings import Settings, literal_choices  # noqa: E402
 from registry import SD15  # noqa: E402
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
@@ -116,7 +116,7 @@ def settings_table(kind: type[Settings], tiny: dict[str, Any]) -> list[str]:
     own, shared, defaults = kind is not Settings, Settings(), kind()
     columns = ["setting", "flag", "values", "default", *(["embedded model"] if own else []), "what it is"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    hints = type_hints(kind)
+    hints = get_type_hints(kind)
     for name in (field.name for field in dataclasses.fields(kind)):
         value = getattr(defaults, name)
         same = own and name not in tiny and value == getattr(shared, name, dataclasses.MISSING)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from pcs_trainer.cli.setting_values import alternatives, as_kind
+from pcs_trainer.cli.setting_values import as_kind
 from pcs_trainer.errors import UsageError
 from pcs_trainer.methods import TITLES, method_named, settings_for
+from pcs_trainer.settings import alternatives
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,7 @@ class Settings:
     method: str = ""
     class_word: str = ""
     token: str = ""  # what names the subject; "" lets the identifier choose
-    identifier: Identifier = (
-        "learned"  # rare: a word of the tokenizer; learned: a new word; plain: the user's own words
-    )
+    identifier: Identifier = "learned"  # rare: the tokenizer's word; learned: a new word; plain: the user's own words
     train_token: bool = False  # whether the learned word's token embeddings train
     token_vectors: int = 1  # token embeddings of a learned word that starts from a rare one
     init_word: str | None = None  # what a learned word starts from; None is a rare word
@@ -79,15 +77,13 @@ class Settings:
 
     def check(self) -> None:
         """Refuse a wrong value with one sentence (ValueError)."""
-        for name, kind in type_hints(type(self)).items():
+        for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not fits(value, kind):
-                choices = ", ".join(str(c) for c in literal_choices(kind))
-                raise ValueError(f"{name} must be {f'one of {choices}' if choices else kind_text(kind)}, not {value!r}")
+                raise ValueError(f"{name} must be {kind_text(kind)}, not {value!r}")
         for name in (n for n in COUNTS if getattr(self, n, None) is not None):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {getattr(self, name)!r}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie between 0 and 1, not {self.learning_rate!r}")
         for name in (n for n in AMOUNTS if getattr(self, n, None) is not None):
@@ -102,23 +98,24 @@ class Settings:
             raise ValueError("step_in_backward needs optimizer='adamw8bit'")
 
 
-def type_hints(settings: type) -> dict[str, Any]:
-    """Field -> type of a settings class, resolved: what the command line parses values by."""
-    return get_type_hints(settings)
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union; of any other type, itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def literal_choices(kind: Any) -> tuple[Any, ...]:
-    """The values that a Literal type allows, also in a union with None; () for every other type."""
-    if takes_none(kind):
-        found = [choice for part in get_args(kind) for choice in literal_choices(part)]
-        return (*found, None) if found else ()
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    """The values that a Literal type allows, None among them in a union with it; () for every other type."""
+    found = tuple(choice for one in alternatives(kind) if get_origin(one) is Literal for choice in get_args(one))
+    return (*found, None) if found and takes_none(kind) else found
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a setting's type; an integer is a number too, and True is neither."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(fits(value, part) for part in get_args(kind))
+    return any(_is_of(value, one) for one in alternatives(kind))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """`fits` for one type that is not a union."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if kind in (int, float):
@@ -129,20 +126,24 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def kind_text(kind: Any) -> str:
-    """A setting's type in words: "an integer", "a number or none"."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(kind_text(part) for part in get_args(kind))
+    """A setting's type in words: "an integer", "a number or none", "one of kv, crossattn"."""
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    return names.get(kind, "a list of texts" if get_origin(kind) is tuple else "a table")
+    said = []
+    for one in alternatives(kind):
+        if get_origin(one) is Literal:
+            said.append(f"one of {', '.join(map(str, get_args(one)))}")
+        else:
+            said.append(names.get(one, "a list of texts" if get_origin(one) is tuple else "a table"))
+    return " or ".join(said)
 
 
 def takes_none(kind: Any) -> bool:
     """Whether a type is a union with None."""
-    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+    return type(None) in alternatives(kind)
 
 
 def with_none_for_unset(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with None where "" or 0 says "unset", as version 0.1.0 wrote it and people still pass it."""
-    hints = type_hints(settings)
+    hints = get_type_hints(settings)
     unset = {name for name, value in values.items() if value in ("", 0) and takes_none(hints.get(name))}
     return {name: None if name in unset else value for name, value in values.items()}

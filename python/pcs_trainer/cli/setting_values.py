@@ -1,11 +1,11 @@
-"""Settings on the command line: text to a value by the type hints of a method's settings, and names that are wrong."""
+"""Settings on the command line: text to a value by the type hints of a method's settings."""
 
 from __future__ import annotations
 
-import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from ..errors import UsageError
+from ..settings import alternatives, kind_text
 from .options import meant
 
 TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
@@ -35,11 +35,6 @@ def as_kind(name: str, text: str, kind: Any) -> Any:
     raise UsageError(f"--set: {name}: expected {expected}, got {text!r}{hint}")
 
 
-def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union; of any other type, itself."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
 def _value(kind: Any, text: str) -> Any:
     """The text as a value of one type that is not a union; ValueError where it is not one."""
     if kind is bool:
@@ -59,21 +54,7 @@ def _value(kind: Any, text: str) -> Any:
 
 
 def _in_words(kind: Any) -> str:
-    """What a type takes, as a message says it; "" for what has no text."""
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
+    """What a type takes as text, as a message says it; "" for what has no text."""
     if get_origin(kind) is tuple:
-        return f"{_in_words(get_args(kind)[0])}, several of them with ';' between"
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "none"}
-    return words.get(kind, "")
-
-
-def why_unknown(method: str, setting: str) -> str:
-    """One sentence on a setting that the method does not have: who has it, or what was meant."""
-    from ..methods import settings_for
-
-    try:
-        settings_for(None, method, **{setting: None})
-    except ValueError as error:
-        return str(error)
-    return f"{method} has no setting {setting!r}"
+        return f"{kind_text(get_args(kind)[0])}, several of them with ';' between"
+    return "" if get_origin(kind) is dict else kind_text(kind)

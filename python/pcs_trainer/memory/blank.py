@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,19 +66,15 @@ class BlankVocabulary(Vocabulary):
 
 def filled(network: Any, dtype: torch.dtype, device: str) -> Any:
     """The network in a dtype on a device, frozen, with small numbers in it."""
-    for module in network.modules():
-        for name, p in _own(module.named_parameters(recurse=False)):
+    for module in network.modules():  # lists: the module changes while they are walked
+        for name, p in list(module.named_parameters(recurse=False)):
             value = torch.empty(p.shape, dtype=dtype, device=device)
             value = value.fill_(0.01) if p.dim() < 2 else value.normal_(0, p[0].numel() ** -0.5)
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-        for name, buffer in _own(module.named_buffers(recurse=False)):
+        for name, buffer in list(module.named_buffers(recurse=False)):
             places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             module.register_buffer(name, places, persistent=False)  # CLIP's one buffer holds the places
     return network.eval()
-
-
-def _own(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    return list(named)  # the module changes while they are walked
 
 
 def text_encoder(config: dict[str, Any]) -> nn.Module:

@@ -52,10 +52,10 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
     from ..unet.plans import short_plan
 
     chosen = method_named(method)
-    known = [field.name for field in fields(chosen.settings)]
+    known = {field.name for field in fields(chosen.settings)}
     for name in overrides:
         if name not in known:
-            raise ValueError(_unknown(method, name, known))
+            raise ValueError(why_unknown(method, name))
     values = dict(chosen.tiny if model is not None and model.embedded else {}) | overrides
     if "plan" in values:
         given = values["plan"]
@@ -71,9 +71,10 @@ def methods_with(setting: str) -> list[str]:
     return [name for name in TITLES if setting in {field.name for field in fields(method_named(name).settings)}]
 
 
-def _unknown(method: str, setting: str, known: list[str]) -> str:
+def why_unknown(method: str, setting: str) -> str:
+    """One sentence on a setting that the method does not have: who has it, or what was meant."""
     others = methods_with(setting)
     if others:
         return f"{method} has no setting {setting!r} ({', '.join(others)} {'has' if len(others) == 1 else 'have'} it)"
-    near = difflib.get_close_matches(setting, known, 1)
+    near = difflib.get_close_matches(setting, [field.name for field in fields(method_named(method).settings)], 1)
     return f"there is no setting {setting!r}{f'; did you mean {near[0]!r}?' if near else ''}"

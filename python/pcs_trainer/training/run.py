@@ -39,9 +39,9 @@ class Run:
     def __init__(self, objective: Objective, tell: Callable[[Event], Any], should_stop: Callable[[], bool]) -> None:
         self.objective, self.task, self.learner = objective, objective.task, objective.learner
         self.model, self.s = self.task.model, self.task.settings
-        first = rank_and_world()[0] == 0  # of several processes one writes and tells
+        first = rank_and_world()[0] == 0  # of several processes one writes
         self.out = self.task.out if first else None
-        self.tell, self.should_stop = tell if first else _nobody, should_stop
+        self.tell, self.should_stop = tell, should_stop
         self.step = 0
         self.stopped = False
         self.skipped_in_a_row = 0
@@ -206,7 +206,3 @@ class Run:
             self.say("proof", text=file_proof(self.task, in_memory, concept, path))
         self.say("stopped" if self.stopped else "done", text=f"{self.step} steps of {self.s.method}")
         return concept
-
-
-def _nobody(_event: Event) -> None:
-    """What the other processes tell."""

@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         self.model = load_model(model) if isinstance(model, (str, Path)) else model
         rank, _ = join()
-        self.out = None if out is None else _writable(Path(out)) if rank == 0 else Path(out)
+        folder = None if out is None else _writable(Path(out)) if rank == 0 else Path(out)
         given = concepts or [{"images": images, "class_word": class_word, "token": token}]
         if images is None and not concepts:
             raise ValueError("images is missing: give a folder of pictures, or a list of them")
@@ -70,7 +70,7 @@ class Trainer:
         tokens = [subject.settings.token for subject in subjects]
         if len(set(tokens)) < len(tokens):
             raise ValueError(f"the concepts share the token {tokens[0]!r}: give each a token of its own")
-        self.task = Task(self.model, subjects[0].settings, tuple(subjects), self.out)
+        self.task = Task(self.model, subjects[0].settings, tuple(subjects), folder)
         refused = self.task.method.one_subject(self.settings) if len(subjects) > 1 else None
         if refused:
             raise ValueError(refused)
@@ -80,6 +80,11 @@ class Trainer:
     def settings(self) -> Settings:
         """The first subject's settings, with the token that was chosen: they decide the run."""
         return self.task.settings
+
+    @property
+    def out(self) -> Path | None:
+        """The folder of checkpoints, log, samples and the concept."""
+        return self.task.out
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
@@ -134,12 +139,11 @@ class Trainer:
             TrainingStopped: three steps in a row were not finite; the error holds the last good concept.
             NotTrained: a proof failed.
         """
-        tell = _silent if on_event is None else on_event
-        first = rank_and_world()[0] == 0  # of several processes one tells
+        # Of several processes one tells.
+        tell = _silent if on_event is None or rank_and_world()[0] != 0 else on_event
 
         def say(kind: str, **data: Any) -> None:
-            if first:
-                tell(Event(kind, 0, self.settings.steps, data))
+            tell(Event(kind, 0, self.settings.steps, data))
 
         try:
             objective = self.objective(say)

@@ -6,11 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DoesNotFit, UsageError
-from ...methods import methods_with
+from ...methods import methods_with, why_unknown
 from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
-from ..setting_values import why_unknown
 from . import COMMANDS
 from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, RESOLUTION, say
 from .other_trainers import MODEL_TRANSLATE

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ...errors import UsageError
-from ...settings import Settings, literal_choices, type_hints
+from ...settings import Settings, literal_choices
 from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
-from ..setting_values import as_kind, why_unknown
+from ..setting_values import as_kind
 from .common import METHOD, MODEL_FLAGS, RESOLUTION
 
 
@@ -27,7 +27,7 @@ def further_subject(text: str) -> str:
 
 OWN = "the method's"
 IDENTIFIERS, SCHEDULES, OPTIMIZERS = (
-    literal_choices(type_hints(Settings)[name]) for name in ("identifier", "lr_schedule", "optimizer")
+    literal_choices(get_type_hints(Settings)[name]) for name in ("identifier", "lr_schedule", "optimizer")
 )
 
 # fmt: off
@@ -130,9 +130,9 @@ OPTIONS = (
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were asked for, by the flags and by --set; what is left out is the method's choice."""
-    from ...methods import method_named
+    from ...methods import method_named, why_unknown
 
-    kinds = type_hints(method_named(options.method).settings)
+    kinds = get_type_hints(method_named(options.method).settings)
     chosen: dict[str, Any] = {}
     for option in OPTIONS:
         value = getattr(options, option.attribute)
