@@ -207,7 +207,10 @@ def test_the_configuration_beside_a_result_gives_the_same_flags(tmp_path):
     first = effective(command("train"), parse(command("train"), words))
     file = write_config(tmp_path / "run.toml", command("train"), first)
     again = effective(command("train"), parse(command("train"), ["--config", str(file)]))
-    assert vars(first) | {"config": str(file)} == vars(again)
+    assert again.from_config == {
+        option.attribute for option in command("train").options if option.key in file.read_text()
+    }
+    assert vars(first) | {"config": str(file), "from_config": again.from_config} == vars(again)
     assert toml(True) == "true" and toml(["x", 1.5]) == '["x", 1.5]'
 
 

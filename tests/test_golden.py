@@ -16,7 +16,7 @@ from pcs_trainer.cli.commands import command
 from pcs_trainer.cli.config import effective
 from pcs_trainer.cli.options import parse
 from pcs_trainer.concept.attach import predict
-from pcs_trainer.errors import PcsError
+from pcs_trainer.errors import PcsError, UsageError
 from pcs_trainer.methods import TITLES, method_named, settings_for
 from pcs_trainer.settings import with_none_for_unset
 from pcs_trainer.training.checkpoint import check_same_run
@@ -118,3 +118,16 @@ def test_a_setting_of_another_method_is_refused_by_name():
     with pytest.raises(ValueError, match=r"has no setting 'rank' \(personalized_residuals, .* have it\)"):
         settings_for(None, "dreambooth", rank=4)
     assert len(TITLES) >= 6 and issubclass(PcsError, Exception)
+
+
+def test_a_flag_of_an_old_run_toml_that_the_method_does_not_use_is_left_out_and_told(tmp_path, capsys):
+    """Version 0.1.0 took --rank with DreamBooth, which has none; on the command line it is refused."""
+    from pcs_trainer.cli.commands.train import overrides
+
+    file = tmp_path / "run.toml"
+    file.write_text('[train]\nphotos = ["photos"]\nclass = "cup"\nmethod = "dreambooth"\nrank = 4\nsteps = 3\n')
+    train = command("train")
+    assert overrides(effective(train, parse(train, ["--config", str(file)]))) == {"class_word": "cup", "steps": 3}
+    assert f"{file} sets rank, which dreambooth does not use" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="dreambooth has no setting 'rank'"):
+        overrides(effective(train, parse(train, ["--config", str(file), "--rank", "4"])))

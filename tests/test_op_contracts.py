@@ -242,3 +242,19 @@ def test_fp16_and_double_take_the_reference_on_the_cpu():
         assert_no_worse_than(
             pcs_kernels.geglu(x), a.double() * torch.nn.functional.gelu(b.double()), a * torch.nn.functional.gelu(b)
         )
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_second_derivative_is_refused(name):
+    """A backward is a kernel without a gradient of its own: a second derivative would silently leave it out."""
+    call, make = COMPILED[name]
+    inputs = [x.requires_grad_() for x in make()]
+    (first,) = torch.autograd.grad(call(*inputs).square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_token_weights_that_ask_for_a_gradient_are_refused():
+    q, k = R(1, 2, 9, 8).requires_grad_(), R(1, 2, 7, 8)
+    with pytest.raises(ValueError, match="capture takes no gradient"):
+        pcs_kernels.cross_attention(q, k, k, torch.ones(1, 2, 7, requires_grad=True))

@@ -100,3 +100,25 @@ def test_every_setting_of_every_method_can_be_set_by_its_text():
                 text = texts.get(one) or (get_args(one)[0] if get_origin(one) is Literal else None)
                 if text is not None:
                     as_kind(name, text, kind)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(seed=2**70), "seed must be an integer from 0 to"),
+        (dict(seed=-1), "seed must be an integer from 0 to"),
+        (dict(init_word="  "), "init_word must be a word"),
+        (dict(token_learning_rate=float("inf")), "token_learning_rate must be a finite number"),
+        (dict(prior_weight=float("nan")), "prior_weight must be a finite number"),
+    ],
+)
+def test_numbers_and_words_that_no_run_can_use_are_one_sentence(model, wrong, said):
+    with pytest.raises(ValueError, match=said) as error:
+        settings_for(model, "personalized_residuals", **wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_a_word_that_textboost_uses_itself_is_refused_before_anything_is_drawn(model):
+    with pytest.raises(ValueError, match="TextBoost's word for an augmentation"):
+        settings_for(model, "textboost", token="<aug-flip>", augment=True)
+    assert settings_for(model, "textboost", token="<aug-flip>", augment=False).token == "<aug-flip>"

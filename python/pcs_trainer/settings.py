@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ AMOUNTS = (
     "probe_every",
     "resolution",
 )
+
+SEEDS = 1 << 32  # as NumPy's; the optimizer multiplies a seed by a million and must stay below 2^63
 
 
 @dataclass(kw_only=True)
@@ -87,8 +90,12 @@ class Settings:
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie between 0 and 1, not {self.learning_rate!r}")
         for name in (n for n in AMOUNTS if getattr(self, n, None) is not None):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, and is {getattr(self, name)!r}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be an integer from 0 to {SEEDS - 1}, not {self.seed}")
+        if self.init_word is not None and not self.init_word.strip():
+            raise ValueError(f"init_word must be a word or None, not {self.init_word!r}")
         if self.resolution and self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8, not {self.resolution}")
         if "{subject}" not in self.template:

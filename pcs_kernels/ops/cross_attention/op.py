@@ -141,6 +141,7 @@ class _CrossAttention(torch.autograd.Function):
         return out, maps
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dmaps: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, capture = ctx.saved_tensors
         scale, backend = ctx.settings
@@ -168,6 +169,8 @@ def cross_attention(
     """
     check.tensor("q", q)
     scale = check.attention_scale(scale, q)
+    if isinstance(capture, Tensor) and capture.requires_grad and torch.is_grad_enabled():
+        raise ValueError("capture takes no gradient and asks for one. Fix: capture.detach()")
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (q, k, v)):
         out, maps = _CrossAttention.apply(q, k, v, capture, scale, forced_backend())
     else:

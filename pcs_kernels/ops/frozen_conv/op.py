@@ -174,6 +174,7 @@ class _FrozenConv2d(torch.autograd.Function):
         return torch.ops.pcs_kernels.frozen_conv2d_forward(x, weight, bias, stride, padding, pack, backend)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         dx = torch.ops.pcs_kernels.frozen_conv2d_backward(dy, weight, *ctx.settings)
@@ -188,6 +189,7 @@ class _FrozenLinear(torch.autograd.Function):
         return torch.ops.pcs_kernels.frozen_linear_forward(x, weight, bias, pack, backend)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, *ctx.settings), None, None, None, None

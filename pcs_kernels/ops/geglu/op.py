@@ -53,6 +53,7 @@ class _Geglu(torch.autograd.Function):
         return torch.ops.pcs_kernels.geglu_forward(x, backend)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return torch.ops.pcs_kernels.geglu_backward(dy, x, ctx.backend), None

@@ -228,6 +228,7 @@ class _LowrankResidual(torch.autograd.Function):
         return torch.ops.pcs_kernels.lowrank_residual_forward(x, weight, bias, down, up, mask, scale, index, backend)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, mask, index = ctx.saved_tensors
         scale, backend = ctx.settings

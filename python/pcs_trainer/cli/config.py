@@ -65,9 +65,11 @@ def effective(command: Command, given: argparse.Namespace) -> argparse.Namespace
     """The command line over the configuration over the defaults."""
     config = getattr(given, "config", None)
     values = {option.attribute: option.default for option in command.options + COMMON}
-    values |= read_config(Path(config), command) if config else {}
+    from_config = read_config(Path(config), command) if config else {}
+    values |= from_config
     values |= vars(given)
-    return argparse.Namespace(**values)
+    # What the file alone says: a run.toml of version 0.1.0 may hold flags that its method does not use.
+    return argparse.Namespace(**values, from_config=from_config.keys() - vars(given).keys())
 
 
 def write_config(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ def _items(source: Any) -> Sequence[Any]:
         return [path]
     if hasattr(source, "convert") or isinstance(source, np.ndarray):
         return [source]
+    if not isinstance(source, Iterable):
+        raise ValueError(f"images must be a folder, a picture, or a list of pictures, not {source!r}")
     return list(source)
 
 
@@ -82,6 +84,8 @@ def _read(item: Any, masks: str | Path | None) -> tuple[Picture, list[str]]:
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
             raise ValueError(f"an array must be uint8 [H, W, 3]; this one is {item.dtype} {list(item.shape)}")
         return _checked(Picture(item, "array")), []
+    if not isinstance(item, (str, Path)) and not hasattr(item, "convert"):
+        raise ValueError(f"expected a file, a PIL picture or a uint8 array among the images, got {item!r}")
     if not isinstance(item, (str, Path)):
         picture, notes = _pixels(item, getattr(item, "filename", "") or "picture")
         return _checked(picture), notes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +39,6 @@ class Word:
     rows: list[Tensor]
     trained: bool
     kept: bool = True  # part of the concept; a word that only serves training is not
-    seldom: bool = False  # a short run may never reach it, so the proof of movement does not insist
 
 
 class Learner:
@@ -98,13 +98,11 @@ class Learner:
         self.trains_whole_network = True
         self._undo.append(lambda: self.model.release("unet"))
 
-    def add_word(
-        self, word: str, rows: Sequence[Tensor], *, trained: bool, kept: bool = True, seldom: bool = False
-    ) -> None:
+    def add_word(self, word: str, rows: Sequence[Tensor], *, trained: bool, kept: bool = True) -> None:
         """Give the run a word of its own; its trained rows are parameters apart from any embedding table."""
         if word in self.words:
             raise ValueError(f"the word {word!r} is used twice in this run; choose another token")
-        self.words[word] = Word([nn.Parameter(r) for r in rows] if trained else list(rows), trained, kept, seldom)
+        self.words[word] = Word([nn.Parameter(r) for r in rows] if trained else list(rows), trained, kept)
 
     def add_subject_word(self, s: Settings) -> None:
         """The subject's word, if it is a learned one, from what it starts from: `init_word`, or a rare word."""
@@ -144,11 +142,14 @@ class Learner:
         outside = any(not grammar.on_unet(name) for name in self.weights)
         return outside or any(word.trained for word in self.words.values())
 
-    @property
-    def seldom(self) -> tuple[str, ...]:
-        """The tensors that a short run may never reach."""
-        found = [(e, name) for name, word in self.words.items() if word.seldom for e in range(len(word.rows))]
-        return tuple(grammar.word_name(e, name) for e, name in found)
+    def unreached(self, prompts: Collection[str]) -> list[str]:
+        """The trained token embeddings whose word stands in none of these prompts."""
+        found = []
+        for name, word in self.words.items():
+            whole = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")  # "cat" is no part of "category"
+            if word.trained and not any(whole.search(prompt) for prompt in prompts):
+                found += [grammar.word_name(e, name) for e in range(len(word.rows))]
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """What the concept takes beside its words; whole values also where several processes hold the parts."""

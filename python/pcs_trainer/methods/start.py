@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ..data.prompts import Vocabulary
 from ..model.model import Model
+from ..model.text_adapters import adapters
 from ..settings import Settings
 from . import method_named
-from .learner import Learner
+from .learner import KEY, Learner
 
 
 def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabulary | None = None) -> Learner:
@@ -20,6 +21,11 @@ def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabula
         vocabulary: what learned words start from, where it is not the model's own.
     """
     first = subjects[0]
+    if _is_taken(model):
+        raise ValueError(
+            f"another training has its tensors on {model.name}: run it to its end or call its learner.restore(), "
+            "or load the model once more"
+        )
     learner = Learner(model, first.seed, vocabulary)
     try:
         method_named(first.method).setup(model, first, learner)
@@ -31,3 +37,13 @@ def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabula
         learner.restore()  # nothing half done stays on the model
         raise
     return learner
+
+
+def _is_taken(model: Model) -> bool:
+    """Whether what another training trains is on the model."""
+    unet = model.unet
+    on_unet = any(r.key == KEY for layer in unet.modules() for r in getattr(layer, "residuals", ()))
+    if on_unet or any(p.requires_grad for p in unet.parameters()):
+        return True
+    encoders = model.text_encoders if "text_encoders" in getattr(model, "loaded", ()) else []  # loads none for this
+    return any(r.key == KEY for encoder in encoders for r, _ in adapters(encoder).residuals)

@@ -72,6 +72,12 @@ class TextBoost(Settings):
         """Whether residuals act on the tokens from V* on alone."""
         return self.variant.startswith("causal")
 
+    def check(self) -> None:
+        """As of every method; the subject's word is none of the augmentations' own."""
+        super().check()
+        if self.augment and self.token in {augment.word(name) for name in augment.WORDS}:
+            raise ValueError(f"token {self.token!r} is TextBoost's word for an augmentation; choose another")
+
 
 def setup(model: Model, s: TextBoost, learner: Learner) -> None:
     """Residuals on the text encoders, the subject's word, and the words for augmentations."""
@@ -83,7 +89,7 @@ def setup(model: Model, s: TextBoost, learner: Learner) -> None:
     if s.augment:
         for name, (text, count) in augment.WORDS.items():
             rows = learner.vocabulary.rows(text, count)
-            learner.add_word(augment.word(name), rows, trained=s.train_token, kept=False, seldom=True)
+            learner.add_word(augment.word(name), rows, trained=s.train_token, kept=False)
 
 
 def encoder_residuals(model: Model, s: TextBoost, learner: Learner) -> None:

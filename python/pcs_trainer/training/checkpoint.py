@@ -41,9 +41,10 @@ def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: di
         (part / "state.json").write_text(json.dumps(state, indent=1, default=str))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save says a full disk with a RuntimeError
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"the checkpoint {folder} could not be written ({error.strerror or error})") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"the checkpoint {folder} could not be written ({reason})") from error
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,10 +19,10 @@ SMOOTHING = 0.95  # of the loss that is shown: about the last twenty steps, as s
 
 
 class Log:
-    """out/logs/loss.csv, one line a step; a resumed run goes on in it."""
+    """out/logs/loss.csv, one line a step; a resumed run goes on in it, and a full disk ends it with a warning."""
 
-    def __init__(self, out: Path | None, settings: Settings, step: int) -> None:
-        self.out, self.s = out, settings
+    def __init__(self, out: Path | None, settings: Settings, step: int, warn: Callable[[str], None]) -> None:
+        self.out, self.s, self.warn = out, settings, warn
         self.smoothed: float | None = None
         self.first, self.started = step, time.monotonic()
         self._file: IO[str] | None = None
@@ -42,13 +44,22 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written has been told
+                self._file.close()
+
+    def _lost(self, error: OSError) -> None:
+        """The log ends where the disk is full; the training does not."""
+        self.warn(f"the log in {self.out} could not be written ({error.strerror or error}); training goes on without")
+        self.out = None
 
     def probe(self, step: int, held_out: float, drift: float) -> None:
         """out/logs/probe.csv: what the probe saw so far."""
         if self.out is not None:
             self._probes.append(f"{step},{held_out:.6g},{drift:.6g}")
-            written_text(self.out / "logs" / PROBES, "\n".join(["step,held_out,drift", *self._probes]) + "\n")
+            try:
+                written_text(self.out / "logs" / PROBES, "\n".join(["step,held_out,drift", *self._probes]) + "\n")
+            except OSError as error:
+                self._lost(error)
 
     def step(self, step: int, parts: list[dict[str, float]], rate: float) -> dict[str, Any]:
         """The data of a step's event."""
@@ -68,8 +79,11 @@ class Log:
             "seconds_left": (self.s.steps - step) / speed,
             "peak_memory": peak_memory(),
         }
-        if self._file is not None:
+        if self._file is not None and self.out is not None:
             row = [step, *(data[c] for c in COLUMNS[1:])]
-            csv.writer(self._file).writerow(["" if v is None else f"{v:.6g}" for v in row])
-            self._file.flush()
+            try:
+                csv.writer(self._file).writerow(["" if v is None else f"{v:.6g}" for v in row])
+                self._file.flush()
+            except OSError as error:
+                self._lost(error)
         return data

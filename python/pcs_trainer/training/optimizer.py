@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward
+from pcs_kernels.optim.adamw8bit import own_part
 
 from ..distributed import any_process, gathered_states, is_part, norm_of, rank_and_world, share_gradients
 from ..methods.learner import Learner
@@ -31,6 +32,7 @@ class Stepper:
         self.s = s
         weights, rows = learner.groups()
         self.parameters = weights | rows
+        self.names = [list(names) for names in (weights, rows) if names]  # of the optimizer's groups
         self.world = rank_and_world()[1]
         groups: list[dict[str, Any]] = []
         if weights:
@@ -55,6 +57,21 @@ class Stepper:
     @property
     def rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def rates_now(self) -> dict[str, float]:
+        """The learning rate of the last step, by the parameter's name."""
+        groups = zip(self.names, self.optimizer.param_groups, strict=True)
+        return {name: group["lr"] for names, group in groups for name in names}
+
+    def has_seen(self, p: nn.Parameter) -> bool:
+        """Whether the optimizer has met a gradient of this parameter that is not zero, in any process's part of it."""
+        seen = has_average(self.optimizer, p)
+        return any_process(seen) if is_part(p) else seen
+
+    def close(self) -> None:
+        """Take the hooks off what trained: another training on the same model has its own."""
+        if self.handle is not None:
+            self.handle.remove()
 
     def factor(self, step: int) -> float:
         """Warm-up, then the schedule: what the rates are multiplied by."""
@@ -164,3 +181,11 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
             self.handle.load_state_dict(state["handle"])
+
+
+def has_average(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> bool:
+    """Whether the running average of a parameter's gradients is not zero everywhere."""
+    state = optimizer.state.get(p) or {}
+    # Of a coded average the scales tell: they are zero where it is, and its codes are not.
+    found = next((state[name] for name in ("absmax1", "state1", "exp_avg") if name in state), None)
+    return found is not None and bool(own_part(found).any())

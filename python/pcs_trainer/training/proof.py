@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from ..distributed import full_value
 from ..errors import NotTrained
 
 MARKED = 1 << 20  # elements of a checksum at a time: 8 MB an int64 tensor, whatever the network's size
-PLACE = 0x9E3779B97F4A7C1 << 1  # even, so that place * PLACE + 1 is odd: a change of one element always shows
+PLACE = 0x9E3779B97F4A7C1 << 1  # even, so that place * PLACE + 1 is odd
+# Bit changes to be expected at the full learning rate before a tensor without any counts as stuck. Adam's steps are a
+# tenth to all of the rate, so that 20 or more are due: a chance of exp(-20) to see none.
+CERTAIN = 200
 SET = 50_000_000  # parameters: two gradients of so many are held for a comparison, 0.4 GB in float32
 
 
@@ -69,28 +73,78 @@ def _gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) 
 
 
 class Movement:
-    """Which tensors have moved since the start, told by checksums: a copy of a whole model would cost too much."""
+    """Which tensors have moved since the start, told by checksums: a copy of a whole model would cost too much.
+
+    A tensor trains where its optimizer has seen a gradient and its bits change. The second shows only where a change
+    must be expected: weights of 16 bits are rounded stochastically, and a small one at a small rate may keep every bit
+    for a hundred steps while it trains.
+    """
 
     def __init__(self, trained: dict[str, nn.Parameter], frozen: Iterable[tuple[str, Tensor]]) -> None:
         self.trained = {name: (p, _mark(p)) for name, p in trained.items()}
         self.frozen = {name: (p, _mark(p)) for name, p in frozen}
+        self.flips = {name: _steps_of_bits(p) for name, p in trained.items()}
+        self.way = dict.fromkeys(trained, 0.0)  # how far each element may have gone: the sum of its learning rates
+
+    def stepped(self, rates: dict[str, float]) -> None:
+        """An optimizer step was taken at these learning rates, by the tensor's name."""
+        for name, rate in rates.items():
+            self.way[name] += rate
 
     def unmoved(self) -> list[str]:
+        """The trained tensors of which no bit has changed."""
         return [name for name, (p, mark) in self.trained.items() if _mark(p) == mark]
 
     def moved_frozen(self) -> list[str]:
+        """The frozen tensors that something has written to."""
         return [name for name, (p, mark) in self.frozen.items() if _mark(p) != mark]
 
-    def check(self, seldom: tuple[str, ...]) -> str:
-        still = [name for name in self.unmoved() if name not in seldom]
-        if still:
-            raise NotTrained(
-                f"{still[0]} has not moved ({len(still)} of {len(self.trained)} tensors): it does not train"
-            )
+    def stuck(self, unmoved: Iterable[str]) -> list[str]:
+        """Those of the unmoved tensors that should have changed many bits by now."""
+        return [name for name in unmoved if self.way[name] * self.flips[name] >= CERTAIN]
+
+    def check(self, seen: Callable[[nn.Parameter], bool], unreached: Collection[str] = ()) -> str:
+        """One sentence where everything trains; NotTrained names what does not.
+
+        Args:
+            seen: whether the optimizer has seen a gradient of a parameter that is not zero.
+            unreached: tensors that no example of the steps so far has used.
+        """
+        asked = {name: p for name, (p, _) in self.trained.items() if name not in unreached}
+        blind = [name for name, p in asked.items() if not seen(p)]
+        if blind:
+            raise NotTrained(f"{blind[0]} gets no gradient ({_of(blind, self.trained)}): it does not train")
+        unmoved = [name for name in self.unmoved() if name in asked]
+        stuck = self.stuck(unmoved)
+        if stuck:
+            raise NotTrained(f"{stuck[0]} has not moved ({_of(stuck, self.trained)}): it does not train")
         moved = self.moved_frozen()
         if moved:
             raise NotTrained(f"{moved[0]} is frozen and has moved: something else writes to the model")
-        return f"all {len(self.trained)} trainable tensors have moved, none of {len(self.frozen)} frozen ones"
+        count = len(asked) - len(unmoved)
+        said = f"all {len(asked)}" if not unmoved else f"{count} of {len(asked)}"
+        text = f"{said} trainable tensors have moved, none of {len(self.frozen)} frozen ones"
+        if unmoved:
+            text += f"; the other {len(unmoved)} get gradients, and their rate is below what 16 bits show so soon"
+        return text
+
+
+def _of(some: Collection[str], everything: Collection[str]) -> str:
+    return f"{len(some)} of {len(everything)} tensors"
+
+
+@torch.no_grad()
+def _steps_of_bits(p: Tensor) -> float:
+    """How many elements change a bit where each goes a way of 1: the sum of 1 / (distance to the next number)."""
+    values = full_value(p.detach())
+    if values.dtype == torch.float32:
+        return float("inf")  # any step of an optimizer shows in float32
+    nothing = torch.finfo(values.dtype)
+    total = 0.0
+    for part in values.flatten().split(MARKED):
+        exponent = torch.frexp(part.float().abs().clamp(min=nothing.tiny))[1]  # |x| < 2^exponent
+        total += float(torch.ldexp(torch.full_like(exponent, 2.0 / nothing.eps, dtype=torch.float32), -exponent).sum())
+    return total
 
 
 @torch.no_grad()
@@ -105,9 +159,16 @@ def _mark(p: Tensor) -> int:
     total = 0
     for start in range(0, len(bits), MARKED):
         part = bits[start : start + MARKED].long()
-        places = torch.arange(start, start + len(part), device=part.device)
-        total += int((part * (places * PLACE + 1)).sum())  # int64 wraps around, the same way every time
-    return total
+        odd = _odd_numbers(part.device)[: len(part)]
+        # The odd numbers go on from part to part; int64 wraps around, the same way every time.
+        total += int((part * odd).sum()) + start * PLACE * int(part.sum())
+    return total % (1 << 64)
+
+
+@functools.lru_cache(maxsize=4)  # 8 MB a device
+def _odd_numbers(device: torch.device) -> Tensor:
+    """place * PLACE + 1 for the places of one part: odd, so that a change of one element always shows."""
+    return torch.arange(MARKED, device=device) * PLACE + 1
 
 
 def check_file(in_memory: Tensor, from_file: Tensor, base: Tensor, path: Any) -> str:

@@ -52,7 +52,9 @@ def learned(task: Task, data: Prepared, learner: Learner, step: int, finished: b
 
 
 def memory_predicts(task: Task, learner: Learner) -> Tensor:
-    """The model's prediction for fixed noise with what was learned still on it."""
+    """The model's prediction for fixed noise with what was learned still on it, by the same kernels as the file's."""
+    for p in learner.parameters.values():
+        p.requires_grad_(False)  # weights that train have kernels of their own, whose bfloat16 rounds elsewhere
     return predict(task.model, [], task.prompt, words=learner.rows, hold_first=learner.hold_first)
 
 

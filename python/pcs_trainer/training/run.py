@@ -47,8 +47,14 @@ class Run:
         self.skipped_in_a_row = 0
         if self.learner.trains_whole_network and rank_and_world()[1] > 1:
             self.learner.take_parts(shard(self.model.unet, self.learner.weights))
-        self.stepper = Stepper(self.learner, self.s)
         self.probe = Probe(objective) if self.s.probe_every else None
+        self.movement: Movement | None = None
+        self.prompts: set[str] = set()  # of every step so far that changed something
+        self.stepper = Stepper(self.learner, self.s)  # last: `train` takes its hooks off the model again
+
+    def warn(self, text: str) -> None:
+        """Tell a warning."""
+        self.say("warning", text=text)
 
     def say(self, kind: str, **data: Any) -> None:
         """Tell an event of this step."""
@@ -56,26 +62,41 @@ class Run:
 
     def train(self, resume: bool = False) -> Concept:
         """All steps, and the concept; resume: go on from the last checkpoint in `out`."""
-        if resume:
-            self.resume()
-        learner = self.learner
+        try:
+            if resume:
+                self.resume()
+            self.all_steps()
+            if self.task.out is not None:
+                self.checkpoint()
+            return self.finish()
+        finally:
+            self.stepper.close()
+
+    def all_steps(self) -> None:
+        """Step after step to the end or to a stop, with the proof that all of it trains as soon as that shows."""
         # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
-        due = min(self.step + PROOF_STEP, self.s.steps)
-        proves = self.step == 0 or due == self.step + PROOF_STEP
-        movement = Movement(learner.parameters, self.objective.frozen()) if proves else None
-        with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
+        first, due = self.step, min(self.step + PROOF_STEP, self.s.steps)
+        if first == 0 or due == first + PROOF_STEP:
+            self.movement = Movement(self.learner.parameters, self.objective.frozen())
+        with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step, self.warn) as log:
             while self.step < self.s.steps and not any_process(stop()):
                 self.one_step(log)
-                if movement is not None and self.step == due:
-                    self.say("proof", text=movement.check(learner.seldom))
+                if self.movement is not None and self.step == due:
+                    unreached = self.learner.unreached(self.prompts)
+                    self.say("proof", text=self.movement.check(self.stepper.has_seen, unreached))
                 self.housekeeping(log)
         self.stopped = self.step < self.s.steps
-        unreached = movement.unmoved() if movement is not None and learner.seldom else []
+        if first == 0 and self.movement is not None:
+            self.look_back(self.movement)
+
+    def look_back(self, movement: Movement) -> None:
+        """Warn of what a whole run has not trained."""
+        unreached = self.learner.unreached(self.prompts)
         if unreached:
-            self.say("warning", text=f"no picture of this run reached {', '.join(unreached)}: they are as they began")
-        if self.task.out is not None:
-            self.checkpoint()
-        return self.finish()
+            self.warn(f"no picture of this run reached {', '.join(unreached)}: they are as they began")
+        stuck = movement.stuck(name for name in movement.unmoved() if name not in unreached)
+        if stuck:
+            self.warn(f"{', '.join(stuck)} did not change a bit in {self.step} steps: the learning rate is too small")
 
     def one_step(self, log: Log) -> None:
         """One optimizer step over all micro-batches, or a skipped one where a number is not finite."""
@@ -92,12 +113,15 @@ class Run:
         self.step += 1
         if good:
             self.skipped_in_a_row = 0
+            self.prompts.update(prompt for b in batches for prompt in b.prompts)
+            if self.movement is not None:
+                self.movement.stepped(self.stepper.rates_now())
             self.task.method.after_step(self.model, self.learner)
             # A two-pass clip computes every loss twice: the last ones are of this step's gradients.
             self.say("step", **log.step(self.step, parts[-self.s.accumulate :], self.stepper.rate))
             return
         self.skipped_in_a_row += 1
-        self.say("warning", text=f"step {self.step} was skipped: {self.stepper.reason} on {', '.join(names[:6])}")
+        self.warn(f"step {self.step} was skipped: {self.stepper.reason} on {', '.join(names[:6])}")
         if self.skipped_in_a_row == BAD_STEPS:
             self.give_up(names)
 
@@ -111,7 +135,7 @@ class Run:
         if from_step is None:
             raise TrainingStopped(f"{sentence}; no good state came before")
         self.step, self.stopped = from_step, True
-        self.say("warning", text=f"{sentence}; going back to step {from_step}")
+        self.warn(f"{sentence}; going back to step {from_step}")
         raise TrainingStopped(sentence, self.finish())
 
     def housekeeping(self, log: Log) -> None:
@@ -150,7 +174,7 @@ class Run:
                     image.save(paths[-1])
             self.say("preview", path=", ".join(map(str, paths)), images=drawn)
         except Exception as error:
-            self.say("warning", text=f"the preview failed ({' '.join(str(error).split())}); training goes on")
+            self.warn(f"the preview failed ({' '.join(str(error).split())}); training goes on")
         finally:
             self.model.release("vae")
 
@@ -175,7 +199,7 @@ class Run:
             path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep)
             self.say("checkpoint", path=str(path))
         except OSError as error:
-            self.say("warning", text=f"{error}; training goes on")
+            self.warn(f"{error}; training goes on")
 
     def resume(self) -> None:
         """Take the state of the last checkpoint in `out`; ValueError where it is of another run."""

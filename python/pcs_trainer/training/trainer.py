@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,12 +61,12 @@ class Trainer:
         concepts: list[dict[str, Any]] | None = None,
         **overrides: Any,
     ) -> None:
+        given = _asked_for(images, class_word, token, concepts)
+        if out is not None and not isinstance(out, (str, Path)):
+            raise ValueError(f"out must be the path of a folder, or None, not {out!r}")
         self.model = load_model(model) if isinstance(model, (str, Path)) else model
         rank, _ = join()
         folder = None if out is None else _writable(Path(out)) if rank == 0 else Path(out)
-        given = concepts or [{"images": images, "class_word": class_word, "token": token}]
-        if images is None and not concepts:
-            raise ValueError("images is missing: give a folder of pictures, or a list of them")
         subjects = [self._subject(method, one, masks, overrides, number) for number, one in enumerate(given)]
         tokens = [subject.settings.token for subject in subjects]
         if len(set(tokens)) < len(tokens):
@@ -161,6 +162,20 @@ class Trainer:
         return compare_gradients(self.learner.parameters, lambda: objective.loss(batch, 0)[0], exact)
 
 
+def _asked_for(images: Any, class_word: str, token: str, concepts: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """One dict a subject; ValueError where its pictures are missing."""
+    if concepts is None:
+        if images is None:
+            raise ValueError("images is missing: give a folder of pictures, or a list of them")
+        return [{"images": images, "class_word": class_word, "token": token}]
+    if not isinstance(concepts, (list, tuple)) or not all(isinstance(one, dict) for one in concepts) or not concepts:
+        raise ValueError("concepts must be a list of dicts with images, class_word and token, one for each subject")
+    for number, one in enumerate(concepts):
+        if one.get("images") is None:
+            raise ValueError(f"concepts[{number}] has no images: give a folder of pictures, or a list of them")
+    return list(concepts)
+
+
 def trainable(
     model: Model, method: str, class_word: str = "dog", token: str = "", **overrides: Any
 ) -> dict[str, nn.Parameter]:
@@ -191,9 +206,8 @@ def _writable(out: Path) -> Path:
     """The folder exists and takes a file, or one sentence now and not after the training."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out) as probe:  # it has no name: nothing stays, whatever happens
+            probe.write(b"x")
     except OSError as error:
         raise ValueError(f"the out folder {out} cannot be written to ({error.strerror}); choose another") from None
     return out

@@ -12,7 +12,7 @@ from ...settings import Settings, literal_choices
 from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..setting_values import as_kind
-from .common import METHOD, MODEL_FLAGS, RESOLUTION
+from .common import METHOD, MODEL_FLAGS, RESOLUTION, say
 
 
 def further_subject(text: str) -> str:
@@ -137,6 +137,9 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
     for option in OPTIONS:
         value = getattr(options, option.attribute)
         if not option.setting or value is None or value is False or value == []:
+            continue
+        if option.setting not in kinds and option.attribute in options.from_config:
+            say(f"{options.config} sets {option.key}, which {options.method} does not use")
             continue
         if option.setting not in kinds:
             raise UsageError(f"{option.name}: {why_unknown(options.method, option.setting)}")
