@@ -370,9 +370,11 @@ def test_wrong_settings_are_one_sentence(tiny):
 
 def test_a_word_of_an_augmentation_cannot_be_the_subjects(tiny):
     """And one that merely looks like it stays part of the concept."""
-    s = settings_for(tiny, "textboost", class_word="mug", token="<aug-flip>", augment=True, variant="v1")
-    with pytest.raises(ValueError, match="'<aug-flip>' is used twice"):
-        learner_for(tiny, [s])
+    with pytest.raises(ValueError, match="'<aug-flip>' is TextBoost's word for an augmentation"):
+        settings_for(tiny, "textboost", class_word="mug", token="<aug-flip>", augment=True, variant="v1")
+    s = settings_for(tiny, "textboost", class_word="mug", token="<two>", variant="v1")
+    with pytest.raises(ValueError, match="'<two>' is used twice"):
+        learner_for(tiny, [s, s])
     assert not adapters(tiny.text_encoder).residuals  # what a failed setup had attached is off again
     learner = learner_for(tiny, [settings_for(tiny, "textboost", class_word="mug", token="<aug-mine>", variant="v1")])
     assert list(learner.kept_rows()) == ["<aug-mine>"]

@@ -166,6 +166,11 @@ class Learner:
         """Train these parts of tensors in place of the whole ones (several processes share a network)."""
         self.weights |= parts
 
+    @property
+    def holds(self) -> bool:
+        """Whether anything of it is on the model."""
+        return bool(self._undo)
+
     def restore(self) -> None:
         """The model as it was before setup."""
         for undo in reversed(self._undo):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
 
 from ..data.prompts import Vocabulary
 from ..model.model import Model
@@ -10,6 +13,9 @@ from ..model.text_adapters import adapters
 from ..settings import Settings
 from . import method_named
 from .learner import KEY, Learner
+
+# The last learner on a network: parameters that train in place do not tell whose they are.
+_HOLDERS: WeakKeyDictionary[nn.Module, ref[Learner]] = WeakKeyDictionary()
 
 
 def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabulary | None = None) -> Learner:
@@ -36,14 +42,17 @@ def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabula
     except BaseException:
         learner.restore()  # nothing half done stays on the model
         raise
+    _HOLDERS[model.unet] = ref(learner)  # weak: a learner holds its model
     return learner
 
 
 def _is_taken(model: Model) -> bool:
     """Whether what another training trains is on the model."""
-    unet = model.unet
-    on_unet = any(r.key == KEY for layer in unet.modules() for r in getattr(layer, "residuals", ()))
-    if on_unet or any(p.requires_grad for p in unet.parameters()):
+    known = _HOLDERS.get(model.unet)
+    holder = None if known is None else known()
+    if holder is not None and holder.holds:
+        return True
+    if any(r.key == KEY for layer in model.unet.modules() for r in getattr(layer, "residuals", ())):
         return True
     encoders = model.text_encoders if "text_encoders" in getattr(model, "loaded", ()) else []  # loads none for this
     return any(r.key == KEY for encoder in encoders for r, _ in adapters(encoder).residuals)

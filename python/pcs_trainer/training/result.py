@@ -12,6 +12,7 @@ from torch import Tensor
 from ..concept.attach import predict
 from ..concept.concept import Concept
 from ..concept.loading import load_concept
+from ..distributed import is_part
 from ..methods.learner import Learner
 from ..unet.config import family
 from .proof import check_file
@@ -54,7 +55,8 @@ def learned(task: Task, data: Prepared, learner: Learner, step: int, finished: b
 def memory_predicts(task: Task, learner: Learner) -> Tensor:
     """The model's prediction for fixed noise with what was learned still on it, by the same kernels as the file's."""
     for p in learner.parameters.values():
-        p.requires_grad_(False)  # weights that train have kernels of their own, whose bfloat16 rounds elsewhere
+        if not is_part(p):  # what several processes share is put together for the kernels of weights that train
+            p.requires_grad_(False)  # those round bfloat16 elsewhere than the kernels of frozen weights
     return predict(task.model, [], task.prompt, words=learner.rows, hold_first=learner.hold_first)
 
 
