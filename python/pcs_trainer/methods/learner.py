@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +15,9 @@ from ..concept.grammar import Kind, Slot
 from ..data.prompts import Vocabulary
 from ..distributed import full_value
 from ..model.model import Model
-from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text
+from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, without_adapters
 from ..settings import Settings
-from ..unet.layers import LowRank, replace_data
+from ..unet.layers import Conv2d, Linear, LowRank, replace_data
 
 KEY = "learning"  # the residuals of the running training, among those of concepts on the same model
 
@@ -61,6 +62,7 @@ class Learner:
         self.trains_whole_network = False  # several processes share it instead of each holding all
         self._undo: list[Callable[[], Any]] = []
         self._sides: set[str] = set()  # where residuals have been attached
+        self._base: dict[nn.Parameter, Tensor] = {}  # the values that trained parameters of the model had before
 
     # told by a method's setup
 
@@ -82,6 +84,7 @@ class Learner:
         replace_data(parameter, original.float().clone() if master else original.clone())
         parameter.requires_grad_(True)
         self.weights[name] = parameter
+        self._base[parameter] = original
 
         def undo() -> None:
             parameter.requires_grad_(False)
@@ -165,12 +168,43 @@ class Learner:
         """Train these parts of tensors in place of the whole ones (several processes share a network)."""
         self.weights |= parts
 
+    def keep_base(self) -> None:
+        """Copy what a whole-network run changes in place, so that `base` has the model as it was."""
+        if self.trains_whole_network:
+            self._base |= {p: p.detach().clone() for n, p in self.weights.items() if grammar.on_unet(n)}
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The UNet and the text encoders as they were before setup, for as long as the context is open.
+
+        A network that trains whole has to be kept by `keep_base` before its first step.
+        """
+        layers = [m for m in self.model.unet.modules() if isinstance(m, (Linear, Conv2d)) and m.residuals]
+        attached = [layer.residuals for layer in layers]
+        now = {parameter: parameter.data for parameter in self._base}
+        with ExitStack() as stack:
+            if "text" in self._sides:
+                for encoder in self.model.text_encoders:
+                    stack.enter_context(without_adapters(encoder))
+            try:
+                for layer in layers:
+                    layer.residuals = [r for r in layer.residuals if r.key != KEY]
+                for parameter, value in self._base.items():
+                    replace_data(parameter, value)
+                yield
+            finally:
+                for parameter, value in now.items():
+                    replace_data(parameter, value)
+                for layer, residuals in zip(layers, attached, strict=True):
+                    layer.residuals = residuals
+
     def restore(self) -> None:
         """The model as it was before setup."""
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
         self._sides.clear()
+        self._base.clear()
 
     def _attach(self, slot: Slot, pair: Pair, word: str = "") -> None:
         model = self.model

@@ -26,8 +26,8 @@ def further_subject(text: str) -> str:
 
 
 OWN = "the method's"
-IDENTIFIERS, SCHEDULES, OPTIMIZERS = (
-    literal_choices(get_type_hints(Settings)[name]) for name in ("identifier", "lr_schedule", "optimizer")
+IDENTIFIERS, SCHEDULES, OPTIMIZERS, PRIORS = (
+    literal_choices(get_type_hints(Settings)[name]) for name in ("identifier", "lr_schedule", "optimizer", "prior")
 )
 
 # fmt: off
@@ -74,6 +74,9 @@ OPTIONS = (
         Option("--prior-weight", "weight of the prior-preservation loss on class images; 0: off",
                number(0, example="1"), metavar="X", also=("--prior_loss_weight",), otherwise=OWN,
                setting="prior_weight"),
+        Option("--prior", "what the prior-preservation loss compares with: class images (drawn), or the frozen "
+               "model's own prediction for the class prompt (own)", one_of("prior", PRIORS), metavar="KIND",
+               otherwise=str(Settings.prior), setting="prior"),
         Option("--prior-images", "number of class images to generate", integer(1, "100"), metavar="N",
                also=("--num_class_images",), otherwise=OWN, setting="prior_images"),
         Option("--prior-folder", "real class images, with captions beside them, instead of generated ones",
