@@ -76,6 +76,10 @@ class Settings:
         """Name -> value, as concepts, checkpoints and reports keep it."""
         return asdict(self)
 
+    def encoder_rate(self) -> float:
+        """The learning rate of what trains on the text encoders; the words' token embeddings have their own."""
+        return self.learning_rate
+
     def check(self) -> None:
         """Refuse a wrong value with one sentence (ValueError)."""
         for name, kind in get_type_hints(type(self)).items():

@@ -234,13 +234,21 @@ class Learner:
 
 
 def fresh_pair(
-    layer: nn.Module, rank: int, init: Literal["zero_up", "both_random"], generator: torch.Generator
+    layer: nn.Module,
+    rank: int,
+    init: Literal["zero_up", "both_random"],
+    generator: torch.Generator,
+    spread: float | None = None,
 ) -> Pair:
-    """A residual for a projection: down ~ N(0, 1 / rank), up = 0 ("zero_up") or small ("both_random")."""
+    """A residual for a projection: down ~ N(0, spread^2), up = 0 ("zero_up") or small ("both_random").
+
+    `spread` is rank^-0.5 where it is not given: down^T down is then the identity in the mean, whatever the rank. PEFT's
+    "gaussian" is 1 / rank. Adam's step of W is proportional to it, so learning rates of one do not suit the other.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
     c_out, c_in = weight.shape[:2]
-    down = torch.randn(rank, c_in, generator=generator) * rank**-0.5
+    down = torch.randn(rank, c_in, generator=generator) * (rank**-0.5 if spread is None else spread)
     up = torch.zeros(c_out, rank)
     if init == "both_random":
         up = torch.randn(c_out, rank, generator=generator) * SMALL_START * c_in**-0.5
