@@ -60,6 +60,7 @@ class Settings:
     snr_gamma: float = 0.0  # min-SNR weight; 0 is off
     timesteps: Literal["uniform", "snr"] = "uniform"  # snr: p(t) grows with the noise
     prior_weight: float = 0.0  # of the loss on class images; 0 is off
+    prior: Literal["drawn", "own"] = "drawn"  # class images, or the frozen model's own prediction for the class prompt
     prior_images: int = 100
     prior_folder: str | None = None  # class images with captions beside them; None lets the model draw them
     prior_steps: int = 25  # sampling steps of a generated class image
@@ -77,6 +78,10 @@ class Settings:
     def asdict(self) -> dict[str, Any]:
         """Name -> value, as concepts, checkpoints and reports keep it."""
         return asdict(self)
+
+    def encoder_rate(self) -> float:
+        """The learning rate of what trains on the text encoders; the words' token embeddings have their own."""
+        return self.learning_rate
 
     def check(self) -> None:
         """Refuse a wrong value with one sentence (ValueError)."""
@@ -101,6 +106,10 @@ class Settings:
         if "{subject}" not in self.template:
             example = "as 'a photo of a {subject}' does"
             raise ValueError(f"template must hold {{subject}}, {example}; it is {self.template!r}")
+        if self.prior == "own" and self.prior_folder:
+            raise ValueError("prior='own' uses no class images; leave out prior_folder, or give prior='drawn'")
+        if self.prior == "own" and not self.prior_weight:
+            raise ValueError("prior='own' does nothing at prior_weight 0. Fix: prior_weight=1, or leave out prior")
         if self.step_in_backward and self.optimizer != "adamw8bit":
             raise ValueError("step_in_backward needs optimizer='adamw8bit'")
 

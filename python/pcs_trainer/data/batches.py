@@ -51,7 +51,10 @@ class Bank:
 
 @dataclass
 class Batch:
-    """A step's examples before noise: latents [B], prompts, masks; the first `subjects` of them are of the subject."""
+    """A step's examples before noise: latents [B], prompts, masks; the first `subjects` of them are of the subject.
+
+    The others hold on to the class: class images, or the subject's own examples again under the class prompt.
+    """
 
     latents: Tensor
     prompts: list[str]
@@ -62,7 +65,7 @@ class Batch:
     names: list[str] = field(default_factory=list)
 
     def smallest(self) -> Batch:
-        """One picture of the subject and, where there are class images, one of them."""
+        """One picture of the subject and, where something holds on to the class, one example of that."""
         keep = [0, self.subjects] if len(self.t) > self.subjects else [0]
         masks = None if self.masks is None else self.masks[keep]
         prompts, names = ([all_of[i] for i in keep] if all_of else [] for all_of in (self.prompts, self.names))
@@ -131,7 +134,7 @@ def prior_bank(
         size: pixels a side.
         report: told what is being sampled and what was skipped.
     """
-    if not s.prior_weight:
+    if not s.prior_weight or s.prior == "own":
         return None
     pixels, prompts = [], []
     classes = {class_prompt(subject.settings): subject.settings for subject in subjects}
@@ -158,6 +161,7 @@ def draw_batch(
     micro: int,
     share: tuple[int, int],
     timesteps: Callable[[int, torch.Generator], Tensor],
+    own: Sequence[str] = (),
 ) -> Batch:
     """The examples of one micro-batch: a function of the seed, the step and the micro-batch alone.
 
@@ -169,6 +173,7 @@ def draw_batch(
         step, micro: which examples.
         share: (rank, world): of several processes each takes its part of world x batch examples.
         timesteps: random timesteps, by their number and a generator.
+        own: each subject's class prompt, where the subjects' own noisy latents come a second time under it.
     """
     rank, world = share
     generator = seeded(s.seed, Stream.BATCH, step, micro)
@@ -188,6 +193,12 @@ def draw_batch(
         keep = torch.cat([keep, count + keep])
     noise = torch.randn(x.shape, generator=generator)
     t = timesteps(len(x), generator)
+    if own:
+        x, noise, t, said = torch.cat([x, x]), torch.cat([noise, noise]), torch.cat([t, t]), said * 2
+        owners = [0] * count if subject.owners is None else subject.owners[pick].tolist()
+        prompts += [own[owner] for owner in owners]
+        masks = None if masks is None else torch.cat([masks, torch.ones(count, *masks.shape[1:])])
+        keep = torch.cat([keep, count + keep])
     mine = keep.tolist()
     return Batch(
         x[keep],

@@ -16,12 +16,13 @@ import torch
 
 from ..methods import settings_for
 from ..model.model import Model, load_model
+from ..settings import Settings
 from ..unet.plans import PLAN_NAMES, PLANS
 from ..units import parse_bytes
 from .assign import fastest, fastest_within, smallest
 from .counts import Counted, Request, counted_once
 from .networks import networks_of
-from .rehearsal import Rehearsal
+from .rehearsal import FROZEN_COPY, Rehearsal
 
 CUDA_CONTEXT = 500_000_000  # allowed for what the driver takes before the first tensor; not measured here
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,6 +45,7 @@ class Plan:
     gradients: int  # the most bytes of gradients alive at once
     assignment: dict[str, str]  # for UNet.set_plan
     slowdown: float  # the step's work over that of the fastest plans, minus one
+    prior_cost: str = ""  # what the prior loss costs beside the step, as one phrase
     missing: str = ""  # empty where the plan fits, else what is missing
     measured: dict[str, float] = field(default_factory=dict)  # on a GPU: seconds and bytes of one real step
 
@@ -74,7 +76,8 @@ class Plan:
     def __str__(self) -> str:
         pictures = f"{self.batch} + {self.prior} prior" if self.prior else str(self.batch)
         per = f", {self.accumulate} forwards a step" if self.accumulate > 1 else ""
-        lines = [f"{self.method} at {self.resolution} x {self.resolution}, batch {pictures}{per}, on {self.device}", ""]
+        lines = [f"{self.method} at {self.resolution} x {self.resolution}, batch {pictures}{per}, on {self.device}"]
+        lines += [*([f"prior loss: {self.prior_cost}"] if self.prior_cost else []), ""]
         rows = [(name, size) for name, size in self.components.items() if size >= 5 * 10**5]
         rows += [("CUDA context (allowed for)", self.context)] if self.context else []
         lines += [f"  {name:<30}{size / 1e9:8.3f} GB" for name, size in rows]
@@ -159,9 +162,24 @@ def plan(
         gradients=max(count.gradients, chosen.lasting().get("gradients", 0)),
         assignment=assignment,
         slowdown=count.work / min(chosen.count(p).work for p in PLANS) - 1,
+        prior_cost=cost_of_prior(s, bool(chosen.lasting().get(FROZEN_COPY))),
         missing=missing,
     )
     return _measured(found, chosen, limit) if measure and found.fits else found
+
+
+def cost_of_prior(s: Settings, copies: bool) -> str:
+    """What the prior loss costs beside the forward that its half of the batch already is."""
+    if not s.prior_weight:
+        return ""
+    if s.prior == "own":
+        copy = ", and a frozen copy of the UNet" if copies else ""
+        forwards = s.steps * s.batch * s.accumulate
+        return f"no class images; one forward more in each step without gradients ({forwards} images in all){copy}"
+    if s.prior_folder:
+        return f"the class images in {s.prior_folder}"
+    forwards = 2 * s.prior_images * s.prior_steps  # with and without the prompt
+    return f"{s.prior_images} class images, sampled before step 1 by {forwards} forwards of one image"
 
 
 def _halved_until_it_fits(counted: Callable[[int], Counted], pictures: int, limit: int) -> int:

@@ -28,6 +28,7 @@ from .blank import BlankModel, BlankVocabulary
 from .ledger import Ledger, StepCount
 from .networks import Networks
 
+FROZEN_COPY = "frozen copy of the UNet"
 WORD = "<subject>"  # where the settings name none: causal residuals act from a word on
 
 
@@ -179,10 +180,12 @@ class Rehearsal:
         }
         masters = sum(p.nbytes for p in self.trained if id(p) not in in_place)
         text = 0 if self.cached is None else sum(t.nbytes for pair in self.cached.values() for t in pair)
+        keeps_base = self.settings.prior == "own" and self.learner.trains_whole_network
         copied = sum(p.numel() for p in self.trained) <= LARGEST_COPY
         return found | {
             "trained in float32": masters,
             "copy of the last good state": sum(p.nbytes for p in self.trained) * copied,
+            FROZEN_COPY: found["UNet weights"] * keeps_base,
             "cached text": text,
             "optimizer state": sum(state_bytes(p, self.settings.optimizer) for p in self.trained),
         }

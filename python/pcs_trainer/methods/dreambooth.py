@@ -1,6 +1,6 @@
 """DreamBooth (arXiv 2208.12242): a rare word is bound to the subject by training the whole UNet.
 
-Trains   every tensor of the UNet, on request the text encoder's too.
+Trains   every tensor of the UNet, on request the text encoder's too, at 0.4 of the UNet's rate.
 Loss     E |eps_hat(x_t, t, "a [V] [class]") - eps|^2 + lambda E |eps_hat(x'_t', t', "a [class]") - eps'|^2   (eq. 2)
          with class images x' that the frozen model drew, lambda = 1; each half has its own t and noise.
 Default  800 steps of 1 + 1 pictures, 5e-6, AdamW, gradients clipped to norm 1.
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from ..concept import grammar
 from ..model.model import Model
-from ..model.text_adapters import file_name
+from ..model.text_adapters import file_name, is_read
 from ..settings import Identifier, Settings
 from .learner import Learner
 from .method import ExtraInput, Method
+
+ENCODER_SHARE = 0.4  # of learning_rate: the paper's 2e-6 for the text encoder beside 5e-6 for the UNet
 
 
 @dataclass(kw_only=True)
@@ -40,24 +42,41 @@ class DreamBooth(Settings):
     prior_images: int = 100
     step_in_backward: bool = True
     train_text_encoder: bool = False
+    text_encoder_learning_rate: float | None = None  # None: a share of learning_rate that is the method's
     stage: Literal["base", "super_resolution"] = "base"  # the other trains an up-scaler
     noise_level: float = 1e-5  # super_resolution: variance of the noise laid on the small picture
+
+    def encoder_rate(self) -> float:
+        """The text encoder's own rate."""
+        given = self.text_encoder_learning_rate
+        return ENCODER_SHARE * self.learning_rate if given is None else given
+
+    def check(self) -> None:
+        """Refuse a rate for what does not train."""
+        super().check()
+        rate = self.text_encoder_learning_rate
+        if rate is not None and not self.train_text_encoder:
+            raise ValueError(
+                "text_encoder_learning_rate does nothing without train_text_encoder; give both, or neither"
+            )
+        if rate is not None and not 0 < rate < 1:
+            raise ValueError(f"text_encoder_learning_rate must lie between 0 and 1, not {rate!r}")
 
 
 def setup(model: Model, s: DreamBooth, learner: Learner) -> None:
     """The whole UNet, and what the settings add."""
     learner.train_whole_unet()
-    train_text_encoders(model, s, learner)
+    if s.train_text_encoder:
+        train_whole_encoders(model, learner)
     learner.add_subject_word(s)
 
 
-def train_text_encoders(model: Model, s: DreamBooth, learner: Learner) -> None:
-    """Every tensor of the text encoders, where the settings ask for it."""
-    if not s.train_text_encoder:
-        return
+def train_whole_encoders(model: Model, learner: Learner) -> None:
+    """Every tensor of the text encoders that the UNet's inputs depend on."""
     for part, encoder in zip(grammar.TEXT_PARTS, model.text_encoders, strict=False):
         for name, parameter in encoder.named_parameters():
-            learner.train_value(grammar.value_name(part, file_name(name)), parameter, master=False)
+            if is_read(model.text_encoders, encoder, name):
+                learner.train_value(grammar.value_name(part, file_name(name)), parameter, master=False)
 
 
 def small_picture(s: DreamBooth) -> ExtraInput | None:

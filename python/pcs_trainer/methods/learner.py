@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,9 @@ from ..concept.grammar import Kind, Slot
 from ..data.prompts import Vocabulary
 from ..distributed import full_value
 from ..model.model import Model
-from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text
+from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, without_adapters
 from ..settings import Settings
-from ..unet.layers import LowRank, replace_data
+from ..unet.layers import Conv2d, Linear, LowRank, replace_data
 
 KEY = "learning"  # the residuals of the running training, among those of concepts on the same model
 
@@ -61,6 +62,7 @@ class Learner:
         self.trains_whole_network = False  # several processes share it instead of each holding all
         self._undo: list[Callable[[], Any]] = []
         self._sides: set[str] = set()  # where residuals have been attached
+        self._base: dict[nn.Parameter, Tensor] = {}  # the values that trained parameters of the model had before
 
     # told by a method's setup
 
@@ -82,6 +84,7 @@ class Learner:
         replace_data(parameter, original.float().clone() if master else original.clone())
         parameter.requires_grad_(True)
         self.weights[name] = parameter
+        self._base[parameter] = original
 
         def undo() -> None:
             parameter.requires_grad_(False)
@@ -171,12 +174,43 @@ class Learner:
         """Whether anything of it is on the model."""
         return bool(self._undo)
 
+    def keep_base(self) -> None:
+        """Copy what a whole-network run changes in place, so that `base` has the model as it was."""
+        if self.trains_whole_network:
+            self._base |= {p: p.detach().clone() for n, p in self.weights.items() if grammar.on_unet(n)}
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The UNet and the text encoders as they were before setup, for as long as the context is open.
+
+        A network that trains whole has to be kept by `keep_base` before its first step.
+        """
+        layers = [m for m in self.model.unet.modules() if isinstance(m, (Linear, Conv2d)) and m.residuals]
+        attached = [layer.residuals for layer in layers]
+        now = {parameter: parameter.data for parameter in self._base}
+        with ExitStack() as stack:
+            if "text" in self._sides:
+                for encoder in self.model.text_encoders:
+                    stack.enter_context(without_adapters(encoder))
+            try:
+                for layer in layers:
+                    layer.residuals = [r for r in layer.residuals if r.key != KEY]
+                for parameter, value in self._base.items():
+                    replace_data(parameter, value)
+                yield
+            finally:
+                for parameter, value in now.items():
+                    replace_data(parameter, value)
+                for layer, residuals in zip(layers, attached, strict=True):
+                    layer.residuals = residuals
+
     def restore(self) -> None:
         """The model as it was before setup."""
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
         self._sides.clear()
+        self._base.clear()
 
     def _attach(self, slot: Slot, pair: Pair, word: str = "") -> None:
         model = self.model
@@ -206,13 +240,21 @@ class Learner:
 
 
 def fresh_pair(
-    layer: nn.Module, rank: int, init: Literal["zero_up", "both_random"], generator: torch.Generator
+    layer: nn.Module,
+    rank: int,
+    init: Literal["zero_up", "both_random"],
+    generator: torch.Generator,
+    spread: float | None = None,
 ) -> Pair:
-    """A residual for a projection: down ~ N(0, 1 / rank), up = 0 ("zero_up") or small ("both_random")."""
+    """A residual for a projection: down ~ N(0, spread^2), up = 0 ("zero_up") or small ("both_random").
+
+    `spread` is rank^-0.5 where it is not given: down^T down is then the identity in the mean, whatever the rank. PEFT's
+    "gaussian" is 1 / rank. Adam's step of W is proportional to it, so learning rates of one do not suit the other.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
     c_out, c_in = weight.shape[:2]
-    down = torch.randn(rank, c_in, generator=generator) * rank**-0.5
+    down = torch.randn(rank, c_in, generator=generator) * (rank**-0.5 if spread is None else spread)
     up = torch.zeros(c_out, rank)
     if init == "both_random":
         up = torch.randn(c_out, rank, generator=generator) * SMALL_START * c_in**-0.5

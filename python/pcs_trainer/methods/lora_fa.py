@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.model import Model
-from .dreambooth import small_picture, train_text_encoders
-from .dreambooth_lora import DreamBoothLoRA, attention_projections
+from .dreambooth import small_picture
+from .dreambooth_lora import DreamBoothLoRA, attention_projections, train_text_encoders
 from .learner import Learner, Pair, fresh_pair
 from .method import Method
 

@@ -32,7 +32,7 @@ from ..data.augment import Augmentation, Augmented
 from ..data.prompts import class_prompt
 from ..model.model import Model
 from ..model.text import encode
-from ..model.text_adapters import mean_row_norm, text_module, without_adapters
+from ..model.text_adapters import layers_read, mean_row_norm, text_module, without_adapters
 from ..settings import Settings
 from .learner import Learner, Pair, fresh_pair
 from .method import Method, SideLoss
@@ -95,13 +95,11 @@ def setup(model: Model, s: TextBoost, learner: Learner) -> None:
 def encoder_residuals(model: Model, s: TextBoost, learner: Learner) -> None:
     """A pair on each of the variant's layers; the causal ones reach the tokens from V* on."""
     for part, encoder in zip(grammar.TEXT_PARTS, model.text_encoders, strict=False):
-        # SDXL reads the states before the last layer; what its pooled text goes through is the second encoder's alone.
-        unread = len(model.text_encoders) > 1 and not hasattr(encoder, "text_projection")
-        for number in range(encoder.config.num_hidden_layers - unread):
+        for number in range(layers_read(model.text_encoders, encoder)):
             for layer in LAYERS[s.variant]:
                 name = f"text_model.encoder.layers.{number}.{layer}"
                 rank = CAUSAL_RANK if s.causal else s.rank
-                pair = fresh_pair(text_module(encoder, name), rank, s.init, learner.generator)
+                pair = fresh_pair(text_module(encoder, name), rank, s.init, learner.generator, spread=1 / rank)
                 if s.causal:
                     learner.attach_from_word_on(part, name, pair, s.token)
                 else:

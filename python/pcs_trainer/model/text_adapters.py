@@ -6,7 +6,7 @@ state for the table.  Letters: B prompts, T tokens, C text width, R rank, n toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -97,6 +97,23 @@ def text_module(encoder: nn.Module, name: str) -> nn.Module:
         except AttributeError:
             continue
     raise ValueError(f"the text encoder has no layer {name!r}")
+
+
+def layers_read(encoders: Sequence[nn.Module], encoder: nn.Module) -> int:
+    """How many of an encoder's layers, from the first on, the UNet's inputs depend on.
+
+    SDXL's UNet reads the states before the last layer; the last one is behind the second encoder's pooled text alone.
+    """
+    unread = len(encoders) > 1 and not hasattr(encoder, "text_projection")
+    return cast("TextEncoder", encoder).config.num_hidden_layers - unread
+
+
+def is_read(encoders: Sequence[nn.Module], encoder: nn.Module, name: str) -> bool:
+    """Whether the UNet's inputs depend on this parameter of an encoder."""
+    layers = cast("TextEncoder", encoder).config.num_hidden_layers
+    if layers_read(encoders, encoder) == layers:
+        return True
+    return f"layers.{layers - 1}." not in name and "final_layer_norm." not in name
 
 
 def file_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_safetensors(folder / "trained.safetensors")[0], state
 
 
+def unset_then(settings: type, was: dict[str, Any]) -> dict[str, Any]:
+    """What an older version did where it had no setting for it: mostly what the default still says."""
+    then = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(settings)}
+    if was.get("train_text_encoder"):  # all of it, at the UNet's rate
+        then |= {"text_encoder_learning_rate": was["learning_rate"], "text_encoder_form": "whole"}
+    return then
+
+
 def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], settings: type) -> None:
     """Refuse to go on with other settings, pictures or another base model, and say what differs.
 
@@ -83,7 +92,8 @@ def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], setti
         raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
     if was["data"] != now["data"]:
         raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
-    old, new = with_none_for_unset(settings, was["settings"]), now["settings"]
+    new = now["settings"]
+    old = unset_then(settings, was["settings"]) | with_none_for_unset(settings, was["settings"])
     constant = new["lr_schedule"] == "constant"
     differing = [
         f"{name} was {old.get(name)!r} and is {value!r}"

@@ -14,6 +14,7 @@ from ..data.batches import Batch, Stream, draw_batch, seeded
 from ..distributed import rank_and_world
 from ..methods.learner import Learner
 from ..model.text import Text, encode
+from .class_prediction import ClassPrediction
 from .losses import drawn_timesteps, picture_losses, snr_weights
 from .task import Prepared, Task
 
@@ -32,6 +33,8 @@ class Objective:
         self.model, self.s, self.method = task.model, task.settings, task.method
         self.side_loss = self.method.side_loss(self.model, self.s)
         self.extra_input = self.method.extra_input(self.s)
+        # Before the first step and before a checkpoint is read: the model is still the base model.
+        self.own = ClassPrediction(task, learner, data.size) if self.s.prior == "own" else None
         self._texts = {} if learner.text_trains else self._frozen_texts()
 
     def batch(self, step: int, micro: int) -> Batch:
@@ -41,7 +44,9 @@ class Objective:
         def timesteps(count: int, generator: torch.Generator) -> Tensor:
             return drawn_timesteps(self.model.schedule, s.timesteps, count, generator)
 
-        return draw_batch(self.data.bank, self.data.prior, self.data.names, s, step, micro, rank_and_world(), timesteps)
+        own = self.task.class_prompts if self.own is not None else ()
+        share = rank_and_world()
+        return draw_batch(self.data.bank, self.data.prior, self.data.names, s, step, micro, share, timesteps, own)
 
     def predicted(self, batch: Batch, step: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """The prediction for a batch.
@@ -57,13 +62,17 @@ class Objective:
         like = unet.conv_in.weight
         x, noise = batch.latents.to(like.device), batch.noise.to(like.device)  # [B, C, h, w]
         t = batch.t.to(like.device)  # [B]
+        noisy, target = schedule.add_noise(x, noise, t), schedule.target(x, noise, t)
+        if self.own is not None and batch.subjects < len(t):  # first: it changes weights that a graph would hold
+            at = slice(batch.subjects, None)
+            held = self.own(noisy[at].to(compute_dtype(unet)), t[at], batch.prompts[at])  # [B - subjects, C, h, w]
+            target = torch.cat([target[: batch.subjects], held.to(target)])
         text = self.text(batch.prompts).to(torch.empty(0, dtype=compute_dtype(unet), device=like.device))
-        kv = self.method.hold_text(unet.text_kv(text.states))
-        noisy, added = schedule.add_noise(x, noise, t), text.added(size, size)
+        kv, added = self.method.hold_text(unet.text_kv(text.states)), text.added(size, size)
         if self.extra_input is not None:
             noisy, added = self._with_extra_input(noisy, batch, added, step)
         prediction = unet(noisy.to(compute_dtype(unet)), t, kv, added)
-        return prediction, schedule.target(x, noise, t), None if batch.masks is None else batch.masks.to(like.device)
+        return prediction, target, None if batch.masks is None else batch.masks.to(like.device)
 
     def loss(self, batch: Batch, step: int, micro: int = 0) -> tuple[Tensor, dict[str, float]]:
         """The loss of one micro-batch.

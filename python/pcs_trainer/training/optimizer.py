@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward
 from pcs_kernels.optim.adamw8bit import own_part
 
+from ..concept import grammar
 from ..distributed import any_process, gathered_states, is_part, norm_of, rank_and_world, share_gradients
 from ..methods.learner import Learner
 from ..settings import Settings
@@ -35,8 +36,11 @@ class Stepper:
         self.names = [list(names) for names in (weights, rows) if names]  # of the optimizer's groups
         self.world = rank_and_world()[1]
         groups: list[dict[str, Any]] = []
-        if weights:
-            groups.append({"params": list(weights.values()), "lr": s.learning_rate, "weight_decay": s.weight_decay})
+        apart = s.encoder_rate() != s.learning_rate  # else one group, as checkpoints of equal rates have it
+        for rate, on in ((s.learning_rate, True), (s.encoder_rate(), False)):
+            mine = [p for name, p in weights.items() if (grammar.on_unet(name) or not apart) is on]
+            if mine:
+                groups.append({"params": mine, "lr": rate, "weight_decay": s.weight_decay})
         if rows:
             rate = s.token_learning_rate or s.learning_rate
             groups.append({"params": list(rows.values()), "lr": rate, "weight_decay": 0.0})

@@ -47,6 +47,13 @@ OPTIONS = grouped(
         also=("--network_dim",),
         otherwise="the method's",
     ),
+    Option(
+        "--prior",
+        "what the prior loss compares with: drawn (class images) or own (the frozen model's prediction)",
+        one_of("prior", ("drawn", "own")),
+        metavar="KIND",
+        otherwise="drawn",
+    ),
     Option("--budget", "memory limit, e.g. 6GB", byte_size, metavar="SIZE", otherwise="no limit: the fastest plan"),
     Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
     Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), "bfloat16", "TYPE"),
@@ -84,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
         accumulate=options.accumulate,
         measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only,
         rank=options.rank,
+        prior=options.prior,
     )
     if options.device == "cpu":
         warn_of_the_reference()

@@ -26,8 +26,8 @@ def further_subject(text: str) -> str:
 
 
 OWN = "the method's"
-IDENTIFIERS, SCHEDULES, OPTIMIZERS = (
-    literal_choices(get_type_hints(Settings)[name]) for name in ("identifier", "lr_schedule", "optimizer")
+IDENTIFIERS, SCHEDULES, OPTIMIZERS, PRIORS = (
+    literal_choices(get_type_hints(Settings)[name]) for name in ("identifier", "lr_schedule", "optimizer", "prior")
 )
 
 # fmt: off
@@ -64,7 +64,10 @@ OPTIONS = (
         Option("--lr", "learning rate", number(0, 1, "1e-3"), metavar="X", also=("--learning_rate", "--unet_lr"),
                otherwise=OWN, setting="learning_rate"),
         Option("--token-lr", "learning rate of the subject's token embeddings", number(0, 1, "1e-3"), metavar="X",
-               also=("--text_encoder_lr",), otherwise=OWN, setting="token_learning_rate"),
+               otherwise=OWN, setting="token_learning_rate"),
+        Option("--text-encoder-lr", "learning rate of the text encoder, with --train-text-encoder",
+               number(0, 1, "2e-6"), metavar="X", also=("--text_encoder_lr",), otherwise=OWN,
+               setting="text_encoder_learning_rate"),
         Option("--lr-schedule", ", ".join(SCHEDULES), one_of("schedule", SCHEDULES), metavar="NAME",
                also=("--lr_scheduler",), otherwise=Settings.lr_schedule, setting="lr_schedule"),
         Option("--warmup", "warmup steps of the learning rate", integer(0, "0"), metavar="N",
@@ -74,6 +77,9 @@ OPTIONS = (
         Option("--prior-weight", "weight of the prior-preservation loss on class images; 0: off",
                number(0, example="1"), metavar="X", also=("--prior_loss_weight",), otherwise=OWN,
                setting="prior_weight"),
+        Option("--prior", "what the prior-preservation loss compares with: class images (drawn), or the frozen "
+               "model's own prediction for the class prompt (own)", one_of("prior", PRIORS), metavar="KIND",
+               otherwise=str(Settings.prior), setting="prior"),
         Option("--prior-images", "number of class images to generate", integer(1, "100"), metavar="N",
                also=("--num_class_images",), otherwise=OWN, setting="prior_images"),
         Option("--prior-folder", "real class images, with captions beside them, instead of generated ones",
@@ -84,7 +90,7 @@ OPTIONS = (
                also=("--max_grad_norm",), otherwise=OWN, setting="clip_norm"),
         Option("--weight-decay", "weight decay of the optimizer", number(0, 1, "0.01"), metavar="X",
                also=("--adam_weight_decay",), otherwise=OWN, setting="weight_decay"),
-        Option("--train-text-encoder", "also train the text encoder (DreamBooth)", None, False,
+        Option("--train-text-encoder", "also train the text encoder (DreamBooth, DreamBooth-LoRA)", None, False,
                also=("--train_text_encoder",), setting="train_text_encoder"),
         Option("--seed", "random seed", integer(0, "0"), metavar="N", otherwise=str(Settings.seed), setting="seed"),
         Option("--set", "any other setting, e.g. --set augment=false; may be repeated", metavar="NAME=VALUE",
