@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -296,3 +297,26 @@ def test_the_log_ends_where_the_disk_is_full_and_the_training_does_not(model, tm
     assert len(told) == 2 and "the log" in told[0] and "No space" in told[0] and "the checkpoint" in told[1]
     assert concept.meta["finished"] == "1" and (tmp_path / "concept.safetensors").is_file()
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_class_images_are_the_frozen_models_where_what_trains_is_on_the_model_already(model):
+    settings = dict(prior_weight=1.0, init="both_random")
+    early = trainer(model, "dreambooth_lora", **settings | dict(prior_steps=3))  # not what the cache holds
+    for p in early.trainable().values():
+        p.data.add_(1.0)
+    assert torch.equal(early.objective().data.prior.moments.mean, drawn_anew(model, settings))
+    early.learner.restore()
+
+
+def drawn_anew(model, settings):
+    """The class images of three steps, by a trainer that starts with nothing on the model and an empty cache."""
+    import tempfile
+
+    before = os.environ["PCS_CACHE"]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PCS_CACHE"] = folder
+        t = trainer(model, "dreambooth_lora", **settings | dict(prior_steps=3))
+        found = t.objective().data.prior.moments.mean
+        t.learner.restore()
+    os.environ["PCS_CACHE"] = before
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,9 @@ class Trainer:
 
     def objective(self, say: Say = _silent) -> Objective:
         """The loss of this training: pictures as latents, what trains on the model, frozen texts encoded."""
-        data = prepare(self.task, say)
+        # Class images are the frozen model's, also where `trainable()` has put what trains on the model already.
+        with self._learner.base() if self._learner else nullcontext():
+            data = prepare(self.task, say)
         learner = self.learner
         if learner.trains_whole_network and rank_and_world()[1] == 1:
             _channels_last(self.model.unet)
