@@ -148,6 +148,13 @@ class Stepper:
             p.copy_(value)
         return self._good[0]
 
+    def close(self) -> None:
+        """Let go of the optimizer, its state and the parameters; no step follows."""
+        if self.handle is not None:
+            self.handle.remove()
+        self.parameters, self.handle, self._good = {}, None, None
+        del self.optimizer
+
     @property
     def sharded(self) -> bool:
         return any(is_part(p) for p in self.parameters.values())

@@ -15,6 +15,9 @@ from ..errors import NotTrained
 
 MARKED = 1 << 20  # elements of a checksum at a time: 8 MB an int64 tensor, whatever the network's size
 PLACE = 0x9E3779B97F4A7C1 << 1  # even, so that place * PLACE + 1 is odd: a change of one element always shows
+# Latents a side of the batch that is compared: every kernel runs at its real widths over several tiles, and the
+# reference's attention, which holds all its scores, needs 0.14 GB an image where 64 a side (512 pixels) need 2.2.
+PROOF_SIDE = 32
 SET = 50_000_000  # parameters: two gradients of so many are held for a comparison, 0.4 GB in float32
 
 
