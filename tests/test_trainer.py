@@ -232,7 +232,7 @@ def test_the_probe_starts_at_no_drift(model, method):
 def test_the_gradients_are_compared_on_one_image_of_each_kind(model):
     objective = trainer(model, "dreambooth_lora", batch=3).objective()
     batch = objective.batch(0, 0)
-    first = batch.smallest()
+    first = batch.smallest(32)
     assert len(batch.t) == 6 and len(first.t) == 2 and first.subjects == 1
     assert torch.equal(first.latents, batch.latents[[0, 3]]) and torch.equal(first.t, batch.t[[0, 3]])
     assert first.prompts == [batch.prompts[0], batch.prompts[3]]

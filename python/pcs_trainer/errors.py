@@ -29,5 +29,14 @@ class UsageError(PcsError):
     """A wrong flag, value or combination on the command line; exit code 2."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a device or of the machine did not suffice; torch's CPU allocator has no class for it."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
 class DoesNotFit(PcsError):
     """What was asked for does not fit the memory budget; exit code 3."""

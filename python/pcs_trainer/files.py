@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,6 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TYPES = {  # torch's names of types -> a safetensors file's
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 def written(path: Path, write: Callable[[Path], object]) -> Path:
@@ -32,18 +46,38 @@ def written_text(path: Path, text: str) -> Path:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all, one tensor after another: no second copy of all is made.
 
     Raises OSError, one sentence with the fix, where it cannot be written (a full disk, a folder without permission).
     """
-    from safetensors.torch import save_file
-
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        return written(path, lambda part: save_file(plain, part, dict(header)))
-    except Exception as error:  # safetensors wraps the system's errors in its own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        return written(path, lambda part: _stream(part, tensors, header))
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
         raise OSError(f"{path} could not be written ({reason}); free some space or choose another folder") from error
+
+
+def _stream(part: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """The bytes of a safetensors file: the header's length, the header as JSON, the tensors, widest type first."""
+    import torch
+
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    told: dict[str, Any] = {"__metadata__": dict(header)} if header else {}
+    at = 0
+    for name in names:
+        end = at + tensors[name].nbytes
+        dtype = TYPES.get(str(tensors[name].dtype).removeprefix("torch."))
+        if dtype is None:
+            raise ValueError(f"{name} is {tensors[name].dtype}, which a safetensors file written here cannot hold")
+        told[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            plain: Any = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            file.write(plain)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import DoesNotFit, UnsupportedModel, UsageError
+from ..errors import DoesNotFit, UnsupportedModel, UsageError, out_of_memory
 from .commands import COMMANDS, command
 from .config import effective
 from .exit_codes import DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, WRONG_USAGE
@@ -76,8 +76,7 @@ def exit_code(error: BaseException) -> int:
     """The exit code that an error ends the command with."""
     if isinstance(error, (UsageError, UnsupportedModel)):
         return WRONG_USAGE
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return DOES_NOT_FIT if isinstance(error, DoesNotFit) or out_of_memory else FAILED
+    return DOES_NOT_FIT if isinstance(error, DoesNotFit) or out_of_memory(error) else FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

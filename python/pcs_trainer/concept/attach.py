@@ -134,7 +134,7 @@ def _put_values(
     changes: dict[nn.Parameter, list[tuple[float, Tensor, Kind]]] = defaultdict(list)
     by_part: dict[Part, dict[str, nn.Parameter]] = {}
     for concept, strength in zip(concepts, strengths, strict=True):
-        for slot, tensor in concept.changes().items():
+        for slot, tensor in concept.changes().items() if strength else ():  # at 0 the base's value stays
             if slot.part not in by_part:
                 by_part[slot.part] = _parameters(model, slot.part, concept.key)
             changes[by_part[slot.part][slot.layer]].append((strength, tensor, slot.kind))
@@ -151,6 +151,28 @@ def _put_values(
                     tensor = tensor.to(base)
                     new += strength * (tensor if kind is Kind.DIFFERENCE else tensor - base)
             replace_data(parameter, new.to(device=parameter.device, dtype=parameter.dtype))
+
+
+@contextmanager
+def in_place(model: Model, concept: Concept) -> Iterator[Concept]:
+    """Put a concept that is a whole UNet in the place of the model's own, and yield what is left to attach.
+
+    The model's UNet is read again afterwards, so that two are never in memory. Other concepts are left as they are.
+    """
+    own = dict(parameters_of(model, UNET))
+    values = {slot: t for slot, t in concept.changes().items() if slot.part == UNET and slot.kind is Kind.VALUE}
+    if len(values) < len(own):
+        yield concept
+        return
+    try:
+        for slot, value in values.items():
+            parameter = own[slot.layer]
+            replace_data(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
+        del own, parameter
+        moved = {spell(slot) for slot in values}
+        yield replace(concept, tensors={name: t for name, t in concept.tensors.items() if name not in moved})
+    finally:
+        model.release("unet")
 
 
 @torch.no_grad()

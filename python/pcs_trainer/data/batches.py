@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.autoencoder import Moments, latent_factor
@@ -64,12 +65,28 @@ class Batch:
     subjects: int
     names: list[str] = field(default_factory=list)
 
-    def smallest(self) -> Batch:
-        """One picture of the subject and, where something holds on to the class, one example of that."""
+    def smallest(self, side: int) -> Batch:
+        """One picture of the subject and, where something holds on to the class, one example of that, cut to a square.
+
+        Args:
+            side: latents a side, at most; the square is where the mask covers the most.
+        """
         keep = [0, self.subjects] if len(self.t) > self.subjects else [0]
         masks = None if self.masks is None else self.masks[keep]
+        top, left = (0, 0) if masks is None else _fullest(masks[:1], side)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[..., top : top + side, left : left + side].contiguous()
+
         prompts, names = ([all_of[i] for i in keep] if all_of else [] for all_of in (self.prompts, self.names))
-        return Batch(self.latents[keep], prompts, masks, self.noise[keep], self.t[keep], 1, names)
+        masks = None if masks is None else cut(masks)
+        return Batch(cut(self.latents[keep]), prompts, masks, cut(self.noise[keep]), self.t[keep], 1, names)
+
+
+def _fullest(mask: Tensor, side: int) -> tuple[int, int]:
+    """The corner (top, left) of the square of a mask [1, 1, h, w] that holds the most of it."""
+    sums = F.avg_pool2d(mask.float(), (min(side, mask.shape[2]), min(side, mask.shape[3])), stride=1)[0, 0]
+    return divmod(int(sums.argmax()), sums.shape[1])
 
 
 class Stream(IntEnum):

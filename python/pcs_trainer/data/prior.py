@@ -47,7 +47,9 @@ def prior_pictures(model: Model, prompt: str, s: Settings, report: Any) -> list[
 
 def draw_prior(model: Model, prompt: str, s: Settings) -> list[Picture]:
     """The frozen model's pictures of the class; blank ones are drawn again."""
-    from ..sampling.drawing import sample
+    import pcs_kernels
+
+    from ..sampling.drawing import pictures_at_once, sample
 
     result: list[Picture] = []
     for attempt in range(ATTEMPTS):
@@ -58,10 +60,12 @@ def draw_prior(model: Model, prompt: str, s: Settings) -> list[Picture]:
             steps=s.prior_steps,
             seed=1_000_003 * (s.seed + 1) + 10_007 * attempt,
             size=s.resolution or None,
+            batch=pictures_at_once(model, s.resolution or None),
         )
         pixels = [np.asarray(image.convert("RGB")) for image in drawn]
         result += [Picture(p, f"prior-{len(result) + i:04d}.png") for i, p in enumerate(pixels) if not is_blank(p)]
         if len(result) >= s.prior_images:
+            pcs_kernels.forget_packed_weights()  # packed for the shapes of a drawing; a step packs for its own
             return result
     raise ValueError(f"the model draws blank pictures of {prompt!r}; give a folder of real ones with prior_folder=...")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..concept import grammar
 from ..concept.grammar import Kind, Slot
 from ..data.prompts import Vocabulary
-from ..distributed import full_value
+from ..distributed import full_value, is_part
 from ..model.model import Model
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, without_adapters
 from ..settings import Settings
@@ -95,11 +95,19 @@ class Learner:
 
     def train_whole_unet(self) -> None:
         """Train every parameter of the UNet in place: no copy is kept, the model's files are read again afterwards."""
-        for name, parameter in self.model.unet.named_parameters():
+        whole = {grammar.value_name("unet", name): p for name, p in self.model.unet.named_parameters()}
+        for parameter in whole.values():
             parameter.requires_grad_(True)
-            self.weights[grammar.value_name("unet", name)] = parameter
+        self.weights |= whole
         self.trains_whole_network = True
-        self._undo.append(lambda: self.model.release("unet"))
+
+        def undo() -> None:
+            self.model.release("unet")
+            for name in whole:  # a second network would stay in memory beside the one that is read again
+                self.weights.pop(name, None)
+            whole.clear()
+
+        self._undo.append(undo)
 
     def add_word(self, word: str, rows: Sequence[Tensor], *, trained: bool, kept: bool = True) -> None:
         """Give the run a word of its own; its trained rows are parameters apart from any embedding table."""
@@ -155,11 +163,17 @@ class Learner:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the concept takes beside its words; whole values also where several processes hold the parts."""
-        return {
-            name: full_value(p.detach()).cpu().clone(memory_format=torch.contiguous_format)
-            for name, p in (self.weights | self.fixed).items()
-        }
+        """What the concept takes beside its words; whole values also where several processes hold the parts.
+
+        A network that trained whole gives its own tensors, as there is no other use for them than to be read again.
+        """
+        return {name: self._given(p) for name, p in (self.weights | self.fixed).items()}
+
+    def _given(self, p: Tensor) -> Tensor:
+        if self.trains_whole_network and isinstance(p, nn.Parameter) and p.device.type == "cpu" and not is_part(p):
+            replace_data(p, p.detach().contiguous())
+            return p.detach()
+        return full_value(p.detach()).cpu().clone(memory_format=torch.contiguous_format)
 
     def kept_rows(self) -> dict[str, list[Tensor]]:
         """The token embeddings that belong to the concept, on the CPU."""

@@ -25,6 +25,11 @@ DEFAULT_SIDE = 64  # latents a side where a configuration gives none: those are 
 AT_ONCE = 512 * 512
 
 
+def at_once(pixels: int, most: int) -> int:
+    """How many images of so many pixels are worked on together, of `most`."""
+    return min(most, max(1, AT_ONCE // pixels))
+
+
 @dataclass
 class Moments:
     """What the autoencoder says of P images: mean and std [P, C, h, w] of their latents, already scaled."""
@@ -76,9 +81,9 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     like = next(vae.parameters())
     shift, scale = _scaling(vae)
     means, stds = [], []
-    at_once = min(batch, max(1, AT_ONCE // images[0][..., 0].size)) if images else batch
-    for start in range(0, len(images), at_once):
-        x = torch.stack([to_tensor(p) for p in images[start : start + at_once]]).to(like)  # [P, 3, H, W]
+    count = at_once(images[0][..., 0].size, batch) if images else batch
+    for start in range(0, len(images), count):
+        x = torch.stack([to_tensor(p) for p in images[start : start + count]]).to(like)  # [P, 3, H, W]
         posterior = vae.encode(x).latent_dist
         means.append(((posterior.mean.float() - shift) * scale).cpu())
         stds.append((posterior.std.float() * scale).cpu())
@@ -96,9 +101,8 @@ def decode(model: Model, latents: Tensor) -> list[Image]:
     vae, factor = model.vae, latent_factor(model)
     like = next(vae.parameters())
     shift, scale = _scaling(vae)
-    at_once = max(1, AT_ONCE // (latents.shape[2] * latents.shape[3] * factor**2))
     images = []
-    for part in latents.split(at_once):
+    for part in latents.split(at_once(latents.shape[2] * latents.shape[3] * factor**2, len(latents) or 1)):
         z = (part.float() / scale + shift).to(like)
         y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()  # [P, 3, H, W]
         if not bool(torch.isfinite(y).all()):

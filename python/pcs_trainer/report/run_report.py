@@ -86,10 +86,10 @@ def drawn(
     model: Model, concept: Concept | None, prompts: list[str], lag: bool = False, maps: bool = False, seed: int = 0
 ) -> Any:
     """`sample` with the report's number of steps."""
-    from ..sampling.drawing import sample
+    from ..sampling.drawing import pictures_at_once, sample
 
-    concepts = [concept] if concept else []
-    return sample(model, prompts, concepts, steps=STEPS, lag=lag, seed=seed, return_maps=maps)
+    concepts, count = [concept] if concept else [], pictures_at_once(model, None)
+    return sample(model, prompts, concepts, steps=STEPS, lag=lag, seed=seed, return_maps=maps, batch=count)
 
 
 def maps_of(maps: Any, picture: int, words: list[str]) -> list[Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..concept.concept import Concept
-from ..model.autoencoder import decode, latent_factor, own_size
+from ..model.autoencoder import at_once, decode, latent_factor, own_size
 from ..model.text import Words
 from .lag import Lag, attention_of
 from .maps import Maps
@@ -244,6 +244,15 @@ def sample(
     drawn = draw(make_scene(model, prompts, concepts, strengths, without, index, words, hold_first), how)
     asked = [drawn.images, *([drawn.maps] if return_maps else []), *([drawn.latents] if return_latents else [])]
     return drawn.images if len(asked) == 1 else tuple(asked)
+
+
+def pictures_at_once(model: Model, size: int | tuple[int, int] | None) -> int:
+    """How many images to draw together where memory counts: two of 512 x 512, of smaller ones up to eight.
+
+    With guidance a forward holds twice as many, and keeps nothing for a backward: it stays below a training step.
+    """
+    height, width = _sizes(model, size)[0]
+    return at_once(height * width // 2, SampleOptions.batch)
 
 
 def _sampler(name: str, eta: float) -> Sampler:

@@ -72,11 +72,6 @@ class Stepper:
         seen = has_average(self.optimizer, p)
         return any_process(seen) if is_part(p) else seen
 
-    def close(self) -> None:
-        """Take the hooks off what trained: another training on the same model has its own."""
-        if self.handle is not None:
-            self.handle.remove()
-
     def factor(self, step: int) -> float:
         """Warm-up, then the schedule: what the rates are multiplied by."""
         s = self.s
@@ -168,6 +163,13 @@ class Stepper:
         for p, value in zip(trained, self._good[1], strict=True):
             p.copy_(value)
         return self._good[0]
+
+    def close(self) -> None:
+        """Let go of the optimizer, its state and the parameters, and take its hooks off; no step follows."""
+        if self.handle is not None:
+            self.handle.remove()
+        self.parameters, self.handle, self._good = {}, None, None
+        self.__dict__.pop("optimizer", None)
 
     @property
     def sharded(self) -> bool:

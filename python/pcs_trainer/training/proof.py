@@ -19,6 +19,9 @@ PLACE = 0x9E3779B97F4A7C1 << 1  # even, so that place * PLACE + 1 is odd
 # Bit changes to be expected at the full learning rate before a tensor without any counts as stuck. Adam's steps are a
 # tenth to all of the rate, so that 20 or more are due: a chance of exp(-20) to see none.
 CERTAIN = 200
+# Latents a side of the batch that is compared: every kernel runs at its real widths over several tiles, and the
+# reference's attention, which holds all its scores, needs 0.14 GB an image where 64 a side (512 pixels) need 2.2.
+PROOF_SIDE = 32
 SET = 50_000_000  # parameters: two gradients of so many are held for a comparison, 0.4 GB in float32
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..concept.attach import predict
+from ..concept.attach import in_place, predict
 from ..concept.concept import Concept
 from ..concept.loading import load_concept
 from ..distributed import is_part
@@ -65,4 +65,6 @@ def file_proof(task: Task, in_memory: Tensor, concept: Concept, path: Path | Non
     model, prompt = task.model, task.prompt
     again = concept if path is None else load_concept(path)
     base = predict(model, [replace(again, words={})], prompt, strength=0.0)
-    return check_file(in_memory, predict(model, [again], prompt), base, path or "the concept")
+    with in_place(model, again) as rest:
+        from_file = predict(model, [rest], prompt)
+    return check_file(in_memory, from_file, base, path or "the concept")

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import pcs_kernels
+
 from ..concept.concept import Concept
-from ..distributed import any_process, fill, full_value, rank_and_world, shard
+from ..concept.loading import load_concept
+from ..distributed import any_process, fill, full_value, is_part, rank_and_world, shard
 from ..errors import TrainingStopped
-from ..sampling.drawing import sample
+from ..sampling.drawing import pictures_at_once, sample
 from .checkpoint import check_same_run, checkpoints, read_checkpoint, write_checkpoint
 from .events import Event
 from .log import Log
@@ -88,6 +91,7 @@ class Run:
         self.stopped = self.step < self.s.steps
         if first == 0 and self.movement is not None:
             self.look_back(self.movement)
+        self.movement = None  # it holds the trained parameters
 
     def look_back(self, movement: Movement) -> None:
         """Warn of what a whole run has not trained."""
@@ -153,6 +157,7 @@ class Run:
 
     def preview(self) -> None:
         """Pictures from where the run stands; whatever goes wrong here does not end it."""
+        before = set(self.model.loaded)
         try:
             random = torch.get_rng_state()
             with torch.no_grad():
@@ -163,6 +168,7 @@ class Run:
                     seed=self.s.seed,
                     hold_first=self.learner.hold_first,
                     size=self.objective.data.size,
+                    batch=pictures_at_once(self.model, self.objective.data.size),
                 )
             torch.set_rng_state(random)
             paths = []
@@ -176,7 +182,8 @@ class Run:
         except Exception as error:
             self.warn(f"the preview failed ({' '.join(str(error).split())}); training goes on")
         finally:
-            self.model.release("vae")
+            self.model.release(*({"vae", "text_encoders"} - before))
+            pcs_kernels.forget_packed_weights()  # packed for the shapes of a drawing; a step packs for its own
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""
@@ -191,7 +198,7 @@ class Run:
         for name, p in self.learner.parameters.items():
             value = full_value(p.detach())  # one at a time: the whole network need not fit on a device
             if self.out is not None:
-                tensors[name] = value.cpu()
+                tensors[name] = value if not is_part(p) else value.cpu()
         state = self.identity() | {"step": self.step, "optimizer": self.stepper.state_dict()}
         if self.out is None:
             return  # another process writes; this one has given its parts
@@ -219,6 +226,9 @@ class Run:
 
     def finish(self) -> Concept:
         """The concept, saved, and its file shown to predict what memory predicts."""
+        whole = self.learner.trains_whole_network
+        self.stepper.close()
+        pcs_kernels.forget_packed_weights()
         in_memory = memory_predicts(self.task, self.learner)
         concept = learned(self.task, self.objective.data, self.learner, self.step, not self.stopped)
         self.learner.restore()
@@ -226,6 +236,8 @@ class Run:
         if self.out is not None:
             path = concept.save(self.out / "concept.safetensors")
             self.say("saved", path=str(path))
+            if whole:
+                concept = load_concept(path)  # its tensors are pages of the file, not a second network in memory
         if self.step > 0:
             self.say("proof", text=file_proof(self.task, in_memory, concept, path))
         self.say("stopped" if self.stopped else "done", text=f"{self.step} steps of {self.s.method}")

@@ -1,0 +1,176 @@
+"""What a run holds beside its steps: the check before them, previews, class images, and how it ends."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from pcs_trainer.concept.attach import in_place, predict
+from pcs_trainer.concept.loading import load_concept
+from pcs_trainer.data.batches import Batch
+from pcs_trainer.data.prior import draw_prior
+from pcs_trainer.files import write_safetensors
+from pcs_trainer.model.model import load_model
+from pcs_trainer.training import run as running
+from pcs_trainer.training import trainer as training
+from safetensors.torch import load_file
+from trainer_cases import cache, trainer
+
+__all__ = ["cache"]
+
+
+def test_the_batch_of_the_proof_is_cut_to_where_the_mask_is():
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[0, 0, 50:, 40:44] = 1
+    latents = torch.arange(2 * 4 * 64 * 64.0).view(2, 4, 64, 64)
+    batch = Batch(latents, ["a", "b"], mask, -latents, torch.tensor([1, 2]), 1)
+    first = batch.smallest(32)
+    assert first.latents.shape == (2, 4, 32, 32) and torch.equal(first.noise, -first.latents)
+    assert first.masks is not None and first.masks[0].sum() == mask[0].sum()
+    assert batch.smallest(64).latents.shape == batch.smallest(99).latents.shape == (2, 4, 64, 64)
+
+
+def test_the_check_before_the_first_step_compares_at_most_32_latents_a_side(monkeypatch):
+    model, sizes = load_model("tiny"), []
+
+    def compared(parameters, loss, exact):
+        sizes.append(tuple(loss.__closure__[0].cell_contents.latents.shape[2:]))
+        return "compared"
+
+    monkeypatch.setattr(training, "compare_gradients", compared)
+    one = trainer(model, resolution=288, steps=1, check_backend=True, probe_every=0)
+    one._check_gradients(one.objective(), lambda *told, **data: None)
+    one.learner.restore()
+    assert sizes == [(32, 32)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_check_without_the_memory_for_it_is_a_warning(monkeypatch, error):
+    def compared(*given):
+        raise error
+
+    monkeypatch.setattr(training, "compare_gradients", compared)
+    told = []
+    trainer(load_model("tiny"), steps=1, check_backend=True, probe_every=0).train(told.append)
+    assert any(e.kind == "warning" and "out of memory" in e.data["text"] for e in told)
+    assert told[-1].kind == "done"
+
+
+def test_another_error_in_the_check_ends_the_run(monkeypatch):
+    def compared(*given):
+        raise RuntimeError("expected scalar type Float")
+
+    monkeypatch.setattr(training, "compare_gradients", compared)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        trainer(load_model("tiny"), steps=1, check_backend=True).train()
+
+
+def test_dreambooth_ends_without_what_it_trained_with(monkeypatch, tmp_path):
+    """When the file is proven, the trained network, its optimizer and the concept's own copy are gone."""
+    model = load_model("tiny")
+    held: list[weakref.ref] = []
+    proofs = running.file_proof
+
+    def proof(task, in_memory, concept, path):
+        assert len(held) > 100 and not any(one() is not None for one in held)
+        assert "unet" not in model.loaded
+        return proofs(task, in_memory, concept, path)
+
+    def watch(event):
+        if event.kind == "checkpoint":
+            stepper = found[0]
+            held.extend(weakref.ref(p) for p in stepper.parameters.values())
+            states = stepper.optimizer.state.values()
+            held.extend(weakref.ref(t) for s in states for t in s.values() if torch.is_tensor(t) and t.numel() > 4096)
+
+    found = []
+    made = running.Stepper.__init__
+    monkeypatch.setattr(running, "file_proof", proof)
+    monkeypatch.setattr(running.Stepper, "__init__", lambda self, *given: (made(self, *given), found.append(self))[0])
+    concept = trainer(model, "dreambooth", tmp_path, steps=1, probe_every=0).train(watch)
+    kept = load_concept(tmp_path / "concept.safetensors").tensors
+    assert kept.keys() == concept.tensors.keys()
+    assert all(torch.equal(kept[name], t) for name, t in concept.tensors.items())
+
+
+def test_a_whole_network_takes_the_place_of_the_model_s_own():
+    """It predicts what it predicts attached, on its own tensors, and the model is itself again afterwards."""
+    model = load_model("tiny")
+    concept = trainer(model, "dreambooth", steps=2, probe_every=0).train()
+    before = predict(model, [], "a mug")
+    attached = predict(model, [concept], concept.instance_prompt)
+    with in_place(model, concept) as rest:
+        assert not any(name.startswith("unet.") for name in rest.tensors)
+        assert model.unet.conv_in.weight.data_ptr() == concept.tensors["unet.conv_in.weight"].data_ptr()
+        assert torch.equal(predict(model, [rest], concept.instance_prompt), attached)
+    assert "unet" not in model.loaded
+    assert torch.equal(predict(model, [], "a mug"), before)
+    part = replace(concept, tensors=dict(list(concept.tensors.items())[:3]))
+    with in_place(model, part) as rest:
+        assert rest is part
+    assert "unet" in model.loaded
+
+
+def test_a_concept_at_strength_0_copies_nothing():
+    model = load_model("tiny")
+    value = torch.randn_like(model.unet.conv_in.weight)
+    concept = trainer(model, "dreambooth", steps=1, probe_every=0).train()
+    concept.tensors["unet.conv_in.weight"] = value
+    weight, base = model.unet.conv_in.weight, predict(model, [], "a mug")
+    place, seen = weight.data_ptr(), []
+    handle = model.unet.register_forward_pre_hook(lambda *_: seen.append(model.unet.conv_in.weight.data_ptr()))
+    assert torch.equal(predict(model, [concept], "a mug", strength=0.0), base)
+    handle.remove()
+    assert seen == [place]
+
+
+def test_a_preview_leaves_no_more_in_memory_than_it_found():
+    model, loaded = load_model("tiny"), []
+
+    def told(event):
+        if event.kind in ("step", "preview"):
+            loaded.append((event.kind, set(model.loaded)))
+
+    settings = dict(steps=2, preview_every=1, preview_prompts=("a {} here",), probe_every=0)
+    trainer(model, **settings).train(told)
+    assert [kind for kind, _ in loaded] == ["step", "preview"] * 2
+    assert loaded[0][1] == loaded[2][1] and "text_encoders" not in loaded[2][1]
+
+
+@pytest.mark.parametrize("size, batch", [(64, 8), (256, 8), (512, 2), (768, 1)])
+def test_class_images_are_drawn_by_pixels(monkeypatch, size, batch):
+    from pcs_trainer.methods import settings_for
+    from pcs_trainer.sampling import drawing
+    from PIL import Image
+
+    asked = []
+
+    def sample(model, prompts, **options):
+        asked.append(options["batch"])
+        noise = torch.randint(0, 255, (8, 8, 3), dtype=torch.uint8).numpy()
+        return [Image.fromarray(noise)] * len(prompts)
+
+    monkeypatch.setattr(drawing, "sample", sample)
+    model = load_model("tiny")
+    draw_prior(model, "a mug", settings_for(model, "dreambooth", class_word="mug", resolution=size, prior_images=3))
+    assert asked == [batch]
+
+
+def test_a_file_is_what_the_format_s_own_library_reads(tmp_path):
+    strided = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)
+    tensors = {
+        "half": torch.randn(5).bfloat16(), "strided": strided, "turned": torch.arange(6).view(2, 3).T,
+        "nothing": torch.zeros(0, 3), "one": torch.tensor(True), "byte": torch.arange(3, dtype=torch.uint8),
+    }  # fmt: skip
+    path = write_safetensors(tmp_path / "x.safetensors", tensors, {"what": "naïve"})
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
+    from pcs_trainer.files import read_header
+
+    assert read_header(path) == {"what": "naïve"}
+    with pytest.raises(ValueError, match="cannot hold"):
+        write_safetensors(tmp_path / "y.safetensors", {"x": torch.zeros(2, dtype=torch.complex64)}, {})
+    assert not (tmp_path / "y.safetensors").exists()
