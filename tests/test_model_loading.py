@@ -299,7 +299,7 @@ REFUSED = {
     "resnet_time_scale_shift": "scale_shift",
     "encoder_hid_dim": 8,
     "addition_embed_type": "image",
-    "only_cross_attention": [True, True, False],
+    "only_cross_attention": [True, False],
     "num_attention_heads": 4,
     "attention_head_dim": [4, 4],
     "cross_attention_dim": [24, 24, 48],
