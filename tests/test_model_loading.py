@@ -44,7 +44,7 @@ def tokenizer_files(folder: Path) -> None:
 
 def write_model(root: Path, family: str) -> Path:
     """A whole model in diffusers' layout, written by diffusers and transformers."""
-    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
@@ -61,6 +61,8 @@ def write_model(root: Path, family: str) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(root / "vae")
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(root / "scheduler")
+    if FAMILIES[family]["in_channels"] == 7:
+        DDPMScheduler().save_pretrained(root / "low_res_scheduler")
     name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
     (root / "model_index.json").write_text(json.dumps({"_class_name": name}))
     return root

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ..model.model import Model
 from ..unet.layers import Linear
-from .dreambooth import DreamBooth, small_picture, train_text_encoders
+from .dreambooth import DreamBooth, small_picture, train_text_encoders, without_prior
 from .learner import Learner, fresh_pair
 from .method import Method
 
@@ -56,4 +56,5 @@ METHOD = Method(
     choose="the files everybody exchanges",
     tiny={"steps": 450, "batch": 2, "learning_rate": 1.5e-3, "rank": 8, "prior_images": 32},
     extra_input=small_picture,
+    implied=without_prior,
 )

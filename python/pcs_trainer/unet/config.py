@@ -61,6 +61,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 # Kept in the file, without influence: fp32 softmax is what our kernels do anyway.
 IGNORED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads", "decay")
+COLOURS = 3  # input channels of an up-scaler for the small picture that it enlarges
 BLOCK_TYPES = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -140,3 +141,8 @@ def family(settings: dict[str, Any]) -> Family:
     if settings.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if settings.get("use_linear_projection") else "sd1"
+
+
+def reads_small_picture(settings: dict[str, Any]) -> bool:
+    """Whether a UNet is an up-scaler's: it has input channels for the colours of a small picture beside its latents."""
+    return bool(settings["in_channels"] == settings["out_channels"] + COLOURS)
