@@ -47,6 +47,19 @@ FAMILIES = {
     "up-scaler": UPSCALER,
 }
 
+# The public x4 up-scaler's, by Stability's x4-upscaling.yaml.
+X4_REAL = {
+    "in_channels": 7,
+    "block_out_channels": [256, 512, 512, 1024],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "only_cross_attention": [True, True, True, False],
+    "num_class_embeds": 1000,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": 8,
+    "use_linear_projection": True,
+    "sample_size": 128,
+}
 SD15_REAL, SD21_REAL, SDXL_REAL = registry.SD15, registry.SD21, registry.SDXL
 
 
