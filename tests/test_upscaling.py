@@ -9,13 +9,17 @@ import pytest
 import torch
 from pcs_trainer import load_concept, load_model, sample, upscale
 from pcs_trainer.cli import entry as cli
+from pcs_trainer.concept.formats.pipeline import _rescaled
 from pcs_trainer.concept.formats.writing import export
 from pcs_trainer.data.batches import Bank, draw_batch
 from pcs_trainer.memory.planner import plan
 from pcs_trainer.methods import settings_for
 from pcs_trainer.model.autoencoder import Moments
 from pcs_trainer.model.upscaler import level_of, variance_at
+from pcs_trainer.tiny.make.train_upscaler import CONFIG, train_upscaler
+from pcs_trainer.tiny.make.train_upscaler import write_upscaler as small_upscaler
 from pcs_trainer.training.trainer import Trainer
+from pcs_trainer.unet.unet import UNet
 from PIL import Image
 from trainer_cases import cache as cache
 from trainer_cases import pictures
@@ -173,7 +177,8 @@ def test_the_exported_pipeline_draws_the_same_in_diffusers(model, learned, tmp_p
 
     concept = load_concept(learned / "concept.safetensors", model)
     before = float(model.vae.config.scaling_factor)
-    export(concept, tmp_path / "pipe", "pipeline", model)
+    report = export(concept, tmp_path / "pipe", "pipeline", model)
+    assert "call it with noise_level=0" in str(report)
     assert float(model.vae.config.scaling_factor) == before != 0.08333
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionUpscalePipeline" and index["max_noise_level"] == 350
@@ -196,6 +201,25 @@ def test_the_exported_pipeline_draws_the_same_in_diffusers(model, learned, tmp_p
         assert apart(theirs, upscale(model, small, prompts, **options)) > 0.02
     again = load_model(tmp_path / "pipe")
     assert again.upscales and apart(theirs, upscale(again, small, prompts, **options)) <= 1.01 / 255
+
+
+def test_an_autoencoder_that_cannot_take_up_the_pipelines_scaling_is_refused():
+    from diffusers import AutoencoderKL
+
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 4, "use_quant_conv": False, "use_post_quant_conv": False}
+    with pytest.raises(ValueError, match=r"scales its latents by 0.18215 and has no 1x1 convolutions"):
+        _rescaled(AutoencoderKL(**sizes))
+
+
+def test_a_small_up_scaler_of_the_tiny_world_is_trained_and_enlarges(tmp_path):
+    first = UNet.from_config(CONFIG)
+    unet = train_upscaler(tmp_path, minutes=1e-4, pictures=4)
+    assert sum(p.numel() for p in unet.parameters()) == sum(p.numel() for p in first.parameters()) < 1_000_000
+    small_upscaler(tmp_path / "x4", unet)
+    (large,) = upscale(load_model(tmp_path / "x4"), small_pictures(1), "a mug", steps=1, noise_level=1e-5)
+    assert large.size == (64, 64)
+    again = train_upscaler(tmp_path, minutes=1e-4, pictures=4)  # the minutes are spent: nothing is trained on
+    assert all(torch.equal(p, q) for p, q in zip(unet.parameters(), again.parameters(), strict=True))
 
 
 def test_the_planner_counts_an_up_scaler_whose_attention_reads_the_text_twice(model):

@@ -5,7 +5,6 @@ Letters: P pictures of a call, C latent channels, h x w pixels of a small pictur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -98,9 +97,8 @@ def upscale(
 def noise_for(model: Model, concepts: Sequence[Concept]) -> float:
     """The variance of the noise on the small picture: the first concept's that was trained with one, or LEVEL's."""
     for concept in concepts:
-        settings = json.loads(concept.meta.get("settings") or "{}")
-        if settings.get("stage") == "super_resolution":
-            return float(settings["noise_level"])
+        if concept.small_noise is not None:
+            return concept.small_noise
     schedule, classes = model.low_res_schedule, model.unet.settings["num_class_embeds"]
     return variance_at(schedule, min(LEVEL, (classes or len(schedule)) - 1))
 

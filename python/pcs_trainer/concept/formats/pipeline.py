@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.text_adapters import file_name, token_table
+from ...model.upscaler import level_of
 from ..base_weights import BaseWeights
 from ..concept import Concept
 from ..grammar import TEXT_PARTS, UNET, Part, parse, value_name, word_name
@@ -47,6 +48,9 @@ def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool,
         _swap(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    if model.upscales and concept.small_noise is not None:
+        level = level_of(model.low_res_schedule, concept.small_noise)
+        report.notes.append(f"it was trained with little noise on the small picture: call it with noise_level={level}")
     report.files += sorted(file for file in folder.rglob("*") if file.is_file())
     for name in concept.tensors:
         if name not in report.skipped:
