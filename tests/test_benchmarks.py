@@ -14,11 +14,14 @@ import gpu_methods
 import memory
 import plot
 import step_methods
+import super_resolution
 from pcs_trainer.methods import TITLES
+from pcs_trainer.tiny.subjects import photos
 from quality import jobs
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("gpu.py", "lag.py", "memory.py", "plot.py", "quality", "run.py", "step.py", "step_methods.py")
+SCRIPTS += ("super_resolution.py",)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -31,6 +34,24 @@ def test_every_script_says_what_it_measures_how_long_it_takes_and_what_it_writes
     assert ended.value.code == 0
     assert re.search(r"takes (about|a few|seconds|on a card)", said, re.IGNORECASE), "how long does it take?"
     assert re.search(r"benchmarks/results/|docs/|--out folder", said), "what does it write?"
+
+
+def test_the_emblem_is_where_a_photo_changes_without_it():
+    shots = photos(101, 3)
+    marks = [super_resolution.emblem_of(shot.scene) for shot in shots]
+    assert all(0 < mark.mean() < 0.1 for mark in marks)
+
+
+def test_paired_differences_are_of_the_subjects_that_both_settings_have():
+    def row(subject, setting, noise, similarity):
+        measures = {"subject_similarity": similarity, "emblem_error": "0.1", "psnr": "20"}
+        return {"subject": subject, "setting": setting, "noise": noise} | measures
+
+    rows = [row("1", "up-scaler", "1e-05", "0.5"), row("1", "fine-tuned", "1e-05", "0.75")]
+    rows += [row("2", "up-scaler", "1e-05", "0.1")]
+    shown = super_resolution.table(rows).splitlines()
+    (line,) = [line for line in shown if line.startswith("fine-tuned - up-scaler")]
+    assert line.split()[4:] == ["0.250", "0.000", "0.000", "1"]
 
 
 def test_quality_runs_as_a_module_too(monkeypatch, capsys):

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands import COMMANDS, command
-from pcs_trainer.cli.commands.common import HUB_EXAMPLE
+from pcs_trainer.cli.commands.common import HUB_EXAMPLE, UPSCALER_EXAMPLE
 from pcs_trainer.cli.config import effective, toml, write_config
 from pcs_trainer.cli.options import help_text, known_names, parse
 from pcs_trainer.errors import UsageError
+from upscaler_cases import write_upscaler
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -108,6 +109,12 @@ WRONG = [
     ("sample a --sampler eula", "did you mean euler"),
     ("sample a --sampler euler --eta 1", "--eta is only for ddim"),
     ("sample a --concept FILE", "FILE"),
+    ("upscale", "needs a picture"),
+    ("upscale nowhere.png --model x", "nowhere.png does not exist"),
+    ("upscale .", "the embedded model enlarges nothing. Fix: give an up-scaler, --model stabilityai/"),
+    ("upscale . --model tiny --prompt 'a {}'", "name one with --concept"),
+    ("upscale . --model tiny --noise-level 20", "expected a number"),
+    ("upscale . --model tiny --strength 1", "1 strengths and 0 concepts"),
     ("merge a", "at least two"),
     ("merge a b", "a does not exist"),
     ("export", "needs one concept"),
@@ -302,6 +309,7 @@ def test_the_hub_name_that_was_removed_stands_nowhere():
 SHORT = {
     "train": ["--steps", "2", "--prior-images", "2", "--no-report"],
     "sample": ["--steps", "2", "--count", "1"],
+    "upscale": ["--steps", "2"],
     "evaluate": ["--steps", "2", "--count", "2"],
     "demo": ["--effort", "0.002"],
     "bench": ["--steps", "2"],
@@ -314,6 +322,7 @@ def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, cap
     monkeypatch.setattr("pcs_trainer.cli.demo.report.memory_of", lambda _: [])  # slow, and the demo's own tests have it
     for name in ("examples", "my-photos", "my-dog", "my-cat"):
         os.symlink(ROOT / "examples" if name == "examples" else PHOTOS, name)
+    up_scaler = str(write_upscaler(tmp_path / "up-scaler"))
     Path("captions.txt").write_text("a blue boat by the sea\na red house in the snow\n" * 40)
     for word in ("cat", "dog"):
         made = f"train my-photos --class {word} --method custom_diffusion --out out/{word}"
@@ -327,8 +336,10 @@ def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, cap
                 words += ["--steps", "4"]
             elif (Path(named) / "concept.safetensors").exists():
                 words += ["--out", f"out/more-{number}"]
-        if "--model" in words:  # the real weights are not here: the same flags on the embedded model
-            words[words.index("--model") + 1] = "tiny"
+        if "--model" in words:  # the real weights are not here: the same flags on the embedded model, a small up-scaler
+            at = words.index("--model") + 1
+            words[at] = up_scaler if words[at] == UPSCALER_EXAMPLE else "tiny"
+            words += ["--size", "64"] * (words[0] == "upscale") + ["--dtype", "float32"] * (words[at] == up_scaler)
         code = cli.main(words)
         shown = capsys.readouterr()
         assert code == 0, f"{line}\n{shown.err}"

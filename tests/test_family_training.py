@@ -7,6 +7,7 @@ import pytest
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.concept.loading import load_concept
+from pcs_trainer.errors import UnsupportedModel
 from pcs_trainer.methods import TITLES
 from pcs_trainer.sampling.drawing import sample
 from pcs_trainer.training.trainer import Trainer
@@ -56,12 +57,20 @@ def test_a_method_trains_saves_and_draws(model, method, tmp_path, monkeypatch):
     assert not torch.equal(with_it, without)
 
 
-def test_an_upscaler_is_told_the_small_picture(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["low resolution", "up-scaler"])
+def test_an_upscaler_is_told_the_small_picture(family, tmp_path, monkeypatch):
     """DreamBooth's super-resolution stage: seven input channels, a noise level, and it trains."""
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
-    model = load_model(write_model(tmp_path / "model", "low resolution"))
-    chosen = SETTINGS | dict(prior_weight=0.0)
+    model = load_model(write_model(tmp_path / "model", family))
+    chosen = SETTINGS
     concept = Trainer(model, "dreambooth", pictures(), stage="super_resolution", **chosen).train()
     assert concept.tensors["unet.conv_in.weight"].shape[1] == 7
     with pytest.raises(ValueError, match="super_resolution"):
         Trainer(model, "dreambooth", pictures(), **chosen).train()
+    if family == "low resolution":  # which knows ten levels
+        with pytest.raises(ValueError, match=r"level \d+ of .*, whose UNet knows levels below 10. Fix: noise_level="):
+            Trainer(model, "dreambooth", pictures(), stage="super_resolution", **chosen, noise_level=0.1).train()
+    (tmp_path / "model" / "low_res_scheduler" / "scheduler_config.json").unlink()
+    (tmp_path / "model" / "low_res_scheduler").rmdir()
+    with pytest.raises(UnsupportedModel, match="has no folder 'low_res_scheduler'"):
+        Trainer(load_model(tmp_path / "model"), "dreambooth", pictures(), stage="super_resolution", **chosen).train()

@@ -15,7 +15,6 @@ from pcs_trainer.methods.start import learner_for
 from pcs_trainer.model.autoencoder import Moments
 from pcs_trainer.model.schedule import Schedule
 from pcs_trainer.model.text import encode
-from pcs_trainer.model.text_adapters import adapters
 from pcs_trainer.training import losses
 from pcs_trainer.training.trainer import Trainer, trainable
 from pcs_trainer.unet.unet import UNet
@@ -366,16 +365,3 @@ def test_wrong_settings_are_one_sentence(tiny):
             settings_for(tiny, "dreambooth", **wrong)
     with pytest.raises(ValueError, match="did you mean 'dreambooth'"):
         settings_for(tiny, "dreambooht")
-
-
-def test_a_word_of_an_augmentation_cannot_be_the_subjects(tiny):
-    """And one that merely looks like it stays part of the concept."""
-    with pytest.raises(ValueError, match="'<aug-flip>' is TextBoost's word for an augmentation"):
-        settings_for(tiny, "textboost", class_word="mug", token="<aug-flip>", augment=True, variant="v1")
-    s = settings_for(tiny, "textboost", class_word="mug", token="<two>", variant="v1")
-    with pytest.raises(ValueError, match="'<two>' is used twice"):
-        learner_for(tiny, [s, s])
-    assert not adapters(tiny.text_encoder).residuals  # what a failed setup had attached is off again
-    learner = learner_for(tiny, [settings_for(tiny, "textboost", class_word="mug", token="<aug-mine>", variant="v1")])
-    assert list(learner.kept_rows()) == ["<aug-mine>"]
-    learner.restore()

@@ -44,7 +44,7 @@ def tokenizer_files(folder: Path) -> None:
 
 def write_model(root: Path, family: str) -> Path:
     """A whole model in diffusers' layout, written by diffusers and transformers."""
-    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
@@ -61,6 +61,8 @@ def write_model(root: Path, family: str) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(root / "vae")
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(root / "scheduler")
+    if FAMILIES[family]["in_channels"] == 7:
+        DDPMScheduler().save_pretrained(root / "low_res_scheduler")
     name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
     (root / "model_index.json").write_text(json.dumps({"_class_name": name}))
     return root
@@ -299,7 +301,7 @@ REFUSED = {
     "resnet_time_scale_shift": "scale_shift",
     "encoder_hid_dim": 8,
     "addition_embed_type": "image",
-    "only_cross_attention": [True, True, False],
+    "only_cross_attention": [True, False],
     "num_attention_heads": 4,
     "attention_head_dim": [4, 4],
     "cross_attention_dim": [24, 24, 48],

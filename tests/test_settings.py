@@ -9,6 +9,8 @@ import pytest
 from pcs_trainer.cli.setting_values import as_kind
 from pcs_trainer.errors import UsageError
 from pcs_trainer.methods import TITLES, method_named, settings_for
+from pcs_trainer.methods.start import learner_for
+from pcs_trainer.model.text_adapters import adapters
 from pcs_trainer.settings import alternatives
 
 
@@ -122,3 +124,16 @@ def test_a_word_that_textboost_uses_itself_is_refused_before_anything_is_drawn(m
     with pytest.raises(ValueError, match="TextBoost's word for an augmentation"):
         settings_for(model, "textboost", token="<aug-flip>", augment=True)
     assert settings_for(model, "textboost", token="<aug-flip>", augment=False).token == "<aug-flip>"
+
+
+def test_a_word_of_an_augmentation_cannot_be_the_subjects(model):
+    """And one that merely looks like it stays part of the concept."""
+    with pytest.raises(ValueError, match="'<aug-flip>' is TextBoost's word for an augmentation"):
+        settings_for(model, "textboost", class_word="mug", token="<aug-flip>", augment=True, variant="v1")
+    s = settings_for(model, "textboost", class_word="mug", token="<two>", variant="v1")
+    with pytest.raises(ValueError, match="'<two>' is used twice"):
+        learner_for(model, [s, s])
+    assert not adapters(model.text_encoder).residuals  # what a failed setup had attached is off again
+    learner = learner_for(model, [settings_for(model, "textboost", class_word="mug", token="<aug-mine>", variant="v1")])
+    assert list(learner.kept_rows()) == ["<aug-mine>"]
+    learner.restore()

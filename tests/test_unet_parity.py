@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pcs_trainer.unet.unet import UNet
-from unet_families import FAMILIES, SD15_REAL, inputs, ours_like, peer, peer_prediction, relative
+from unet_families import FAMILIES, SD15_REAL, X4_REAL, inputs, ours_like, peer, peer_prediction, relative
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -82,7 +82,8 @@ def test_text_kv_once_equals_the_states(family):
     unet.requires_grad_(False)
     with torch.no_grad():
         kv = unet.text_kv(context)
-        assert set(kv) == set(unet.attention_names())
+        assert set(kv) >= set(unet.attention_names())
+        assert 2 * len(kv) == len(unet.text_projections())
         assert torch.equal(unet(x, t, kv, added), unet(x, t, context, added))
         per_block = {name: context for name in unet.attention_names()}
         assert relative(unet(x, t, unet.text_kv(per_block), added), expected) < 1e-5
@@ -97,6 +98,16 @@ def test_any_size_of_picture(size):
     x = torch.randn(2, 4, *size)
     with torch.no_grad():
         assert relative(unet(x, t, context), peer_prediction(network, x, t, context, {})) < 1e-5
+
+
+def test_the_public_up_scalers_shapes_are_the_peers():
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**X4_REAL).state_dict()
+    ours = UNet.from_config(X4_REAL, device="meta").state_dict()
+    assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
+    assert sum(p.numel() for p in ours.values()) == 473_398_020
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ SUBSETS = {
 MIXED = {"": "A", "down_blocks": "C", "up_blocks.1": "B", "mid_block": "checkpoint"}
 
 
-@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", "sdxl", "up-scaler"])
 def model(request):
     torch.manual_seed(1)
     config = FAMILIES[request.param] | {"layers_per_block": 1}
@@ -327,7 +327,8 @@ def test_bad_calls_are_refused_in_one_sentence(model):
     unet, (x, t, context, added) = model
     with pytest.raises(ValueError, match=r"context must be \[B, T, 24\]"):
         unet(x, t, context[..., :5], added)
-    with pytest.raises(ValueError, match=r"x must be \[B, 4, H, W\]"):
+    channels = unet.settings["in_channels"]
+    with pytest.raises(ValueError, match=rf"x must be \[B, {channels}, H, W\]"):
         unet(x[:, :3], t, context, added)
     names = r"keep_all \(eager\), rebuild_norms \(A\), rebuild_feedforward \(B\), rebuild_around_attention \(C\), "
     names += r"rebuild_all \(checkpoint\)"

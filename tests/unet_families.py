@@ -28,14 +28,38 @@ SDXL = SD2 | {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 20,
 }
+# As the public x4 up-scaler: the first attention of all blocks but the deepest is over the text as well.
+UPSCALER = SD2 | {
+    "in_channels": 7,
+    "num_class_embeds": 1000,
+    "attention_head_dim": 4,
+    "block_out_channels": (32, 32, 64, 64),
+    "only_cross_attention": (True, True, True, False),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
 FAMILIES = {
     "sd1": SMALL,
     "sd2": SD2,
     "sdxl": SDXL,
     "inpainting": SMALL | {"in_channels": 9},
     "low resolution": SMALL | {"in_channels": 7, "num_class_embeds": 10},
+    "up-scaler": UPSCALER,
 }
 
+# The public x4 up-scaler's, by Stability's x4-upscaling.yaml.
+X4_REAL = {
+    "in_channels": 7,
+    "block_out_channels": [256, 512, 512, 1024],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "only_cross_attention": [True, True, True, False],
+    "num_class_embeds": 1000,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": 8,
+    "use_linear_projection": True,
+    "sample_size": 128,
+}
 SD15_REAL, SD21_REAL, SDXL_REAL = registry.SD15, registry.SD21, registry.SDXL
 
 

@@ -23,6 +23,7 @@ _HOME = {
     "TrainingStopped": "errors",
     "UnsupportedModel": "errors",
     "sample": "sampling",
+    "upscale": "sampling",
     "Lag": "sampling",
     "Maps": "sampling",
     "Concept": "concept",

@@ -22,6 +22,7 @@ from .model import load_model as load_model
 from .sampling import Lag as Lag
 from .sampling import Maps as Maps
 from .sampling import sample as sample
+from .sampling import upscale as upscale
 from .settings import Settings as Settings
 from .training import Event as Event
 from .training import Trainer as Trainer

@@ -81,6 +81,12 @@ class Concept:
         return self.meta.get("hold_first") == "1"
 
     @property
+    def small_noise(self) -> float | None:
+        """The variance of the noise on the small picture that an up-scaler was trained with, where this is of one."""
+        settings = json.loads(self.meta.get("settings") or "{}")
+        return float(settings["noise_level"]) if settings.get("stage") == "super_resolution" else None
+
+    @property
     def parameters(self) -> int:
         """The number of trained parameters."""
         tensors = [*self.tensors.values(), *(t for rows in self.words.values() for t in rows)]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.autoencoder import Moments, latent_factor
+from ..model.upscaler import reduced, with_noise
 from .augment import Augmentation, Augmented, mask_tensor
 from .latents import cached_moments
 from .pictures import Loaded, Picture, fitted
@@ -39,12 +40,16 @@ class Subject:
 
 @dataclass
 class Bank:
-    """Prepared pictures: moments [n], prompts, masks [n, 1, h, w] or None; `owners` says whose each picture is."""
+    """Prepared pictures: moments [n], prompts, masks [n, 1, h, w] or None; `owners` says whose each picture is.
+
+    `small` [n, 3, h, w] are the pictures as an up-scaler reads them, where one is trained.
+    """
 
     moments: Moments
     prompts: list[str]
     masks: Tensor | None = None
     owners: Tensor | None = None
+    small: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -64,6 +69,7 @@ class Batch:
     t: Tensor
     subjects: int
     names: list[str] = field(default_factory=list)
+    small: Tensor | None = None  # [B, 3, h, w], what an up-scaler reads, its noise included
 
     def smallest(self, side: int) -> Batch:
         """One picture of the subject and, where something holds on to the class, one example of that, cut to a square.
@@ -80,7 +86,8 @@ class Batch:
 
         prompts, names = ([all_of[i] for i in keep] if all_of else [] for all_of in (self.prompts, self.names))
         masks = None if masks is None else cut(masks)
-        return Batch(cut(self.latents[keep]), prompts, masks, cut(self.noise[keep]), self.t[keep], 1, names)
+        small = None if self.small is None else cut(self.small[keep])
+        return Batch(cut(self.latents[keep]), prompts, masks, cut(self.noise[keep]), self.t[keep], 1, names, small)
 
 
 def _fullest(mask: Tensor, side: int) -> tuple[int, int]:
@@ -106,7 +113,11 @@ def seeded(*parts: int) -> torch.Generator:
 
 
 def subject_bank(
-    model: Model, subjects: Sequence[Subject], size: int, augmentation: Augmentation | None = None
+    model: Model,
+    subjects: Sequence[Subject],
+    size: int,
+    augmentation: Augmentation | None = None,
+    upscaler: bool = False,
 ) -> tuple[Bank, list[str]]:
     """The subjects' pictures at size x size as latents, and their names.
 
@@ -115,6 +126,7 @@ def subject_bank(
         subjects: what is learned; the first one's seed decides what augmentation does.
         size: pixels a side.
         augmentation: how many varied pictures to prepare, and how; None takes the photos as they are.
+        upscaler: prepare the small pictures that an up-scaler reads, too.
     """
     seed = subjects[0].settings.seed
     latent = size // latent_factor(model)
@@ -135,12 +147,19 @@ def subject_bank(
             owners.append(owner)
             names.append(picture.name)
     stacked = torch.stack(masks)
-    moments = cached_moments(model, pixels)
-    return Bank(moments, prompts, None if bool((stacked == 1).all()) else stacked, torch.tensor(owners)), names
+    bank = Bank(cached_moments(model, pixels), prompts, None, torch.tensor(owners))
+    bank.masks = None if bool((stacked == 1).all()) else stacked
+    bank.small = _small(model, pixels) if upscaler else None
+    return bank, names
 
 
 def prior_bank(
-    model: Model, subjects: Sequence[Subject], s: Settings, size: int, report: Callable[[str], Any]
+    model: Model,
+    subjects: Sequence[Subject],
+    s: Settings,
+    size: int,
+    report: Callable[[str], Any],
+    upscaler: bool = False,
 ) -> Bank | None:
     """Class images with their captions, or None where there is no such loss.
 
@@ -150,6 +169,7 @@ def prior_bank(
         s: how many, from where, with how many sampling steps.
         size: pixels a side.
         report: told what is being sampled and what was skipped.
+        upscaler: prepare the small pictures that an up-scaler reads, too.
     """
     if not s.prior_weight or s.prior == "own":
         return None
@@ -166,7 +186,12 @@ def prior_bank(
             )
         pixels += [fitted(p.pixels, size) for p in pictures]
         prompts += [p.caption or prompt for p in pictures]
-    return Bank(cached_moments(model, pixels), prompts)
+    return Bank(cached_moments(model, pixels), prompts, small=_small(model, pixels) if upscaler else None)
+
+
+def _small(model: Model, pixels: Sequence[np.ndarray]) -> Tensor:
+    """Pictures as an up-scaler reads them [n, 3, h, w]."""
+    return torch.stack([reduced(p, latent_factor(model)) for p in pixels])
 
 
 def draw_batch(
@@ -179,6 +204,7 @@ def draw_batch(
     share: tuple[int, int],
     timesteps: Callable[[int, torch.Generator], Tensor],
     own: Sequence[str] = (),
+    small_noise: float | None = None,
 ) -> Batch:
     """The examples of one micro-batch: a function of the seed, the step and the micro-batch alone.
 
@@ -191,12 +217,14 @@ def draw_batch(
         share: (rank, world): of several processes each takes its part of world x batch examples.
         timesteps: random timesteps, by their number and a generator.
         own: each subject's class prompt, where the subjects' own noisy latents come a second time under it.
+        small_noise: variance of the noise on the small pictures that an up-scaler reads; None where there are none.
     """
     rank, world = share
     generator = seeded(s.seed, Stream.BATCH, step, micro)
     count = s.batch * world
     pick = torch.randint(len(subject), (count,), generator=generator)
     x = subject.moments.draw(pick, generator)
+    small = None if subject.small is None else subject.small[pick]
     prompts = [subject.prompts[i] for i in pick.tolist()]
     masks = None if subject.masks is None else subject.masks[pick]
     said = [names[i] for i in pick.tolist()]
@@ -204,6 +232,7 @@ def draw_batch(
     if prior is not None:
         more = torch.randint(len(prior), (count,), generator=generator)
         x = torch.cat([x, prior.moments.draw(more, generator)])
+        small = None if small is None or prior.small is None else torch.cat([small, prior.small[more]])
         prompts += [prior.prompts[i] for i in more.tolist()]
         said += ["a picture of the class"] * count
         masks = None if masks is None else torch.cat([masks, torch.ones(count, *masks.shape[1:])])
@@ -216,6 +245,9 @@ def draw_batch(
         prompts += [own[owner] for owner in owners]
         masks = None if masks is None else torch.cat([masks, torch.ones(count, *masks.shape[1:])])
         keep = torch.cat([keep, count + keep])
+    if small is not None and small_noise is not None:
+        random = torch.randn(small.shape, generator=seeded(s.seed, Stream.EXTRA_INPUT, step, micro))
+        small = with_noise(small, random, small_noise)
     mine = keep.tolist()
     return Batch(
         x[keep],
@@ -225,6 +257,7 @@ def draw_batch(
         t[keep],
         s.batch,
         [said[i] for i in mine],
+        None if small is None else small[keep],
     )
 
 

@@ -86,7 +86,8 @@ class Rehearsal:
             self.handle = step_in_backward(self.optimizer, 1, clip, settings.clip) if self.in_backward else None
 
     def _trains_text_kv(self) -> bool:
-        return any(".attn2.to_k." in name or ".attn2.to_v." in name for name in self.learner.weights)
+        places = tuple(f"unet.{name}." for name in self.unet.text_projections())
+        return any(name.startswith(places) for name in self.learner.weights)
 
     def _cached_text(self) -> Any:
         """A frozen text's keys and values are computed once a run."""

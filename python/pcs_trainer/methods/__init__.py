@@ -56,7 +56,7 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
     for name in overrides:
         if name not in known:
             raise ValueError(why_unknown(method, name))
-    values = dict(chosen.tiny if model is not None and model.embedded else {}) | overrides
+    values = dict(chosen.tiny if model is not None and model.embedded else {}) | chosen.implied(overrides) | overrides
     if "plan" in values:
         given = values["plan"]
         many = isinstance(given, Mapping)

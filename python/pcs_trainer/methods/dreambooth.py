@@ -5,25 +5,24 @@ Loss     E |eps_hat(x_t, t, "a [V] [class]") - eps|^2 + lambda E |eps_hat(x'_t',
          with class images x' that the frozen model drew, lambda = 1; each half has its own t and noise.
 Default  800 steps of 1 + 1 pictures, 5e-6, AdamW, gradients clipped to norm 1.
 
-stage="super_resolution" trains an up-scaler, a UNet that reads a small picture in further channels, with the noise
-on that picture cut to `noise_level` (section 3.3): more of it blurs the subject's detail.
+stage="super_resolution" trains an up-scaler instead, a UNet that reads the photo reduced to a pixel for each latent
+position (the paper's personalized super-resolution). The variance of the noise on that small picture is cut to
+`noise_level`: with the 1e-3 that the paper's up-scalers were made with, the subject's fine detail blurs. There are no
+class images: an up-scaler draws none from a prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any, Literal
 
 from ..concept import grammar
 from ..model.model import Model
 from ..model.text_adapters import file_name, is_read
 from ..settings import Identifier, Settings
 from .learner import Learner
-from .method import ExtraInput, Method
+from .method import Method
 
 ENCODER_SHARE = 0.4  # of learning_rate: the paper's 2e-6 for the text encoder beside 5e-6 for the UNet
 
@@ -52,7 +51,7 @@ class DreamBooth(Settings):
         return ENCODER_SHARE * self.learning_rate if given is None else given
 
     def check(self) -> None:
-        """Refuse a rate for what does not train."""
+        """Refuse a rate for what does not train, and what an up-scaler cannot be trained with."""
         super().check()
         rate = self.text_encoder_learning_rate
         if rate is not None and not self.train_text_encoder:
@@ -61,6 +60,13 @@ class DreamBooth(Settings):
             )
         if rate is not None and not 0 < rate < 1:
             raise ValueError(f"text_encoder_learning_rate must lie between 0 and 1, not {rate!r}")
+        if not 0 <= self.noise_level < 1:
+            raise ValueError(f"noise_level is a variance, at least 0 and below 1, not {self.noise_level!r}")
+        if self.stage == "super_resolution" and self.prior_weight and not self.prior_folder:
+            raise ValueError(
+                f"prior_weight={self.prior_weight:g} needs class images, and an up-scaler draws none from a prompt. "
+                "Fix: prior_weight=0, the default of stage='super_resolution', or real ones with prior_folder=..."
+            )
 
 
 def setup(model: Model, s: DreamBooth, learner: Learner) -> None:
@@ -79,18 +85,14 @@ def train_whole_encoders(model: Model, learner: Learner) -> None:
                 learner.train_value(grammar.value_name(part, file_name(name)), parameter, master=False)
 
 
-def small_picture(s: DreamBooth) -> ExtraInput | None:
-    """What an up-scaler is told: the picture at a quarter of its size, upsampled, with some noise on it."""
-    if s.stage == "base":
-        return None
+def small_picture(s: DreamBooth) -> float | None:
+    """The variance of the noise on the small picture that an up-scaler reads; None in the base stage."""
+    return s.noise_level if s.stage == "super_resolution" else None
 
-    def channels_of(latents: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-        small = F.interpolate(latents[:, :channels], scale_factor=0.25, mode="area")  # [B, channels, h / 4, w / 4]
-        small = F.interpolate(small, size=latents.shape[2:], mode="bilinear", align_corners=False)
-        noise = torch.randn(small.shape, generator=generator).to(small)
-        return (1 - s.noise_level) ** 0.5 * small + s.noise_level**0.5 * noise  # [B, channels, h, w]
 
-    return channels_of
+def without_prior(given: Mapping[str, Any]) -> dict[str, Any]:
+    """No class images where an up-scaler is trained."""
+    return {"prior_weight": 0.0} if given.get("stage") == "super_resolution" else {}
 
 
 METHOD = Method(
@@ -101,4 +103,5 @@ METHOD = Method(
     choose="the closest likeness, when GPU memory and a file of the UNet's size are acceptable",
     tiny={"steps": 350, "batch": 2, "learning_rate": 3e-4, "prior_images": 32},
     extra_input=small_picture,
+    implied=without_prior,
 )

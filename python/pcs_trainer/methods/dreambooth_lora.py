@@ -17,7 +17,7 @@ from ..concept import grammar
 from ..model.model import Model
 from ..model.text_adapters import layers_read, text_module
 from ..unet.layers import Linear
-from .dreambooth import DreamBooth, small_picture, train_whole_encoders
+from .dreambooth import DreamBooth, small_picture, train_whole_encoders, without_prior
 from .learner import Learner, fresh_pair
 from .method import Method
 
@@ -80,4 +80,5 @@ METHOD = Method(
     choose="the files everybody exchanges",
     tiny={"steps": 450, "batch": 2, "learning_rate": 1.5e-3, "rank": 8, "prior_images": 32},
     extra_input=small_picture,
+    implied=without_prior,
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.model import Model
-from .dreambooth import small_picture
+from .dreambooth import small_picture, without_prior
 from .dreambooth_lora import DreamBoothLoRA, attention_projections, train_text_encoders
 from .learner import Learner, Pair, fresh_pair
 from .method import Method
@@ -45,4 +45,5 @@ METHOD = Method(
     choose="DreamBooth-LoRA's files with half the optimizer state a rank",
     tiny={"steps": 450, "batch": 2, "learning_rate": 3e-3, "rank": 16, "prior_images": 32},
     extra_input=small_picture,
+    implied=without_prior,
 )

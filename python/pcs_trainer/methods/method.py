@@ -16,11 +16,14 @@ from ..unet.blocks import TextKV
 from .learner import Learner
 
 SideLoss = Callable[[torch.Generator], Tensor]  # called once a micro-batch
-ExtraInput = Callable[[Tensor, int, torch.Generator], Tensor]  # (latents, channels, generator) -> [B, channels, h, w]
 
 
 def _nothing(*_: Any) -> None:
     """The neutral hook."""
+
+
+def _no_more(_given: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 def _unchanged(kv: TextKV) -> TextKV:
@@ -46,6 +49,8 @@ class Method:
     side_loss: Callable[[Model, Any], SideLoss | None] = _nothing  # (model, s): built once a run
     reads_more_text: Callable[[Any], bool] = lambda s: False  # whether that loss encodes further prompts in each step
     after_step: Callable[[Model, Learner], None] = _nothing  # such as limiting the norm of token embeddings
-    extra_input: Callable[[Any], ExtraInput | None] = _nothing  # (s): what further input channels of a UNet hold
+    # (s): variance of the noise on the small picture that an up-scaler reads; None where no up-scaler is trained
+    extra_input: Callable[[Any], float | None] = _nothing
+    implied: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_more  # (given settings): defaults that go with them
     lag: bool = False  # whether the paper samples with localized attention guidance
     one_subject: Callable[[Any], str | None] = _nothing  # (s): why several subjects cannot be learned together

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -29,13 +29,21 @@ def fingerprint(model: Model) -> str:
     """
     unet = model.unet
     if unet not in _known:
-        settings = json.dumps(unet.settings, sort_keys=True, default=str)
+        settings = json.dumps(_hashed(unet.settings), sort_keys=True, default=str)
         named = sorted((n, p) for n, p in unet.named_parameters() if p.numel() >= SMALLEST and p.dim() > 1)
         chosen = [p for _, p in named[:: max(1, len(named) // TENSORS)]][:TENSORS]
         values = [float(p.detach().flatten()[k * (p.numel() // VALUES)]) for p in chosen for k in range(VALUES)]
         digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
         _known[unet] = digest + ":" + ",".join(f"{v:.6g}" for v in values)
     return _known[unet]
+
+
+def _hashed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration that its hash is made of."""
+    kept = dict(settings)
+    if not any(kept["only_cross_attention"]):
+        del kept["only_cross_attention"]  # fingerprints in concept files are older than this setting
+    return kept
 
 
 def same_base(a: str, b: str) -> bool:

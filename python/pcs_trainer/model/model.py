@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModel
+from ..unet.config import reads_small_picture
 from ..unet.unet import UNet
 from .schedule import Schedule
 from .sources import TINY, Folder, SingleFile, find_source, read_json
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .peers import Autoencoder, TextEncoder
 
 Network = TypeVar("Network", bound=nn.Module)
-PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule")
+PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule", "low_res_schedule")
 PIPELINES = "StableDiffusion"
 # Names in the attention of the first models' VAE files -> today's.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -74,6 +75,16 @@ class Model:
     def schedule(self) -> Schedule:
         """The noise schedule the model was trained with."""
         return self._get("schedule")
+
+    @property
+    def low_res_schedule(self) -> Schedule:
+        """The noise schedule of the small picture that an up-scaler reads."""
+        return self._get("low_res_schedule")
+
+    @property
+    def upscales(self) -> bool:
+        """Whether this is an up-scaler: its UNet reads a small picture beside the latents."""
+        return reads_small_picture(self.unet.settings)
 
     @property
     def name(self) -> str:
@@ -183,6 +194,14 @@ class Model:
         if isinstance(self.source, SingleFile):
             return Schedule.from_config(dict(self._pipeline(self.source).scheduler.config))
         return Schedule.from_config(read_json(self.source.part("scheduler") / "scheduler_config.json"))
+
+    def _load_low_res_schedule(self) -> Schedule:
+        if isinstance(self.source, SingleFile):
+            raise UnsupportedModel(
+                f"{self.source.file} says nothing of the noise on an up-scaler's small picture. Fix: give the model as "
+                "a diffusers folder or a hub name"
+            )
+        return Schedule.from_config(read_json(self.source.part("low_res_scheduler") / "scheduler_config.json"))
 
 
 def _text_parts(source: Folder, name: str) -> list[Path]:

@@ -85,7 +85,9 @@ class Hub(Folder):
         """The folder of a part, its weights downloaded."""
         files = super().part(name)
         listed = [p.name for p in files.glob("*.safetensors*")]
-        if name in ("scheduler", "tokenizer", "tokenizer_2") or any(n.endswith(".safetensors") for n in listed):
+        if name in ("scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2") or any(
+            n.endswith(".safetensors") for n in listed
+        ):
             return files
         ours = f"{name}/*.fp16*.safetensors" if self.fp16 else f"{name}/*.safetensors"
         try:

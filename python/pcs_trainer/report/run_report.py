@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PLACES = ("", " on the beach", " in the snow", " at night")
 STEPS = 25
+PHOTOS = 4  # at most, that an up-scaler's report enlarges
 
 
 def read_losses(folder: Path) -> dict[str, Any]:
@@ -122,7 +123,10 @@ def write_run_report(
     """
     s, title = trainer.settings, TITLES[concept.method]
     subject = concept.subject_words
-    sheet, attention = _samples(model, concept)
+    if model.upscales:
+        sheet, attention = _enlarged(model, concept, trainer), None
+    else:
+        sheet, attention = _samples(model, concept)
     photos = [picture.pixels for one in trainer.subjects for picture in one.loaded.pictures]
     steps = concept.meta.get("steps", s.steps)
     data = {
@@ -139,7 +143,7 @@ def write_run_report(
                 ["subject prompt", concept.instance_prompt],
             ],
         },
-        "attention": attention,
+        **({"attention": attention} if attention else {}),
         "curves": [{"name": title} | read_losses(folder)],
         "proof": [proof_of(title, events)],
         "timings": [{"name": "training", "seconds": seconds}],
@@ -147,6 +151,33 @@ def write_run_report(
         "environment": machine(),
     }
     return write_report(folder / "report.html", data)
+
+
+def _enlarged(model: Model, concept: Concept, trainer: Trainer) -> dict[str, Any]:
+    """The report's "sheet" of an up-scaler: photos reduced, and enlarged again without and with the concept."""
+    from ..data.pictures import fitted
+    from ..model.autoencoder import latent_factor, own_size
+    from ..sampling.upscaling import noise_for, upscale
+
+    size = trainer.settings.resolution or min(own_size(model))
+    photos = [fitted(p.pixels, size) for p in trainer.subjects[0].pictures[:PHOTOS]]
+    small = [fitted(p, size // latent_factor(model)) for p in photos]
+    prompt, noise = concept.instance_prompt, noise_for(model, [concept])
+    plain = prompt.replace(concept.subject_words, concept.class_word)
+    base = upscale(model, small, plain, steps=STEPS, noise_level=noise)
+    learned = upscale(model, small, prompt, concept, steps=STEPS)
+    columns: dict[str, list[Any]] = {
+        "Photo": photos,
+        "Reduced": small,
+        "Base model": base,
+        TITLES[concept.method]: learned,
+    }
+    rows = [{"prompt": f"photo {i + 1}", "cells": [c[i] for c in columns.values()]} for i in range(len(photos))]
+    return {
+        "columns": list(columns),
+        "rows": rows,
+        "note": "Both enlarge the same reduced photo from the same initial noise.",
+    }
 
 
 def _samples(model: Model, concept: Concept) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Concepts to images: samplers, localized attention-guided sampling (LAG), captured attention maps.
+"""Concepts to images: samplers, up-scaling, localized attention-guided sampling (LAG), captured attention maps.
 
 Importing this package imports no torch, so that the command line can read the samplers' names from it.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .lag import Lag as Lag
     from .maps import Maps as Maps
     from .scene import make_scene as make_scene
+    from .upscaling import upscale as upscale
 
 _HOME = {  # imported when first used
     "Drawing": "drawing",
@@ -27,6 +28,7 @@ _HOME = {  # imported when first used
     "Lag": "lag",
     "Maps": "maps",
     "make_scene": "scene",
+    "upscale": "upscaling",
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..concept.concept import Concept
 from ..model.autoencoder import at_once, decode, latent_factor, own_size
 from ..model.text import Words
+from ..model.upscaler import level_labels, with_noise
 from .lag import Lag, attention_of
 from .maps import Maps
 from .predictor import Predictor
@@ -46,12 +47,16 @@ class SampleOptions:
     batch: int = 8
     maps: bool | Sequence[str] = False
     noise: Tensor | None = None  # [P, C, h, w]
+    small: Tensor | None = None  # [P, 3, h, w]: the pictures that an up-scaler enlarges
+    small_noise: float = 0.0  # variance of the noise on them
     on_step: OnStep = None
     progress: bool = False
 
     def guidance_for(self, model: Model) -> float:
         """The weight of classifier-free guidance; 1 is none."""
         if self.guidance is None:
+            if self.small is not None:
+                return 9.0  # the default of diffusers' pipeline for up-scaling
             # 7.5 is the default of diffusers' pipeline for SD 1.x and 2.x; the embedded model's card was measured at 5
             return 5.0 if model.embedded else 7.5
         return float(self.guidance)
@@ -83,7 +88,7 @@ def draw(scene: Scene, options: SampleOptions) -> Drawing:
         scene = replace(scene, negatives=None)
     elif scene.negatives is None:
         scene = replace(scene, negatives=[""] * len(scene.prompts))
-    pixels, shape = _sizes(model, options.size)
+    pixels, shape = _sizes(model, options)
     batches = _batches(len(scene.prompts), options, shape)
     device = model.unet.conv_in.weight.device
     images: list[Image] = []
@@ -94,11 +99,16 @@ def draw(scene: Scene, options: SampleOptions) -> Drawing:
         for pictures in batches:
             # one generator an image, so that an image does not depend on its batch
             random = [torch.Generator().manual_seed(options.seed + i) for i in pictures]
+            small = (
+                None if options.small is None else _noisy(options.small[list(pictures)], options.small_noise, random)
+            )
             given = None if options.noise is None else options.noise[list(pictures)].float()
             noise = unit_noise((len(pictures), *shape), random) if given is None else given  # [B, C, h, w]
             scene.choose(pictures)
             text = scene.read(pictures)
             predict = Predictor(model.unet, text, pixels, guidance, steps, attention, pictures, shape[1:])
+            if small is not None:
+                predict.reads(small, level_labels(model, options.small_noise, len(pictures)))
             x = sampler(predict, model.schedule, steps, noise.to(device), random, counted)
             if counted.stopped:
                 break
@@ -251,7 +261,7 @@ def pictures_at_once(model: Model, size: int | tuple[int, int] | None) -> int:
 
     With guidance a forward holds twice as many, and keeps nothing for a backward: it stays below a training step.
     """
-    height, width = _sizes(model, size)[0]
+    height, width = _sizes(model, SampleOptions(size=size))[0]
     return at_once(height * width // 2, SampleOptions.batch)
 
 
@@ -263,15 +273,24 @@ def _sampler(name: str, eta: float) -> Sampler:
     return partial(SAMPLERS[name], eta=eta) if eta else SAMPLERS[name]
 
 
-def _sizes(model: Model, size: int | tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int, int]]:
+def _noisy(small: Tensor, variance: float, random: Sequence[torch.Generator]) -> Tensor:
+    """The small pictures [B, 3, h, w] of a batch as the up-scaler reads them; their noise is drawn before any other."""
+    return with_noise(small, unit_noise(small.shape, random), variance)
+
+
+def _sizes(model: Model, options: SampleOptions) -> tuple[tuple[int, int], tuple[int, int, int]]:
     """(height and width in pixels, the shape [C, h, w] of one image's latents)"""
-    channels, takes = model.vae.config.latent_channels, model.unet.settings["in_channels"]
+    channels, takes, size = model.vae.config.latent_channels, model.unet.settings["in_channels"], options.size
+    factor = latent_factor(model)
+    if options.small is not None:
+        height, width = options.small.shape[2:]
+        return (factor * height, factor * width), (channels, height, width)
     if takes != channels or model.unet.class_embedding is not None:
         raise ValueError(
             f"this UNet reads {takes} channels where its latents have {channels}, or classes too, as models for "
             f"inpainting and upscaling do; sample() draws from a prompt alone"
+            + (". Fix: pcs upscale, or upscale(), which enlarges pictures" if model.upscales else "")
         )
-    factor = latent_factor(model)
     size = own_size(model) if size is None else size
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if min(height, width) < factor or height % factor or width % factor:

@@ -14,6 +14,7 @@ from ..data.batches import Batch, Stream, draw_batch, seeded
 from ..distributed import rank_and_world
 from ..methods.learner import Learner
 from ..model.text import Text, encode
+from ..model.upscaler import level_labels
 from .class_prediction import ClassPrediction
 from .losses import drawn_timesteps, picture_losses, snr_weights
 from .task import Prepared, Task
@@ -32,7 +33,7 @@ class Objective:
         self.task, self.data, self.learner = task, data, learner
         self.model, self.s, self.method = task.model, task.settings, task.method
         self.side_loss = self.method.side_loss(self.model, self.s)
-        self.extra_input = self.method.extra_input(self.s)
+        self.small_noise = self.method.extra_input(self.s)
         # Before the first step and before a checkpoint is read: the model is still the base model.
         self.own = ClassPrediction(task, learner, data.size) if self.s.prior == "own" else None
         self._texts = {} if learner.text_trains else self._frozen_texts()
@@ -44,16 +45,16 @@ class Objective:
         def timesteps(count: int, generator: torch.Generator) -> Tensor:
             return drawn_timesteps(self.model.schedule, s.timesteps, count, generator)
 
+        data, share = self.data, rank_and_world()
         own = self.task.class_prompts if self.own is not None else ()
-        share = rank_and_world()
-        return draw_batch(self.data.bank, self.data.prior, self.data.names, s, step, micro, share, timesteps, own)
+        noise = self.small_noise
+        return draw_batch(data.bank, data.prior, data.names, s, step, micro, share, timesteps, own, noise)
 
-    def predicted(self, batch: Batch, step: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    def predicted(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """The prediction for a batch.
 
         Args:
             batch: the examples before noise.
-            step: seeds the noise on what further input channels hold.
 
         Returns:
             prediction and target [B, C, h, w], and the masks [B, 1, h, w] or None.
@@ -69,8 +70,9 @@ class Objective:
             target = torch.cat([target[: batch.subjects], held.to(target)])
         text = self.text(batch.prompts).to(torch.empty(0, dtype=compute_dtype(unet), device=like.device))
         kv, added = self.method.hold_text(unet.text_kv(text.states)), text.added(size, size)
-        if self.extra_input is not None:
-            noisy, added = self._with_extra_input(noisy, batch, added, step)
+        if batch.small is not None:
+            noisy = torch.cat([noisy, batch.small.to(noisy)], dim=1)  # [B, C + 3, h, w]
+            added = (added or {}) | level_labels(self.model, self.small_noise or 0.0, len(noisy))
         prediction = unet(noisy.to(compute_dtype(unet)), t, kv, added)
         return prediction, target, None if batch.masks is None else batch.masks.to(like.device)
 
@@ -81,7 +83,7 @@ class Objective:
             the loss, and its parts for the log: "loss", "subject" and, where there are such, "prior", "preservation".
         """
         s = self.s
-        each = picture_losses(*self.predicted(batch, step))  # [B]
+        each = picture_losses(*self.predicted(batch))  # [B]
         if s.snr_gamma:
             each = each * snr_weights(self.model.schedule, batch.t.to(each.device), s.snr_gamma)
         subject, prior = each[: batch.subjects].mean(), each[batch.subjects :]
@@ -123,22 +125,6 @@ class Objective:
         found = {p: encode(self.model, [p], self.learner.rows, self.learner.hold_first) for p in prompts}
         self.model.release("text_encoders")
         return found
-
-    def _with_extra_input(
-        self, noisy: Tensor, batch: Batch, added: dict[str, Tensor] | None, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """An up-scaler's further input channels, and the noise level it is told."""
-        assert self.extra_input is not None
-        more = self.model.unet.settings["in_channels"] - noisy.shape[1]
-        if not 0 < more <= noisy.shape[1]:
-            raise ValueError(
-                f"{self.model.name} is not an up-scaler: its UNet has no input channels for a small picture"
-            )
-        channels = self.extra_input(batch.latents.to(noisy), more, seeded(self.s.seed, Stream.EXTRA_INPUT, step))
-        added = dict(added or {})
-        if self.model.unet.class_embedding is not None:
-            added["class_labels"] = torch.zeros(len(noisy), dtype=torch.long, device=noisy.device)
-        return torch.cat([noisy, channels], dim=1), added
 
 
 def compute_dtype(unet: nn.Module) -> torch.dtype:

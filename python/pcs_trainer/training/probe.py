@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch, Stream, seeded
+from ..model.upscaler import with_noise
 from .losses import picture_losses
 from .objective import Objective
 
@@ -28,6 +29,10 @@ class Probe:
         masks = None if bank.masks is None else bank.masks[pick]
         noise = torch.randn(z.shape, generator=generator)
         self.subject = Batch(z, [bank.prompts[i] for i in pick.tolist()], masks, noise, t, len(t))
+        if bank.small is not None:
+            small = bank.small[pick]
+            random = torch.randn(small.shape, generator=generator)
+            self.subject.small = with_noise(small, random, objective.small_noise or 0.0)
         classes = objective.task.class_prompts
         self.classes = replace(self.subject, prompts=[classes[i % len(classes)] for i in range(len(t))], masks=None)
         self.at_first = self.held_out()
@@ -61,6 +66,7 @@ class Probe:
                 batch.noise[s],
                 batch.t[s],
                 len(batch.t[s]),
+                small=None if batch.small is None else batch.small[s],
             )
             for s in spans
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..concept.loading import load_concept
 from ..distributed import any_process, fill, full_value, is_part, rank_and_world, shard
 from ..errors import TrainingStopped
 from ..sampling.drawing import pictures_at_once, sample
+from ..sampling.upscaling import upscale
 from .checkpoint import check_same_run, checkpoints, read_checkpoint, write_checkpoint
 from .events import Event
 from .log import Log
@@ -25,6 +26,9 @@ from .probe import Probe
 from .proof import Movement
 from .result import file_proof, learned, memory_predicts
 from .stop import Stop
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PROOF_STEP = 20  # by then an optimizer has moved whatever trains, and little time is lost where it has not
 BAD_STEPS = 3  # in a row end a run: one is a bad batch, three are the learning rate
@@ -161,15 +165,7 @@ class Run:
         try:
             random = torch.get_rng_state()
             with torch.no_grad():
-                drawn = sample(
-                    self.model,
-                    list(self.s.preview_prompts),
-                    words=self.learner.rows,
-                    seed=self.s.seed,
-                    hold_first=self.learner.hold_first,
-                    size=self.objective.data.size,
-                    batch=pictures_at_once(self.model, self.objective.data.size),
-                )
+                drawn = self.preview_images(list(self.s.preview_prompts))
             torch.set_rng_state(random)
             paths = []
             if self.out is not None:
@@ -184,6 +180,31 @@ class Run:
         finally:
             self.model.release(*({"vae", "text_encoders"} - before))
             pcs_kernels.forget_packed_weights()  # packed for the shapes of a drawing; a step packs for its own
+
+    def preview_images(self, prompts: list[str]) -> list[Image]:
+        """An image of each prompt; an up-scaler enlarges the first photos, as it reads them."""
+        learner, data = self.learner, self.objective.data
+        if data.bank.small is None:
+            return sample(
+                self.model,
+                prompts,
+                words=learner.rows,
+                seed=self.s.seed,
+                hold_first=learner.hold_first,
+                size=data.size,
+                batch=pictures_at_once(self.model, data.size),
+            )
+        small = data.bank.small[torch.arange(len(prompts)) % len(data.bank)]
+        pixels = ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return upscale(
+            self.model,
+            list(pixels),
+            prompts,
+            noise_level=self.objective.small_noise,
+            words=learner.rows,
+            seed=self.s.seed,
+            hold_first=learner.hold_first,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""

@@ -15,6 +15,7 @@ from ..methods.method import Method
 from ..model.autoencoder import own_size
 from ..model.fingerprint import fingerprint
 from ..model.model import Model
+from ..model.upscaler import check_upscaler, level_labels
 from ..settings import Settings
 
 Say = Callable[..., None]  # (kind, **data): an event of the run
@@ -74,22 +75,26 @@ def prepare(task: Task, say: Say) -> Prepared:
     """
     s, model, method = task.settings, task.model, task.method
     channels, wanted = model.unet.settings["in_channels"], model.vae.config.latent_channels
-    if method.extra_input(s) is None and channels != wanted:
+    upscaler = method.extra_input(s) is not None
+    if upscaler:
+        check_upscaler(model)
+        level_labels(model, method.extra_input(s) or 0.0, 1)  # refused now where the UNet does not know the level
+    elif channels != wanted:
         raise ValueError(
             f"{model.name} has a UNet of {channels} input channels; methods train on text-to-image models, or on "
-            "up-scalers with method='dreambooth', stage='super_resolution'"
+            "up-scalers with stage='super_resolution' (DreamBooth and its low-rank forms)"
         )
     size = s.resolution or min(own_size(model))
     for subject in task.subjects:
         for text in [*(f"skipped: {reason}" for reason in subject.loaded.skipped), *subject.loaded.notes]:
             say("warning", text=text)
-    bank, names = subject_bank(model, task.subjects, size, method.augment(s))
+    bank, names = subject_bank(model, task.subjects, size, method.augment(s), upscaler)
 
     def report(text: Any) -> None:
         say("start", text=text)
 
     with first_alone():
-        prior = prior_bank(model, task.subjects, s, size, report)
+        prior = prior_bank(model, task.subjects, s, size, report, upscaler)
     model.release("vae")
     count = sum(len(subject.pictures) for subject in task.subjects)
     say("start", text=f"{s.method}: {count} pictures at {size} pixels, {task.prompt!r}, {s.steps} steps")

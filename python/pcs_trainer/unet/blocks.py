@@ -128,24 +128,34 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention over the text, feed-forward; each added to the hidden state h [B, N, C]."""
+    """Self-attention, attention over the text, feed-forward; each added to the hidden state h [B, N, C].
 
-    def __init__(self, width: int, heads: int, c_text: int) -> None:
+    With `only_cross` the first attention is over the text too: an up-scaler's large images have too many positions for
+    attention among them.
+    """
+
+    def __init__(self, width: int, heads: int, c_text: int, only_cross: bool) -> None:
         super().__init__()
+        self.only_cross = only_cross
         self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
-        self.attn1 = Attention(width, heads)
+        self.attn1 = Attention(width, heads, c_text if only_cross else None)
         self.attn2 = Attention(width, heads, c_text)
         self.ff = FeedForward(width)
         self.name = ""
 
+    def over_text(self) -> list[tuple[str, Attention]]:
+        """The attentions over the text, by the names that their keys and values have in a TextKV."""
+        first = [(f"{self.name}.attn1", self.attn1)] if self.only_cross else []
+        return [(self.name, self.attn2), *first]
+
     def forward(
-        self, h: Tensor, k: Tensor, v: Tensor, call: Conditioning, plan: str
+        self, h: Tensor, kv: Sequence[Tensor], call: Conditioning, plan: str
     ) -> tuple[Tensor, Tensor | None, Masks]:
         """One block under a plan.
 
         Args:
             h: hidden state [B, N, C].
-            k, v: keys and values of the text [B, T, C].
+            kv: keys and values of the text [B, T, C], of each attention of `over_text()` in turn.
             call: what the call captures and masks.
             plan: short name of the memory plan.
 
@@ -154,12 +164,12 @@ class TransformerBlock(nn.Module):
         """
         masks = None if call.masks is None else call.masks(self.name, None)
         keep = direct if plan == "eager" else rebuilt
+        k, v, *first = kv
+        o = self.first(h, first, masks, plan, keep)
         if plan == "C":
-            o = rebuilt(lambda h: self.attn1.qkv(self.norm1(h), masks), h, then=self_attention, whole=True)
             return rebuilt(
                 lambda o, h, k, v: self.rest(o, h, k, v, call, masks), o, h, k, v, then=self.close, whole=True
             )
-        o = self_attention(*keep(self.norm1, h, then=lambda n: self.attn1.qkv(n, masks)))  # [B, A, N, D]
         h, maps, masks = self.attended(o, h, k, v, call, masks, keep)
         if plan == "B":
             again, close = self.ff.halves(masks)
@@ -167,10 +177,25 @@ class TransformerBlock(nn.Module):
         p = keep(self.norm3, h, then=lambda n: self.ff.up(n, masks))  # [B, N, 8 C]
         return h + keep(geglu, p, then=lambda g: self.ff.down(g, masks)), maps, masks
 
+    def first(self, h: Tensor, kv: Sequence[Tensor], masks: Masks, plan: str, keep: Callable) -> Tensor:
+        """The first attention's output o [B, A, N, D], of h among its own tokens or over the text's keys and values."""
+        attn = self.attn1
+        if not self.only_cross:
+            if plan == "C":
+                return rebuilt(lambda h: attn.qkv(self.norm1(h), masks), h, then=self_attention, whole=True)
+            return self_attention(*keep(self.norm1, h, then=lambda n: attn.qkv(n, masks)))
+
+        def over(q: Tensor) -> Tensor:
+            return cross_attention(q, attn.split(kv[0]), attn.split(kv[1]), None)[0]
+
+        if plan == "C":
+            return rebuilt(lambda h: attn.split(attn.to_q(self.norm1(h), masks)), h, then=over, whole=True)
+        return over(keep(self.norm1, h, then=lambda n: attn.split(attn.to_q(n, masks))))
+
     def attended(
         self, o: Tensor, h: Tensor, k: Tensor, v: Tensor, call: Conditioning, masks: Masks, keep: Callable
     ) -> tuple[Tensor, Tensor | None, Masks]:
-        """The self-attention's output o [B, A, N, D] added to h, then the attention over the text."""
+        """The first attention's output o [B, A, N, D] added to h, then the attention over the text."""
         attn = self.attn2
         h = h + self.attn1.out(o, masks)  # [B, N, C]
         q = keep(self.norm2, h, then=lambda n: attn.split(attn.to_q(n, masks)))  # [B, A, N, D]
@@ -179,7 +204,7 @@ class TransformerBlock(nn.Module):
         return h + attn.out(o, masks), maps, masks
 
     def rest(self, o: Tensor, h: Tensor, k: Tensor, v: Tensor, call: Conditioning, masks: Masks) -> tuple:
-        """All that plan C computes again after the self-attention's output o."""
+        """All that plan C computes again after the first attention's output o."""
         h, maps, masks = self.attended(o, h, k, v, call, masks, direct)
         return self.ff.halves(masks)[0](self.norm3(h)), h, maps, masks
 
@@ -190,17 +215,21 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Transformer blocks over an image's tokens, between a norm with projection and a projection back; added to it."""
 
-    def __init__(self, width: int, heads: int, depth: int, c_text: int, groups: int, linear: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, depth: int, c_text: int, groups: int, linear: bool, only_cross: bool = False
+    ) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, width, 1e-6)  # diffusers' value here, whatever norm_eps is
         self.proj_in = Linear(width, width) if linear else Conv2d(width, width, 1)
-        self.transformer_blocks = module_list([TransformerBlock(width, heads, c_text) for _ in range(depth)])
+        self.transformer_blocks = module_list(
+            [TransformerBlock(width, heads, c_text, only_cross) for _ in range(depth)]
+        )
         self.proj_out = Linear(width, width) if linear else Conv2d(width, width, 1)
         self.plan = "eager"
 
     def forward(self, x: Tensor, call: Conditioning) -> tuple[Tensor, list[Tensor | None]]:
         """x [B, C, H, W] -> (the image [B, C, H, W], each block's captured maps [B, G, N])"""
-        kv = [part for block in self.transformer_blocks for part in call.kv[block.name]]
+        kv = [part for block in self.transformer_blocks for name, _ in block.over_text() for part in call.kv[name]]
         if self.plan == "checkpoint":
             y, *maps = rebuilt(lambda *kept: self.body(*kept, call=call, plan="eager"), x, *kv, then=same, whole=True)
         else:
@@ -212,8 +241,9 @@ class Transformer(nn.Module):
         h = keep(lambda x: tokens(self.norm(x, None)), x, then=lambda n: project(self.proj_in, n))  # [B, N, C]
         captured: list[Tensor | None] = []
         masks: Masks = None
+        each = len(kv) // len(self.transformer_blocks)
         for i, block in enumerate(self.transformer_blocks):
-            h, maps, masks = block(h, kv[2 * i], kv[2 * i + 1], call, plan)
+            h, maps, masks = block(h, kv[i * each : (i + 1) * each], call, plan)
             captured.append(maps)
         y = project(self.proj_out, h, masks)  # [B, N, C]
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + x, *captured  # [B, C, H, W], [B, G, N]

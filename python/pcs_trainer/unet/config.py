@@ -25,6 +25,7 @@ READ: dict[str, Any] = {
     "transformer_layers_per_block": 1,
     "attention_head_dim": 8,
     "use_linear_projection": False,
+    "only_cross_attention": False,
     "addition_embed_type": None,
     "addition_time_embed_dim": None,
     "num_class_embeds": None,
@@ -34,7 +35,6 @@ READ: dict[str, Any] = {
 # Values that would change the arithmetic, with the only ones that are supported.
 ONLY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
-    "only_cross_attention": (False,),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
     "dropout": (0.0,),
@@ -61,6 +61,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 # Kept in the file, without influence: fp32 softmax is what our kernels do anyway.
 IGNORED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads", "decay")
+COLOURS = 3  # input channels of an up-scaler for the small picture that it enlarges
 BLOCK_TYPES = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -77,6 +78,13 @@ def _per_level(key: str, value: Any, levels: int) -> list[int]:
         _refuse(key, value, f"an integer, or a list of {levels} integers (one per block)")
     if min(values) < 1:
         _refuse(key, value, "integers of at least 1")
+    return list(values)
+
+
+def _flags(key: str, value: Any, levels: int) -> list[bool]:
+    values = [value] * levels if isinstance(value, bool) else value
+    if not isinstance(values, (list, tuple)) or len(values) != levels or not all(isinstance(v, bool) for v in values):
+        _refuse(key, value, f"true, false, or a list of {levels} of them (one per block)")
     return list(values)
 
 
@@ -113,6 +121,7 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
         _refuse("addition_embed_type", c["addition_embed_type"], "None or 'text_time'")
     for key in ("block_out_channels", "layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
         c[key] = _per_level(key, c[key], levels)
+    c["only_cross_attention"] = _flags("only_cross_attention", c["only_cross_attention"], levels)
     widths = set(_per_level("cross_attention_dim", c["cross_attention_dim"], levels))
     if len(widths) != 1:
         _refuse("cross_attention_dim", c["cross_attention_dim"], "one width for all blocks")
@@ -132,3 +141,8 @@ def family(settings: dict[str, Any]) -> Family:
     if settings.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if settings.get("use_linear_projection") else "sd1"
+
+
+def reads_small_picture(settings: dict[str, Any]) -> bool:
+    """Whether a UNet is an up-scaler's: it has input channels for the colours of a small picture beside its latents."""
+    return bool(settings["in_channels"] == settings["out_channels"] + COLOURS)

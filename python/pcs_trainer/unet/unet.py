@@ -44,10 +44,10 @@ class UNet(nn.Module):
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, c_time, c["norm_num_groups"], c["norm_eps"])
 
-        def attention(level: int) -> Transformer:
+        def attention(level: int, only_cross: bool) -> Transformer:
             heads, depth = c["attention_head_dim"][level], c["transformer_layers_per_block"][level]
             width, groups, linear = channels[level], c["norm_num_groups"], c["use_linear_projection"]
-            return Transformer(width, heads, depth, c["cross_attention_dim"], groups, linear)
+            return Transformer(width, heads, depth, c["cross_attention_dim"], groups, linear, only_cross)
 
         self.conv_in = Conv2d(c["in_channels"], channels[0], 3)
         self.time_embedding = TimestepEmbedding(channels[0], c_time)
@@ -58,13 +58,14 @@ class UNet(nn.Module):
         for i, kind in enumerate(c["down_block_types"]):
             n = c["layers_per_block"][i]
             resnets = [resnet(width if j == 0 else channels[i], channels[i]) for j in range(n)]
-            attentions = [attention(i) for _ in range(n)] if kind.startswith("CrossAttn") else []
+            text_only = c["only_cross_attention"][i]
+            attentions = [attention(i, text_only) for _ in range(n)] if kind.startswith("CrossAttn") else []
             downs.append(Level(resnets, attentions, down=i < top, up=False))
             width = channels[i]
             skips += [width] * (n + (i < top))
         mid = None
         if c["mid_block_type"]:
-            mid = Level([resnet(width, width), resnet(width, width)], [attention(top)], down=False, up=False)
+            mid = Level([resnet(width, width), resnet(width, width)], [attention(top, False)], down=False, up=False)
         for i, kind in enumerate(c["up_block_types"]):
             level = top - i
             n = c["layers_per_block"][level] + 1
@@ -72,7 +73,8 @@ class UNet(nn.Module):
             for _ in range(n):
                 resnets.append(resnet(width + skips.pop(), channels[level]))
                 width = channels[level]
-            attentions = [attention(level) for _ in range(n)] if kind.startswith("CrossAttn") else []
+            text_only = c["only_cross_attention"][level]
+            attentions = [attention(level, text_only) for _ in range(n)] if kind.startswith("CrossAttn") else []
             ups.append(Level(resnets, attentions, down=False, up=i < top))
         # in diffusers' order, which the state dict and a plan that lists layers follow
         self.down_blocks, self.up_blocks, self.mid_block = module_list(downs), module_list(ups), mid
@@ -91,7 +93,8 @@ class UNet(nn.Module):
         for level in levels:
             self._blocks += [block for attention in level.attentions for block in attention.transformer_blocks]
         self._time_stack = Stack([r.time_emb_proj for r in self._resnets])
-        self._kv_stack = Stack([layer for b in self._blocks for layer in (b.attn2.to_k, b.attn2.to_v)])
+        self._over_text = [(name, b.name, attn) for b in self._blocks for name, attn in b.over_text()]
+        self._kv_stack = Stack([layer for _, _, attn in self._over_text for layer in (attn.to_k, attn.to_v)])
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | str | Path, device: torch.device | str | None = None) -> UNet:
@@ -110,8 +113,13 @@ class UNet(nn.Module):
         return {n: m for n, m in self.named_modules() if isinstance(m, (ResnetBlock, Transformer, Resample))}
 
     def attention_names(self) -> list[str]:
-        """The transformer blocks in the order in which they run: the keys of text_kv, `capture` and the maps."""
+        """The transformer blocks in the order in which they run: the keys of `capture` and the maps."""
         return [block.name for block in self._blocks]
+
+    def text_projections(self) -> list[str]:
+        """The names of the layers that make the text's keys and values."""
+        layers = {id(layer) for _, _, attn in self._over_text for layer in (attn.to_k, attn.to_v)}
+        return [name for name, layer in self.named_modules() if id(layer) in layers]
 
     def set_plan(self, plan: str | Sequence[str] | dict[str, str]) -> UNet:
         """Set the memory plan of the layers.
@@ -176,7 +184,8 @@ class UNet(nn.Module):
             context: text states [B, T, C], or by block (`attention_names()`) where each has its own.
 
         Returns:
-            Keys and values [B, T, C] by block, for `forward`.
+            Keys and values [B, T, C] by block, for `forward`; those of a first attention that is over the text too
+            stand under the block's name with ".attn1".
         """
         states = context.values() if isinstance(context, dict) else [context]
         width = self.settings["cross_attention_dim"]
@@ -184,9 +193,11 @@ class UNet(nn.Module):
             if state.dim() != 3 or state.shape[-1] != width:
                 raise ValueError(f"context must be [B, T, {width}] for this model, not {tuple(state.shape)}")
         if isinstance(context, dict):
-            return {b.name: (b.attn2.to_k(context[b.name]), b.attn2.to_v(context[b.name])) for b in self._blocks}
+            return {
+                name: (attn.to_k(context[block]), attn.to_v(context[block])) for name, block, attn in self._over_text
+            }
         parts = self._kv_stack(context)
-        return {b.name: (parts[2 * i], parts[2 * i + 1]) for i, b in enumerate(self._blocks)}
+        return {name: (parts[2 * i], parts[2 * i + 1]) for i, (name, _, _) in enumerate(self._over_text)}
 
     def embedding(self, t: Tensor | float, x: Tensor, added: dict[str, Tensor] | None) -> Tensor:
         """The embedding [B, c_time] of the timestep, and of the class or of SDXL's pooled text and sizes."""

@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "learn the example subject by several methods and write a report",
     "train": "learn a subject from a few photos",
     "sample": "sample images with learned concepts",
+    "upscale": "enlarge pictures by an up-scaler and what it has learned of a subject",
     "merge": "merge several concepts into one, without training",
     "export": "export a concept for diffusers, ComfyUI or A1111, or as a whole pipeline",
     "plan": "memory of a training step, and the fastest recomputation plan within a budget",

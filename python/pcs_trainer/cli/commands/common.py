@@ -24,6 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 CONCEPT_FILE = "concept.safetensors"
 # For the help's examples: who holds Stable Diffusion 1.5 since its first repository was removed in August 2024.
 HUB_EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+UPSCALER_EXAMPLE = "stabilityai/stable-diffusion-x4-upscaler"
 
 METHOD = Option("--method", ", ".join(METHODS), one_of("method", METHODS), METHODS[0], "NAME")
 RESOLUTION = Option(

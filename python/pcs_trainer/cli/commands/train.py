@@ -18,7 +18,7 @@ from ..interrupt import stop_on_ctrl_c
 from ..options import Command
 from ..progress import Progress
 from . import COMMANDS
-from .common import CONCEPT_FILE, HUB_EXAMPLE, open_model, say
+from .common import CONCEPT_FILE, HUB_EXAMPLE, UPSCALER_EXAMPLE, open_model, say
 from .other_trainers import NEEDLESS, TRAIN_TRANSLATE
 from .train_flags import OPTIONS, overrides
 
@@ -50,6 +50,11 @@ EXAMPLES = (
     (
         f"pcs train my-photos --class dog --model {HUB_EXAMPLE} --method dreambooth --budget 8GB",
         "a real checkpoint within 8 GB",
+    ),
+    (
+        f"pcs train my-photos --class dog --model {UPSCALER_EXAMPLE} --method dreambooth --set stage=super_resolution "
+        "--out out/details",
+        "an up-scaler that knows the subject's fine detail (pcs upscale)",
     ),
     (
         'pcs train --instance_data_dir my-photos --instance_prompt "a photo of sks dog" --max_train_steps 400',
@@ -144,7 +149,8 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
 
         seconds = time.monotonic() - started
         say(f"report: {write_run_report(folder, model, trainer, concept, events, seconds)}")
-    say(f'use it: pcs sample "a photo of {{}}" --concept {shlex.quote(str(folder))}{model_flag(options)}')
+    way = "pcs upscale PICTURE" if model.upscales else 'pcs sample "a photo of {}"'
+    say(f"use it: {way} --concept {shlex.quote(str(folder))}{model_flag(options)}")
     print(folder / CONCEPT_FILE)
     return DONE
 

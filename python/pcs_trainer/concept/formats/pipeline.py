@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.text_adapters import file_name, token_table
+from ...model.upscaler import level_of
 from ..base_weights import BaseWeights
 from ..concept import Concept
 from ..grammar import TEXT_PARTS, UNET, Part, parse, value_name, word_name
@@ -21,7 +23,9 @@ from .report import Report
 
 if TYPE_CHECKING:
     from ...model.model import Model
+    from ...model.peers import Autoencoder
 
+UPSCALE_FACTOR = 0.08333  # the scaling factor that diffusers' up-scaling pipeline writes over any other
 NOTE, WRITTEN_BY = "modelspec.json", "pcs_trainer"  # the file by which an earlier export is known, and what it says
 PLACES = ("_name_or_path", "name_or_path")  # keys in which transformers and diffusers keep where a model was read from
 
@@ -44,6 +48,9 @@ def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool,
         _swap(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    if model.upscales and concept.small_noise is not None:
+        level = level_of(model.low_res_schedule, concept.small_noise)
+        report.notes.append(f"it was trained with little noise on the small picture: call it with noise_level={level}")
     report.files += sorted(file for file in folder.rglob("*") if file.is_file())
     for name in concept.tensors:
         if name not in report.skipped:
@@ -67,11 +74,51 @@ def merged_pipeline(concept: Concept, model: Model) -> Any:
     scheduler = getattr(diffusers, config.get("_class_name", "DDIMScheduler")).from_config(config)
     parts = {"unet": unet, "vae": model.vae, "scheduler": scheduler}
     parts |= {"text_encoder": encoders[0], "tokenizer": tokenizers[0]}
+    if model.upscales:
+        return _upscaler(model, parts)
     if len(encoders) == 2:
         return diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=encoders[1], tokenizer_2=tokenizers[1])
     return diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+
+
+def _upscaler(model: Model, parts: dict[str, Any]) -> Any:
+    """diffusers' up-scaling pipeline of these parts."""
+    import diffusers
+
+    config, index = dict(model.low_res_schedule.config), getattr(model.source, "root", Path()) / "model_index.json"
+    low_res = getattr(diffusers, config.get("_class_name", "DDPMScheduler")).from_config(config)
+    most = (json.loads(index.read_text()) if index.is_file() else {}).get("max_noise_level")
+    parts |= {"vae": _rescaled(model.vae), "low_res_scheduler": low_res}
+    limits = {} if most is None else {"max_noise_level": most}
+    return diffusers.StableDiffusionUpscalePipeline(**parts, safety_checker=None, feature_extractor=None, **limits)
+
+
+def _rescaled(vae: Autoencoder) -> Autoencoder:
+    """The same autoencoder at UPSCALE_FACTOR, which the up-scaling pipeline writes into its configuration in any case.
+
+    The factor moves into the 1x1 convolutions at its two ends, so that what the UNet reads and draws stays the same.
+    """
+    change = float(vae.config.scaling_factor) / UPSCALE_FACTOR
+    if change == 1:
+        return vae
+    copied: Any = copy.deepcopy(vae)
+    first, last = getattr(copied, "quant_conv", None), getattr(copied, "post_quant_conv", None)
+    if first is None or last is None or getattr(vae.config, "shift_factor", None):
+        raise ValueError(
+            f"this autoencoder scales its latents by {vae.config.scaling_factor:g} and has no 1x1 convolutions to take "
+            f"that up; diffusers' up-scaling pipeline takes {UPSCALE_FACTOR} alone, so the model goes into no pipeline"
+        )
+    with torch.no_grad():
+        mean = first.out_channels // 2  # the rest are logarithms of variances
+        first.weight[:mean] *= change
+        first.bias[:mean] *= change
+        first.bias[mean:] += 2 * math.log(change)
+        last.weight /= change
+    copied.register_to_config(scaling_factor=UPSCALE_FACTOR)
+    rescaled: Autoencoder = copied
+    return rescaled
 
 
 def _merged(concept: Concept, model: Model, part: Part, network: nn.Module) -> dict[str, Tensor]:
