@@ -20,6 +20,9 @@ from pcs_trainer.report.figures import curve_svg, data_uri, heat, ticks
 from pcs_trainer.report.page import page, write_report
 from pcs_trainer.units import bytes_text, time_text
 from PIL import Image
+from trainer_cases import cache, trainer
+
+__all__ = ["cache"]
 
 VOID = {"meta", "link", "img", "input", "br", "line", "polyline"}
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
@@ -261,3 +264,25 @@ def test_in_a_browser_the_slider_works_and_nothing_is_asked_for(tmp_path):
     outside = '<main><img alt="" src="http://127.0.0.1:9/nowhere.png">'
     asking = re.sub(r"<meta http-equiv[^>]+>", "", page(full())).replace("<main>", outside)
     assert len(in_browser(asking, tmp_path)["asked"]) == 1
+
+
+@pytest.mark.slow
+def test_what_is_drawn_beside_the_steps_is_told_with_the_time_left(model, tmp_path):
+    """Class images before step 1 and the report's images after it, the latter at the size of the training."""
+    from pcs_trainer.report.run_report import STEPS, write_run_report
+
+    events, told = [], []
+    settings = dict(prior_weight=1.0, prior_images=3, prior_steps=4, resolution=32, steps=2, prior_folder=None)
+    t = trainer(model, "custom_diffusion", tmp_path, **settings)
+    concept = t.train(on_event=events.append)
+    counted = [e.data for e in events if e.kind == "progress"]
+    assert [d["done"] for d in counted] == [1, 2, 3] and {d["total"] for d in counted} == {4}
+    assert counted[-1]["seconds_left"] > 0 and "class images 1/4" in str(
+        next(e for e in events if e.kind == "progress")
+    )
+
+    def tell(done, total, label, seconds_left):
+        told.append((done, total, label))
+
+    page = write_run_report(tmp_path, model, t, concept, [e for e in events if e.kind != "step"], 1.0, tell)
+    assert told == [(n, 2 * STEPS, "report") for n in range(1, 2 * STEPS)] and page.is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -46,3 +47,14 @@ def time_text(seconds: float) -> str:
     return (
         f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     )
+
+
+class Pace:
+    """How long the rest of some work will take, told by how long its first parts took."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def seconds_left(self, done: int, total: int) -> float:
+        """Of `total` parts, `done` are done: one at least."""
+        return (time.monotonic() - self.started) * (total - done) / done

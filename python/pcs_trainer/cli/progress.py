@@ -75,6 +75,8 @@ class Progress:
                 {"step": event.step} | {k: v for k, v in event.data.items() if isinstance(v, (int, float))}
             )
             self.count(event.step, event.total, **event.data)
+        elif event.kind == "progress":
+            self.count(**event.data)
         else:
             self.say(str(event))
 

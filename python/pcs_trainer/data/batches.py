@@ -18,7 +18,7 @@ from ..model.upscaler import reduced, with_noise
 from .augment import Augmentation, Augmented, mask_tensor
 from .latents import cached_moments
 from .pictures import Loaded, Picture, fitted
-from .prior import prior_pictures
+from .prior import Count, prior_pictures
 from .prompts import class_prompt, subject_prompt
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def prior_bank(
     s: Settings,
     size: int,
     report: Callable[[str], Any],
+    count: Count,
     upscaler: bool = False,
 ) -> Bank | None:
     """Class images with their captions, or None where there is no such loss.
@@ -169,6 +170,7 @@ def prior_bank(
         s: how many, from where, with how many sampling steps.
         size: pixels a side.
         report: told what is being sampled and what was skipped.
+        count: called as count(done, total) with each sampling step.
         upscaler: prepare the small pictures that an up-scaler reads, too.
     """
     if not s.prior_weight or s.prior == "own":
@@ -177,7 +179,7 @@ def prior_bank(
     classes = {class_prompt(subject.settings): subject.settings for subject in subjects}
     share = -(-s.prior_images // len(classes))  # rounded up: no class has fewer images than were asked for
     for prompt, own in list(classes.items())[: 1 if s.prior_folder else None]:
-        pictures = prior_pictures(model, prompt, replace(own, prior_images=share, resolution=size), report)
+        pictures = prior_pictures(model, prompt, replace(own, prior_images=share, resolution=size), report, count)
         bare = [p.name for p in pictures if not p.caption] if s.prior_folder and len(classes) > 1 else []
         if bare:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,20 @@ if TYPE_CHECKING:
     from ..model.model import Model
     from ..settings import Settings
 
+Count = Callable[[int, int], Any]  # (done, total)
 ATTEMPTS = 5  # rounds of drawing blank class images again
 
 
-def prior_pictures(model: Model, prompt: str, s: Settings, report: Any) -> list[Picture]:
-    """From the folder that was given (captions beside its pictures), else drawn and kept by what decides them."""
+def prior_pictures(model: Model, prompt: str, s: Settings, report: Any, count: Count) -> list[Picture]:
+    """From the folder that was given (captions beside its pictures), else drawn and kept by what decides them.
+
+    Args:
+        model: what draws them, frozen.
+        prompt: of the class.
+        s: how many, from where, with how many sampling steps.
+        report: told in words what happens.
+        count: called as count(done, total) with each sampling step.
+    """
     if s.prior_folder:
         found = load_pictures(s.prior_folder)
         blank = [p.name for p in found.pictures if is_blank(p.pixels)]
@@ -39,13 +49,13 @@ def prior_pictures(model: Model, prompt: str, s: Settings, report: Any) -> list[
         kept = load_pictures(folder).pictures
         if len(kept) == s.prior_images:
             return kept
-    report(f"drawing {s.prior_images} pictures of {prompt!r}")
-    drawn = draw_prior(model, prompt, s)
+    report(f"drawing {s.prior_images} pictures of {prompt!r}, once for all runs; --prior own, prior='own', needs none")
+    drawn = draw_prior(model, prompt, s, count)
     _keep(folder, drawn)
     return drawn
 
 
-def draw_prior(model: Model, prompt: str, s: Settings) -> list[Picture]:
+def draw_prior(model: Model, prompt: str, s: Settings, count: Count | None = None) -> list[Picture]:
     """The frozen model's pictures of the class; blank ones are drawn again."""
     import pcs_kernels
 
@@ -61,6 +71,7 @@ def draw_prior(model: Model, prompt: str, s: Settings) -> list[Picture]:
             seed=1_000_003 * (s.seed + 1) + 10_007 * attempt,
             size=s.resolution or None,
             batch=pictures_at_once(model, s.resolution or None),
+            on_step=None if count is None else lambda done, total, _: count(done, total),
         )
         pixels = [np.asarray(image.convert("RGB")) for image in drawn]
         result += [Picture(p, f"prior-{len(result) + i:04d}.png") for i, p in enumerate(pixels) if not is_blank(p)]

@@ -11,7 +11,10 @@ import torch
 
 @dataclass
 class Event:
-    """kind: start, warning, proof, step, probe, checkpoint, preview, stopped, saved, done."""
+    """kind: start, warning, progress, proof, step, probe, checkpoint, preview, stopped, saved, done.
+
+    progress: a long phase beside the steps, with its label, done, total and seconds_left.
+    """
 
     kind: str
     step: int
@@ -20,6 +23,8 @@ class Event:
 
     def __str__(self) -> str:
         d = self.data
+        if self.kind == "progress":
+            return f"{d['label']} {d['done']}/{d['total']}, {d['seconds_left']:.0f} s left"
         if self.kind != "step":
             return f"[{self.step}/{self.total}] {self.kind}: {d.get('text') or d.get('path') or ''}"
         parts = [f"[{self.step}/{self.total}] loss {d['loss']:.4f} ({d['smoothed']:.4f} smoothed"]

@@ -17,6 +17,7 @@ from ..model.fingerprint import fingerprint
 from ..model.model import Model
 from ..model.upscaler import check_upscaler, level_labels
 from ..settings import Settings
+from ..units import Pace
 
 Say = Callable[..., None]  # (kind, **data): an event of the run
 
@@ -93,9 +94,16 @@ def prepare(task: Task, say: Say) -> Prepared:
     def report(text: Any) -> None:
         say("start", text=text)
 
+    pace = Pace()
+
+    def count(done: int, total: int) -> None:
+        if done:  # the time left is known from the first step on
+            left = pace.seconds_left(done, total)
+            say("progress", label="class images", done=done, total=total, seconds_left=left)
+
     with first_alone():
-        prior = prior_bank(model, task.subjects, s, size, report, upscaler)
+        prior = prior_bank(model, task.subjects, s, size, report, count, upscaler)
     model.release("vae")
-    count = sum(len(subject.pictures) for subject in task.subjects)
-    say("start", text=f"{s.method}: {count} pictures at {size} pixels, {task.prompt!r}, {s.steps} steps")
+    photos = sum(len(subject.pictures) for subject in task.subjects)
+    say("start", text=f"{s.method}: {photos} pictures at {size} pixels, {task.prompt!r}, {s.steps} steps")
     return Prepared(size, bank, names, prior, data_digest(task.subjects, prior), fingerprint(model))

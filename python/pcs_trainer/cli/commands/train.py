@@ -148,7 +148,10 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         from ...report.run_report import write_run_report
 
         seconds = time.monotonic() - started
-        say(f"report: {write_run_report(folder, model, trainer, concept, events, seconds)}")
+        say("drawing images for the report; --no-report leaves it out, and the concept is saved already")
+        with Progress("report", quiet=options.quiet) as shown:
+            page = write_run_report(folder, model, trainer, concept, events, seconds, shown.count)
+        say(f"report: {page}")
     way = "pcs upscale PICTURE" if model.upscales else 'pcs sample "a photo of {}"'
     say(f"use it: {way} --concept {shlex.quote(str(folder))}{model_flag(options)}")
     print(folder / CONCEPT_FILE)
