@@ -58,11 +58,15 @@ class Run:
         """All steps, and the concept; resume: go on from the last checkpoint in `out`."""
         if resume:
             self.resume()
-        learner = self.learner
+        learner, scale = self.learner, self.stepper.scale
+        if scale is not None:
+            self.say(
+                "start", text=f"float16: the loss is scaled by {scale.value:g}, by less where a gradient overflows"
+            )
         # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
         due = min(self.step + PROOF_STEP, self.s.steps)
         proves = self.step == 0 or due == self.step + PROOF_STEP
-        movement = Movement(learner.parameters, self.objective.frozen()) if proves else None
+        movement = Movement(self.stepper.values, self.objective.frozen()) if proves else None
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step) as log:
             while self.step < self.s.steps and not any_process(stop()):
                 self.one_step(log)
@@ -96,7 +100,7 @@ class Run:
             # A two-pass clip computes every loss twice: the last ones are of this step's gradients.
             self.say("step", **log.step(self.step, parts[-self.s.accumulate :], self.stepper.rate))
             return
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row += not self.stepper.overflowed  # the scale is being found: not the learning rate's fault
         self.say("warning", text=f"step {self.step} was skipped: {self.stepper.reason} on {', '.join(names[:6])}")
         if self.skipped_in_a_row == BAD_STEPS:
             self.give_up(names)
