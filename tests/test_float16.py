@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,3 +211,15 @@ def test_torchs_adamw_resumes_with_its_float32_copies(models, tmp_path):
     assert all(torch.equal(whole.tensors[n], resumed.tensors[n]) for n in whole.tensors)
     state = checkpoints(tmp_path)[-1] / "optimizer.pt"
     assert all(m.dtype == torch.float32 for m in torch.load(state, weights_only=True)["masters"])
+
+
+def test_an_autoencoder_that_overflows_float16_runs_in_float32(tmp_path):
+    """SDXL's configuration says so (force_upcast), and the embedded model's; one that does not stays in float16."""
+    source = Path(load_model("tiny").source.path)
+    shutil.copytree(source, tmp_path / "own")
+    config = tmp_path / "own" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": False}))
+    found = {where: load_model(where, dtype=torch.float16) for where in ("tiny", tmp_path / "own")}
+    assert [m.vae.dtype for m in found.values()] == [torch.float32, torch.float16]
+    assert found["tiny"].unet.conv_in.weight.dtype == torch.float16
+    assert load_model("tiny", dtype=torch.bfloat16).vae.dtype == torch.bfloat16
