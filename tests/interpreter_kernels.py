@@ -261,18 +261,21 @@ def test_adamw8bit_matches_the_reference(n, block_size, decay_first):
         torch.testing.assert_close(absmax, wanted, rtol=1e-6, atol=0)
 
 
-def test_adamw8bit_rounds_stochastically_like_the_reference():
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
+def test_adamw8bit_rounds_stochastically_like_the_reference(dtype):
+    """Down to 1e-8, which float16 has no digits for: its smallest step is 6e-8."""
     n = 2000
-    grad, param, state = torch.randn(n), torch.randn(n).bfloat16(), adamw_state(n, 256)
+    grad, state = torch.randn(n), adamw_state(n, 256)
+    param = (torch.randn(n) * torch.logspace(-8, 1, n)).to(dtype)
     results = []
     for module in (adamw, adamw_reference):
         p, s = param.clone(), [t.clone() for t in state]
-        numbers = 1e-2, 0.9, 0.99, 1e-8, 0.1, 3, 256, 1.0, 12345678901, False
+        numbers = 1e-6, 0.9, 0.99, 1e-8, 0.1, 3, 256, 1.0, 12345678901, False
         module.step_8bit(p, grad, *s, code_map(True), code_map(False), *numbers)
         results.append(p)
     # a draw can fall the other way only where the float32 values differ in their last bits
     assert int((results[0] != results[1]).sum()) <= 2
-    assert not torch.equal(results[0], param)
+    assert float((results[0] != param).float().mean()) > 0.1
 
 
 def test_adamw8bit_takes_another_code_table():

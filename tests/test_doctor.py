@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -104,8 +105,31 @@ def test_a_run_on_the_reference_says_so(tmp_path, capsys, monkeypatch):
     assert "slower than it could: the operations run on the reference backend" in said and "plain PyTorch" in said
 
 
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
-def test_the_precision_of_a_gpu(capability, dtype, monkeypatch):
+# (compute capability, its name, what it trains in)
+GPUS = [
+    ((6, 1), "NVIDIA GeForce GTX 1080", torch.float32),
+    ((7, 0), "Tesla V100-SXM2-16GB", torch.float16),
+    ((7, 5), "Tesla T4", torch.float16),
+    ((7, 5), "NVIDIA GeForce GTX 1660 SUPER", torch.float32),  # computes NaN in float16
+    ((8, 0), "NVIDIA A100-SXM4-40GB", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("capability, name, dtype", GPUS)
+def test_the_precision_of_a_gpu_is_the_same_for_every_command(capability, name, dtype, monkeypatch):
+    from pcs_trainer.cli.commands.common import dtype_of
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     chosen, reason = machine.training_dtype("cuda")
-    assert chosen is dtype and f"{capability[0]}.{capability[1]}" in reason
+    assert chosen is dtype and (f"{capability[0]}.{capability[1]}" in reason or "GTX 16" in reason)
+    for model in (None, "some/model"):  # as train and plan ask
+        assert dtype_of(argparse.Namespace(dtype=None, model=model), "cuda") == (chosen, reason)
+    assert dtype_of(argparse.Namespace(dtype="float32", model=None), "cuda") == (torch.float32, "")
+
+
+def test_the_precision_to_plan_for_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.planning_dtype("cuda")[0] is torch.bfloat16
+    assert machine.planning_dtype("cpu") == machine.training_dtype("cpu")

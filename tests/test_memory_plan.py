@@ -291,3 +291,9 @@ def test_the_docs_are_what_the_results_say():
     again = benchmark.row_of("SD1.5", plan(benchmark.SD15, "personalized_residuals", 512, budget="4GB"), "budget", 4)
     wanted = next(r for r in table if (r["model"], r["method"], r["budget_gb"]) == ("SD1.5", again["method"], "4"))
     assert abs(float(again["peak_gb"]) - float(wanted["peak_gb"])) < 0.05, "run: python benchmarks/memory.py"
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 8), (torch.bfloat16, 16), (torch.float16, 16)])
+def test_torchs_adamw_counts_its_float32_copies(dtype, size):
+    """Two averages; beside 16 bits also the copy that is stepped, and its gradient."""
+    assert state_bytes(torch.empty(10_000, dtype=dtype, device="meta"), "adamw") == size * 10_000

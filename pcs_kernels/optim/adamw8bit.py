@@ -33,8 +33,8 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: decoupled, as in torch.optim.AdamW.
         block_size: elements that share one scale, a power of two from 16 to 4096; the default is bitsandbytes'.
         min_8bit_size: tensors with fewer elements keep float32 states; the default is bitsandbytes'.
-        seed: bfloat16 parameters are rounded stochastically from it, so that updates below their precision are not
-            lost; None rounds to nearest.
+        seed: bfloat16 and float16 parameters are rounded stochastically from it, so that updates below their
+            precision are not lost; None rounds to nearest.
         decay_first: whether the weight decay comes before the update; False matches bitsandbytes on CUDA.
     """
 

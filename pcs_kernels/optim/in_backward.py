@@ -30,7 +30,8 @@ class StepInBackward:
         self.accumulate = accumulate
         self.max_norm = max_norm
         self.clip = clip
-        self.norm: float | None = None  # of the last finished step
+        self.norm: float | None = None  # of the last finished step, without the scale
+        self.loss_scale = 1.0  # `backward` multiplies the losses by it, and every step divides the gradients by it
         self.refused = 0  # parameters whose gradient was not finite in the last step: they were left as they are
         self._measuring = False  # the first of two passes: norms only
         self._steps_now = max_norm is None  # whether hooks may update already
@@ -68,7 +69,7 @@ class StepInBackward:
         found: list[Tensor] = []
         for micro_batch in losses:
             loss = micro_batch()
-            loss.backward()
+            (loss * self.loss_scale).backward()
             found.append(loss.detach())
         self.finish()
         return functools.reduce(torch.add, found)
@@ -78,7 +79,7 @@ class StepInBackward:
         self._measuring = True
         try:
             loss = loss_of()
-            loss.backward()
+            (loss * self.loss_scale).backward()
         finally:
             self._measuring = False
         return loss.detach()
@@ -92,7 +93,8 @@ class StepInBackward:
             norm = self._take_norm()
             self.norm = norm if math.isfinite(norm) else self.norm  # one bad step says nothing about the next
         elif self.max_norm is not None and waiting:
-            self.norm = float(torch.linalg.vector_norm(torch.stack([sum_of_squares(p.grad) for p in waiting]).sqrt()))
+            norms = torch.stack([sum_of_squares(p.grad) for p in waiting]).sqrt()
+            self.norm = float(torch.linalg.vector_norm(norms)) / self.loss_scale
         if waiting and not self._steps_now and self.max_norm is not None:
             if self.norm is None or not math.isfinite(self.norm):  # nothing has been stepped yet: nothing is
                 self.refused, self.norm = len(waiting), None
@@ -146,14 +148,14 @@ class StepInBackward:
 
     def _update(self, p: Tensor, square: Tensor) -> None:
         if bool(torch.isfinite(square)):
-            self.opt.update(p, self._groups[p], self._coefficient)
+            self.opt.update(p, self._groups[p], self._coefficient / self.loss_scale)
         else:
             self.refused += 1
         self._passes[p] = 0
         p.grad = None
 
     def _take_norm(self) -> float:
-        norm = float(torch.stack([s.cpu() for s in self._squares]).sum().sqrt())
+        norm = float(torch.stack([s.cpu() for s in self._squares]).sum().sqrt()) / self.loss_scale
         self._squares.clear()
         return norm
 

@@ -23,12 +23,24 @@ def training_dtype(kind: str) -> tuple[torch.dtype, str]:
     """
     if kind == "cuda":
         major, minor = torch.cuda.get_device_capability()
+        name = f"this GPU (compute capability {major}.{minor})"
         if major >= 8:
-            return torch.bfloat16, f"this GPU (compute capability {major}.{minor}) multiplies bfloat16 at full rate"
-        return torch.float32, f"this GPU (compute capability {major}.{minor}) has no bfloat16, and float16 overflows"
+            return torch.bfloat16, f"{name} multiplies bfloat16 at full rate"
+        if "GTX 16" in torch.cuda.get_device_name():  # github.com/pytorch/pytorch/issues/58123, open since 2021
+            return torch.float32, "GeForce GTX 16 cards compute NaN in float16, and have no bfloat16"
+        if major == 7:
+            return torch.float16, f"{name} multiplies float16 at full rate and has no bfloat16"
+        return torch.float32, f"{name} has no bfloat16, and no fast float16"
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16, "this CPU multiplies bfloat16 directly"
     return torch.float32, "this CPU would compute bfloat16 by way of float32, more slowly"
+
+
+def planning_dtype(kind: str) -> tuple[torch.dtype, str]:
+    """`training_dtype`, also for a GPU that is not in this machine: then what those since 2020 train in."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16, "there is no GPU here, and those since compute capability 8.0 train in it"
+    return training_dtype(kind)
 
 
 def native_build() -> tuple[str, bool]:

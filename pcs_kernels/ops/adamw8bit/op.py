@@ -229,7 +229,7 @@ def step_8bit(
     """One AdamW step of `param` in place, with states coded in 8 bits.
 
     Args:
-        param: n elements of any shape, contiguous; bfloat16 is rounded stochastically where a seed is given.
+        param: n elements of any shape, contiguous; 16 bits are rounded stochastically where a seed is given.
         grad: of param's shape, in its dtype or float32.
         state1: uint8 codes of m, of param's shape.
         state2: uint8 codes of v, of param's shape.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .codes import decode, encode
 
+SMALLEST_NORMAL = 113  # the float32 exponent, with its bias of 127, of float16's 2^-14: below it the unit stays 2^-24
+
 
 def hash32(x: Tensor) -> Tensor:
     """A 32-bit integer mixer (xor-shift-multiply); int64 tensors hold the unsigned values."""
@@ -31,12 +33,31 @@ def random_bits(seed: int, step: int, n: int, device: torch.device) -> Tensor:
     return hash32((i & 0xFFFFFFFF) ^ hash32((i >> 32) ^ key)) & 0xFFFF  # [n]
 
 
-def round_stochastically(values: Tensor, seed: int, step: int) -> Tensor:
-    """float32 -> bfloat16, up with the probability of the remainder; inf and NaN stay."""
+def round_stochastically(values: Tensor, seed: int, step: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """float32 -> bfloat16 or float16, up with the probability of the remainder; inf and NaN stay."""
+    random = random_bits(seed, step, values.numel(), values.device)  # [n]
+    drawn = (_to_float16 if dtype == torch.float16 else _to_bfloat16)(values, random)  # [n]
+    return torch.where(values.isfinite(), drawn, values).to(dtype)  # [n]
+
+
+def _to_bfloat16(values: Tensor, random: Tensor) -> Tensor:
+    """The float32 [n] whose low half is 0."""
     bits = values.view(torch.int32).to(torch.int64) & 0xFFFFFFFF  # [n]
-    bits = (bits + random_bits(seed, step, values.numel(), values.device)) & 0xFFFF0000  # [n]
-    signed = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)  # [n]
-    return torch.where(values.isfinite(), signed.view(torch.float32), values).to(torch.bfloat16)  # [n]
+    bits = (bits + random) & 0xFFFF0000  # [n]
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)  # [n]
+
+
+def _to_float16(values: Tensor, random: Tensor) -> Tensor:
+    """The float32 [n] that float16 holds: a multiple of 2^-10 of the value's power of two, at least of 2^-24.
+
+    Units are powers of two, made and inverted in the exponent's bits (at 23): dividing by them is exact.
+    """
+    power = (values.view(torch.int32) & 0x7F800000).clamp_min(SMALLEST_NORMAL << 23)  # [n]
+    unit = power - (10 << 23)  # [n]
+    scaled = values.abs() * ((254 << 23) - unit).view(torch.float32)  # [n]
+    whole = scaled.floor()  # [n]
+    whole = whole + (random.float() < (scaled - whole) * 65536)  # [n]
+    return torch.copysign(whole * unit.view(torch.float32), values)  # [n]
 
 
 def adamw(
@@ -49,9 +70,9 @@ def adamw(
 
 
 def write(param: Tensor, new: Tensor, seed: int | None, step: int) -> None:
-    """Store the new values [n], rounded stochastically where param is bfloat16 and a seed is given."""
-    if seed is not None and param.dtype == torch.bfloat16:
-        new = round_stochastically(new, seed, step)
+    """Store the new values [n], rounded stochastically where param has 16 bits and a seed is given."""
+    if seed is not None and param.dtype in (torch.bfloat16, torch.float16):
+        new = round_stochastically(new, seed, step, param.dtype)
     param.copy_(new.view(param.shape))
 
 

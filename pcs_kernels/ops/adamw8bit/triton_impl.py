@@ -112,7 +112,7 @@ def step_8bit(
         count,
         _key(seed, step),
         *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale, decay_first),
-        STOCHASTIC=seed is not None and param.dtype == torch.bfloat16,
+        STOCHASTIC=seed is not None and param.dtype != torch.float32,
         **config,
     )
 
@@ -144,7 +144,7 @@ def step_32bit(
         _key(seed, step),
         *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale, decay_first),
         BLOCK=TILE,
-        STOCHASTIC=seed is not None and param.dtype == torch.bfloat16,
+        STOCHASTIC=seed is not None and param.dtype != torch.float32,
         num_warps=4,
         num_stages=1,
     )
@@ -154,7 +154,7 @@ def aot_cases(arch: int) -> list[AotCase]:
     """The widest convolution weight of SD1.5 and SDXL's feed-forward, and a bias."""
     cases = []
     for label, n in (("SD1.5 2560x1280x9", 2560 * 1280 * 9), ("SDXL 1280x10240", 1280 * 10240)):
-        for name, dtype, seed in ((f"{label} bf16", torch.bfloat16, 1), (f"{label} fp16", torch.float16, None)):
+        for name, dtype, seed in ((f"{label} bf16", torch.bfloat16, 1), (f"{label} fp16", torch.float16, 1)):
             cases += record(arch, name, lambda n=n, dtype=dtype, seed=seed: _step_of(n, dtype, seed))
     p, m = meta(1280), meta(1280, dtype=torch.float32)
     numbers = 1e-3, 0.9, 0.999, 1e-8, 0.01, 7, 1.0, 1, False

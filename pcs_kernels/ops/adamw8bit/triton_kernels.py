@@ -63,19 +63,38 @@ def hash32(x):
 
 
 @triton.jit
-def _round_stochastically(value, i, key):
-    """float32 whose low half is 0: up with the probability of the remainder; inf and NaN stay."""
+def _to_bfloat16(value, noise):
+    """float32 whose low half is 0."""
+    bits = (value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_float16(value, noise):
+    """float32 that float16 holds: a multiple of 2^-10 of the value's power of two, at least of 2^-24."""
+    bits = value.to(tl.int32, bitcast=True)
+    unit = tl.maximum(bits & 0x7F800000, 113 << 23) - (10 << 23)
+    scaled = tl.abs(value) * ((254 << 23) - unit).to(tl.float32, bitcast=True)
+    whole = tl.floor(scaled)
+    up = noise.to(tl.float32) < (scaled - whole) * 65536.0
+    size = (whole + up.to(tl.float32)) * unit.to(tl.float32, bitcast=True)
+    return tl.where(bits < 0, -size, size)
+
+
+@triton.jit
+def _round_stochastically(value, i, key, HALF: tl.constexpr):
+    """What the parameter's 16 bits hold: up with the probability of the remainder; inf and NaN stay."""
     low = i.to(tl.uint32)
     high = (i >> 32).to(tl.uint32)
     noise = hash32(low ^ hash32(high ^ tl.cast(key, tl.uint32))) & 0xFFFF
-    bits = (value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
-    return tl.where(tl.abs(value) < float("inf"), bits.to(tl.float32, bitcast=True), value)
+    drawn = _to_float16(value, noise) if HALF else _to_bfloat16(value, noise)
+    return tl.where(tl.abs(value) < float("inf"), drawn, value)
 
 
 @triton.jit
 def _write_param(param_ptr, i, inside, p, key, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
-        p = _round_stochastically(p, i, key)
+        p = _round_stochastically(p, i, key, param_ptr.dtype.element_ty == tl.float16)
     tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=inside)
 
 

@@ -231,8 +231,11 @@ def _bytes_an_element(look: Callable[[Tensor], None]) -> int:
 
 
 def state_bytes(p: Tensor, optimizer: str) -> int:
-    """AdamW8bit: two bytes an element, two scales a block of 256, two code maps; small tensors 8. AdamW: two copies."""
+    """AdamW8bit: two bytes an element, two scales a block of 256, two code maps; small tensors 8.
+
+    AdamW: two averages in float32; of a tensor in 16 bits also a copy in float32, and its gradient during the step.
+    """
     n = p.numel()
     if optimizer == "adamw":
-        return 2 * p.nbytes
+        return 8 * n if p.dtype == torch.float32 else 16 * n
     return 2 * n + 2 * 4 * -(-n // 256) + 2 * 1024 if n >= 4096 else 8 * n

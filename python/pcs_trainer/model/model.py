@@ -180,14 +180,14 @@ class Model:
         from diffusers import AutoencoderKL
 
         if isinstance(self.source, SingleFile):
-            return self._settle(self.source.converted(AutoencoderKL, "vae"))
+            return _upcast(self._settle(self.source.converted(AutoencoderKL, "vae")))
         folder = self.source.part("vae")
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
         if self.device != "meta":
             files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
             load_weights(vae, files, self.dtype, self.device, OLD_VAE_NAMES)
-        settled: Any = self._settle(vae)
+        settled: Any = _upcast(self._settle(vae))
         return settled.to(memory_format=torch.channels_last)  # convolutions read it as the UNet's do
 
     def _load_schedule(self) -> Schedule:
@@ -202,6 +202,11 @@ class Model:
                 "a diffusers folder or a hub name"
             )
         return Schedule.from_config(read_json(self.source.part("low_res_scheduler") / "scheduler_config.json"))
+
+
+def _upcast(vae: Any) -> Any:
+    """An autoencoder in float32 where its configuration says that float16 is too small for it, as SDXL's does."""
+    return vae.float() if vae.config.force_upcast and vae.dtype == torch.float16 else vae
 
 
 def _text_parts(source: Folder, name: str) -> list[Path]:
@@ -242,7 +247,8 @@ def load_model(
 
     Args:
         where: a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded model).
-        dtype: of the networks; default: the files' own (float16 becomes float32 on a CPU).
+        dtype: of the networks; default: the files' own (float16 becomes float32 on a CPU). Training in float16 scales
+            its loss; `pcs doctor` says which dtype suits this machine best.
         device: where the networks go; "meta" builds them without weights.
         config: for a checkpoint file, the folder or hub name of the configuration files diffusers converts it by.
 

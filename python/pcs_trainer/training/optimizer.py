@@ -1,29 +1,70 @@
-"""One optimizer step: rates, clipping on the global norm, sharing between processes, the guard against NaN."""
+"""One optimizer step: rates, the loss scale, clipping, sharing between processes, the guard against NaN."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward
+from pcs_kernels.optim import AdamW8bit, LossScale, StepInBackward, step_in_backward
 from pcs_kernels.optim.adamw8bit import own_part
 
 from ..concept import grammar
 from ..distributed import any_process, gathered_states, is_part, norm_of, rank_and_world, share_gradients
 from ..methods.learner import Learner
 from ..settings import Settings
+from .float16 import float16_networks
 
 GOOD_EVERY = 10  # steps between copies of a good state: at most so many are lost, and a copy costs little
+LOSS, GRADIENT = "the loss is not finite", "a gradient is not finite"
 LARGEST_COPY = 50_000_000  # parameters, 0.2 GB in float32: above it, checkpoints on disk are the only way back
 
 
 class _NotFinite(Exception):
     """A loss is NaN or infinite, seen before its backward."""
+
+
+class Masters:
+    """float32 copies of 16-bit parameters for an optimizer that cannot round stochastically: torch's AdamW.
+
+    A parameter in float32 is its own master.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.of = {p: p if p.dtype == torch.float32 else p.detach().float() for p in parameters}
+        self._copies = [(p, master) for p, master in self.of.items() if p is not master]
+
+    @torch.no_grad()
+    def take_gradients(self, scale: float) -> None:
+        """Give each master its parameter's gradient times `scale`; the parameter's own is freed."""
+        for p, master in self.of.items():
+            if p.grad is None:
+                master.grad = None
+            elif p is master:
+                p.grad.mul_(scale)
+            else:  # multiplied in float32: a gradient without its loss scale may be too small for float16
+                master.grad, p.grad = p.grad.float().mul_(scale), None
+
+    @torch.no_grad()
+    def give_values(self) -> None:
+        """Round the masters into their parameters, and free their gradients."""
+        for p, master in self._copies:
+            p.copy_(master)
+            master.grad = None
+
+    def state_dict(self) -> list[Tensor]:
+        """The copies, in the order of their parameters."""
+        return [master for _, master in self._copies]
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: list[Tensor] | None) -> None:
+        """The saved copies; of an older checkpoint, which has none, the parameters as they are now."""
+        for i, (p, master) in enumerate(self._copies):
+            master.copy_(p if saved is None else saved[i])
 
 
 class Stepper:
@@ -33,8 +74,9 @@ class Stepper:
         self.s = s
         weights, rows = learner.groups()
         self.parameters = weights | rows
-        self.names = [list(names) for names in (weights, rows) if names]  # of the optimizer's groups
         self.world = rank_and_world()[1]
+        self.scale = LossScale() if float16_networks(learner) else None
+        self.masters = Masters(list(self.parameters.values())) if s.optimizer == "adamw" else None
         groups: list[dict[str, Any]] = []
         apart = s.encoder_rate() != s.learning_rate  # else one group, as checkpoints of equal rates have it
         for rate, on in ((s.learning_rate, True), (s.encoder_rate(), False)):
@@ -45,6 +87,9 @@ class Stepper:
             rate = s.token_learning_rate or s.learning_rate
             groups.append({"params": list(rows.values()), "lr": rate, "weight_decay": 0.0})
         self.rates = [group["lr"] for group in groups]
+        if self.masters is not None:
+            for group in groups:
+                group["params"] = [self.masters.of[p] for p in group["params"]]
         self.handle: StepInBackward | None = None
         self.optimizer: AdamW8bit | torch.optim.AdamW
         if s.optimizer == "adamw8bit":
@@ -56,21 +101,27 @@ class Stepper:
             loops = False if any(is_part(p) for p in self.parameters.values()) else None
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=loops)
         self.reason = ""
+        self.overflowed = False  # in the last step: the loss scale was too large, which is no fault of the run
         self._good: tuple[int, list[Tensor]] | None = None
 
     @property
     def rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """What trains, by name, as the optimizer holds it: float32 copies move long before their rounded values."""
+        return self.parameters if self.masters is None else {n: self.masters.of[p] for n, p in self.parameters.items()}
+
     def rates_now(self) -> dict[str, float]:
         """The learning rate of the last step, by the parameter's name."""
-        groups = zip(self.names, self.optimizer.param_groups, strict=True)
-        return {name: group["lr"] for names, group in groups for name in names}
+        rates = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
+        return {name: rates[id(value)] for name, value in self.values.items()}
 
-    def has_seen(self, p: nn.Parameter) -> bool:
-        """Whether the optimizer has met a gradient of this parameter that is not zero, in any process's part of it."""
-        seen = has_average(self.optimizer, p)
-        return any_process(seen) if is_part(p) else seen
+    def has_seen(self, value: Tensor) -> bool:
+        """Whether the optimizer has met a gradient that is not zero, in any process's part; of one of `values`."""
+        seen = has_average(self.optimizer, value)
+        return any_process(seen) if is_part(value) else seen
 
     def factor(self, step: int) -> float:
         """Warm-up, then the schedule: what the rates are multiplied by."""
@@ -98,9 +149,22 @@ class Stepper:
             group["lr"] = rate * factor
         before = self._copy(step) if step and step % GOOD_EVERY == 0 else None
         good = self._in_backward(loss_of) if self.handle is not None else self._after_backward(loss_of)
+        self._follow(good)
         if good and before is not None:  # the loss of this state is known to be finite
             self._good = before
         return good
+
+    def _follow(self, good: bool) -> None:
+        """Adapt the loss scale to what the step found."""
+        self.overflowed = False
+        if self.scale is None:
+            return
+        was = self.scale.value
+        if good:
+            self.scale.fitted()
+        elif self.reason == GRADIENT and self.scale.overflowed():
+            self.overflowed = True
+            self.reason = f"a float16 gradient overflowed; the loss scale goes from {was:g} to {self.scale.value:g}"
 
     def _in_backward(self, loss_of: Callable[[int], Tensor]) -> bool:
         """The optimizer runs inside the backward; a loss that is not finite ends the step before any backward."""
@@ -112,14 +176,15 @@ class Stepper:
                 raise _NotFinite
             return loss
 
+        self.handle.loss_scale = self._loss_scale
         try:
             self.handle.backward(*(partial(guarded, micro) for micro in range(self.s.accumulate)))
         except _NotFinite:
             self.handle.forget()
-            self.reason = "the loss is not finite"
+            self.reason = LOSS
             return False
         if self.handle.refused:
-            self.reason = "a gradient is not finite"
+            self.reason = GRADIENT
             return False
         return True
 
@@ -129,24 +194,35 @@ class Stepper:
         for micro in range(self.s.accumulate):
             loss = loss_of(micro)
             finite = finite and bool(torch.isfinite(loss))
-            loss.backward()
+            (loss * self._loss_scale).backward()
         if self.world > 1:
             share_gradients([p for p in trained if not is_part(p)])
-        gradients = [p.grad for p in trained if p.grad is not None]
-        norm = norm_of(gradients)
+        norm = norm_of([p.grad for p in trained if p.grad is not None]) / self._loss_scale
         good = not any_process(not (finite and math.isfinite(norm)))
         if good:
-            scale = min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0
-            if isinstance(self.optimizer, AdamW8bit):
-                self.optimizer.step(grad_scale=scale)
-            else:
-                for g in gradients:
-                    g.mul_(scale)
-                self.optimizer.step()
-        self.reason = "" if good else "a gradient is not finite" if finite else "the loss is not finite"
+            self._update(min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0)
+            self.reason = ""
+        else:  # the same in every process: all of them adapt the loss scale by it
+            self.reason = LOSS if any_process(not finite) else GRADIENT
         for p in trained:
             p.grad = None
         return good
+
+    @property
+    def _loss_scale(self) -> float:
+        """What the losses, and so the gradients, are multiplied by."""
+        return 1.0 if self.scale is None else self.scale.value
+
+    def _update(self, coefficient: float) -> None:
+        """The optimizer's step with the gradients times a coefficient, and without their loss scale."""
+        scale = coefficient / self._loss_scale
+        if isinstance(self.optimizer, AdamW8bit):
+            self.optimizer.step(grad_scale=scale)
+            return
+        assert self.masters is not None
+        self.masters.take_gradients(scale)
+        self.optimizer.step()
+        self.masters.give_values()
 
     def _copy(self, step: int) -> tuple[int, list[Tensor]] | None:
         trained = list(self.parameters.values())
@@ -168,7 +244,7 @@ class Stepper:
         """Let go of the optimizer, its state and the parameters, and take its hooks off; no step follows."""
         if self.handle is not None:
             self.handle.remove()
-        self.parameters, self.handle, self._good = {}, None, None
+        self.parameters, self.handle, self.masters, self._good = {}, None, None, None
         self.__dict__.pop("optimizer", None)
 
     @property
@@ -177,19 +253,26 @@ class Stepper:
 
     def state_dict(self) -> Any:
         """The optimizer's state; of a sharded one every process's, in the first process."""
-        held = {} if self.handle is None else {"handle": self.handle.state_dict()}
-        own = {"optimizer": self.optimizer.state_dict()} | held
+        own: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        for name, part in (("handle", self.handle), ("scale", self.scale), ("masters", self.masters)):
+            if part is not None:
+                own[name] = part.state_dict()
         return gathered_states(own) if self.sharded else own
 
     def load_state_dict(self, state: Any) -> None:
+        """Go on from a saved state; one from before the loss scale and float32 copies begins these anew."""
         if self.sharded:
             state = state[rank_and_world()[0]]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
             self.handle.load_state_dict(state["handle"])
+        if self.scale is not None and "scale" in state:
+            self.scale.load_state_dict(state["scale"])
+        if self.masters is not None:
+            self.masters.load_state_dict(state.get("masters"))
 
 
-def has_average(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> bool:
+def has_average(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     """Whether the running average of a parameter's gradients is not zero everywhere."""
     state = optimizer.state.get(p) or {}
     # Of a coded average the scales tell: they are zero where it is, and its codes are not.

@@ -81,10 +81,14 @@ class Run:
 
     def all_steps(self) -> None:
         """Step after step to the end or to a stop, with the proof that all of it trains as soon as that shows."""
+        scale = self.stepper.scale
+        if scale is not None:
+            text = f"float16: the loss is scaled by {scale.value:g}, by less where a gradient overflows"
+            self.say("start", text=text)
         # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
         first, due = self.step, min(self.step + PROOF_STEP, self.s.steps)
         if first == 0 or due == first + PROOF_STEP:
-            self.movement = Movement(self.learner.parameters, self.objective.frozen())
+            self.movement = Movement(self.stepper.values, self.objective.frozen())
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step, self.warn) as log:
             while self.step < self.s.steps and not any_process(stop()):
                 self.one_step(log)
@@ -128,7 +132,7 @@ class Run:
             # A two-pass clip computes every loss twice: the last ones are of this step's gradients.
             self.say("step", **log.step(self.step, parts[-self.s.accumulate :], self.stepper.rate))
             return
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row += not self.stepper.overflowed  # the scale is being found: not the learning rate's fault
         self.warn(f"step {self.step} was skipped: {self.stepper.reason} on {', '.join(names[:6])}")
         if self.skipped_in_a_row == BAD_STEPS:
             self.give_up(names)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..model.model import Model, load_model
 from ..settings import Settings
 from ..unet.layers import replace_data
 from .events import Event
+from .float16 import float16_networks
 from .objective import Objective, compute_dtype
 from .proof import PROOF_SIDE, compare_gradients
 from .run import Run
@@ -165,9 +167,14 @@ class Trainer:
     def _check_gradients(self, objective: Objective, say: Say) -> None:
         """The proof before step 1; a machine without the memory for it is told so, and trains."""
         exact = compute_dtype(self.model.unet) == torch.float32
-        batch = objective.batch(0, 0).smallest(PROOF_SIDE)
+        whole = objective.batch(0, 0)
+        batch = whole.smallest(PROOF_SIDE)
+        halves, share = float16_networks(self.learner), 1.0
+        if halves:  # gradients as small as the training's own, whose loss is the mean over more values
+            share = batch.latents.numel() / whole.latents.numel() / self.settings.accumulate
         try:
-            text = compare_gradients(self.learner.parameters, lambda: objective.loss(batch, 0)[0], exact)
+            loss = partial(objective.loss, batch, 0)
+            text = compare_gradients(self.learner.parameters, lambda: loss()[0] * share, exact, halves)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

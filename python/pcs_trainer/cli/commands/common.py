@@ -16,6 +16,8 @@ from ..options import Option, grouped, integer, number, one_of
 from ..progress import quiet_libraries
 
 if TYPE_CHECKING:
+    import torch
+
     from ...concept.concept import Concept
     from ...model.model import Model
 
@@ -68,10 +70,7 @@ def say(text: str) -> None:
 
 def open_model(options: argparse.Namespace) -> Model:
     """The model that the flags name, on the device and in the precision that suit, with a line about each choice."""
-    import torch
-
     from ...errors import UnsupportedModel
-    from ...machine import training_dtype
     from ...model.model import load_model
 
     quiet_libraries()
@@ -81,9 +80,7 @@ def open_model(options: argparse.Namespace) -> Model:
         if not getattr(options, "quiet", False):
             say("no --model given: using the embedded model (64x64 images of a small made-up world)")
     device, kind = device_of(options)
-    dtype, reason = getattr(torch, options.dtype) if options.dtype else None, ""
-    if dtype is None and (kind == "cuda" or where != "tiny"):
-        dtype, reason = training_dtype(kind)
+    dtype, reason = dtype_of(options, kind)
     try:
         model = load_model(where, dtype, device, options.model_config)
     except UnsupportedModel as error:
@@ -91,6 +88,19 @@ def open_model(options: argparse.Namespace) -> Model:
     if reason:
         say(f"{str(dtype).removeprefix('torch.')}: {reason}")
     return model
+
+
+def dtype_of(options: argparse.Namespace, kind: str) -> tuple[torch.dtype, str]:
+    """The dtype that `--dtype` names, or the machine's for training on a kind of device, with the reason for that."""
+    import torch
+
+    from ...machine import planning_dtype
+
+    if options.dtype:
+        return getattr(torch, options.dtype), ""
+    if kind == "cpu" and options.model in (None, "tiny"):
+        return torch.float32, ""  # so small that a CPU gains nothing from bfloat16
+    return planning_dtype(kind)
 
 
 def device_of(options: argparse.Namespace) -> tuple[str, str]:

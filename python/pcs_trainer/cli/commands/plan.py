@@ -11,7 +11,7 @@ from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
 from . import COMMANDS
-from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, RESOLUTION, say
+from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, RESOLUTION, dtype_of, say
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ OPTIONS = grouped(
     ),
     Option("--budget", "memory limit, e.g. 6GB", byte_size, metavar="SIZE", otherwise="no limit: the fastest plan"),
     Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
-    Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), "bfloat16", "TYPE"),
+    Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), metavar="TYPE", otherwise="what suits the device"),
     Option("--count-only", "on a GPU, trace the steps instead of running one of each candidate", None, False),
 )
 
@@ -80,13 +80,16 @@ def run(options: argparse.Namespace) -> int:
         say("no --model given: planning for the embedded model")
     if options.rank and options.method not in methods_with("rank"):
         raise UsageError(f"--rank: {why_unknown(options.method, 'rank')}")
+    dtype, reason = dtype_of(options, options.device)
+    if reason:
+        say(f"{str(dtype).removeprefix('torch.')}: {reason}")
     found = plan(
         options.model or "tiny",
         options.method,
         options.resolution,
         options.batch,
         options.budget,
-        dtype=getattr(torch, options.dtype),
+        dtype=dtype,
         device=options.device,
         accumulate=options.accumulate,
         measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only,

@@ -1,0 +1,46 @@
+"""What training in float16 needs: which networks gradients pass through, and their float32 twins for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..errors import NotTrained
+from ..methods.learner import Learner
+from ..unet.layers import replace_data
+
+
+def float16_networks(learner: Learner) -> list[nn.Module]:
+    """The networks with float16 weights that gradients pass through: the UNet, text encoders where they matter."""
+    networks: list[nn.Module] = [learner.model.unet]
+    networks += learner.model.text_encoders if learner.text_trains else []
+    return [n for n in networks if any(p.dtype == torch.float16 for p in n.parameters())]
+
+
+@contextmanager
+def in_float32(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """The networks with float32 weights; their own wait on the CPU, so a GPU holds one set at a time.
+
+    Raises:
+        NotTrained: the GPU has no room for them.
+    """
+    own = [(p, p.data) for network in networks for p in network.parameters() if p.dtype == torch.float16]
+    places = [p.device for p, _ in own]
+    try:
+        try:
+            for i, (p, value) in enumerate(own):
+                replace_data(p, value.float())
+                own[i] = p, value.cpu()
+        except torch.cuda.OutOfMemoryError:
+            size = sum(4 * p.numel() for p, _ in own) / 1e9
+            raise NotTrained(
+                f"float16 gradients are compared with float32's, whose weights take {size:.1f} GB, and the GPU has no "
+                "room for them. Fix: check_backend=False trains without the comparison"
+            ) from None
+        yield
+    finally:
+        for (p, value), place in zip(own, places, strict=True):
+            replace_data(p, value.to(place))
