@@ -152,7 +152,9 @@ def write_run_report(
 def _samples(model: Model, concept: Concept) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report's "sheet" and "attention"."""
     prompts = [f"a photo of a {concept.subject_words}{place}" for place in PLACES]
-    base = drawn(model, None, [f"a photo of a {concept.class_word}{place}" for place in PLACES])
+    classes = " and ".join(word for _, word in concept.subjects if word)
+    tokens = [token for token, _ in concept.subjects if token]
+    base = drawn(model, None, [f"a photo of a {classes}{place}" for place in PLACES])
     learned, maps = drawn(model, concept, prompts, maps=True)
     columns = {"Base model": base, TITLES[concept.method]: learned}
     if concept.method in TITLES and method_named(concept.method).lag:
@@ -164,9 +166,10 @@ def _samples(model: Model, concept: Concept) -> tuple[dict[str, Any], dict[str, 
     }
     attention = {
         "items": [
-            {"label": prompt, "picture": learned[i], "maps": maps_of(maps, i, [concept.token])}
+            {"label": prompt, "picture": learned[i], "maps": maps_of(maps, i, tokens)}
             for i, prompt in enumerate(prompts)
         ],
-        "note": f"Cross-attention to {concept.token!r} at each position, from the first sampling step to the last.",
+        "note": f"Cross-attention to {' and '.join(map(repr, tokens))} at each position, from the first sampling step "
+        "to the last.",
     }
     return sheet, attention
