@@ -139,7 +139,9 @@ def values(kind: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as `--set` takes it; nothing for None and for no values at all."""
-    return "" if value in (None, ()) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if isinstance(value, tuple):
+        value = "; ".join(value)
+    return "" if value in (None, "") else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def meaning(kind: type, name: str) -> str:

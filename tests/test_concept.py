@@ -97,6 +97,47 @@ def test_the_subjects_of_a_concept_and_their_words(model):
     assert both.subjects == [("<dog>", "cat"), ("<rex>", "cat"), ("<cup>", "mug")]
 
 
+def test_a_concept_of_several_subjects_is_spoken_of_as_each(model):
+    pair = {"subjects": '[["sks", "cat"], ["<cup>", "mug"]]', "instance_prompt": "photo of a sks cat by desks"}
+    joint = concept_of(model, meta={"token": "sks", "class_word": "cat"} | pair, words={})
+    assert joint.subject_words == "sks cat and <cup> mug"
+    first, second = joint.of_subject(0), joint.of_subject(1)
+    assert (first.token, first.subject_words, first.instance_prompt) == ("sks", "sks cat", pair["instance_prompt"])
+    assert (second.token, second.class_word, second.subjects) == ("<cup>", "mug", [("<cup>", "mug")])
+    assert second.instance_prompt == "photo of a <cup> mug by desks"
+    renamed = joint.renamed("<rex>")
+    assert (
+        renamed.instance_prompt == "photo of a <rex> cat by desks"
+        and renamed.subject_words == "<rex> cat and <cup> mug"
+    )
+    other = joint.renamed("<can>", of="<cup>")
+    assert other.subjects == [("sks", "cat"), ("<can>", "mug")] and other.token == "sks"
+    with pytest.raises(ValueError, match="has the subjects 'sks', '<cup>', and not '<x>'"):
+        joint.renamed("<rex>", of="<x>")
+    merged = blend([concept_of(model, tensors={}), joint], [0.5, 0.5])
+    with pytest.raises(ValueError, match="say which one is renamed by of="):
+        merged.renamed("<rex>")
+    assert merged.renamed("<rex>", of="<cup>").subject_words == "<dog> cat and sks cat and <rex> mug"
+
+
+def test_a_token_by_itself_names_the_subject_where_it_was_learned_so(model):
+    alone = concept_of(model, meta={"token": "<dog>", "class_word": "cat", "names": '["<dog>"]'})
+    assert alone.subject_words == "<dog>" and alone.renamed("<rex>").subject_words == "<rex>"
+    joined = blend(
+        [alone, concept_of(model, tensors={}, words={}, meta={"token": "<cup>", "class_word": "mug"})], [1, 1]
+    )
+    assert joined.names == ["<dog>", "<cup> mug"] and joined.instance_prompt == "a photo of a <dog> and a <cup> mug"
+    only = blend([alone, concept_of(model, tensors={}, words={}, meta={})], [1, 1])  # the second has no word
+    assert (only.token, only.class_word, only.subject_words) == ("<dog>", "cat", "<dog>")
+
+
+def test_an_ordinary_word_for_which_the_model_was_changed_has_no_other_name(model):
+    concept = concept_of(model, meta={"token": "zxq", "class_word": "cat", "identifier": "rare"}, words={})
+    with pytest.raises(ValueError, match="'zxq' is a word of the tokenizer"):
+        concept.renamed("<rex>")
+    assert concept.renamed("zxq").token == "zxq"
+
+
 def test_the_file_names_a_tensor_without_its_other_half(model, tmp_path):
     tensors = {n: t for n, t in residuals(model).items() if not n.endswith("mid_block.attentions.0.proj_out.up")}
     write_safetensors(tmp_path / "c.safetensors", tensors, {"format": "pcs_concept"})

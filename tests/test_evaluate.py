@@ -131,6 +131,30 @@ def test_the_measures_follow_the_pictures(tiny):
     assert found["prompt_accuracy"] >= 0.9 and found["class_accuracy"] == 1
 
 
+def test_each_subject_of_a_concept_is_measured_by_its_own_photos(tiny):
+    concept = nothing_learned(tiny)
+    both = {"subjects": '[["<mug>", "mug"], ["<car>", "car"]]'}
+    joint = Concept(concept.method, {}, concept.words, concept.meta | both, concept.base)
+    kinds, asked = {"<mug>": "mug", "<car>": "car"}, []
+
+    def draw(prompts, concepts, **options):
+        asked.extend(prompts if concepts else [])
+        word = next((w for w in kinds if w in prompts[0]), None)
+        return pictures_of(21 if word == "<mug>" else 22, len(prompts), kind=kinds.get(word, "fish"))
+
+    photos = {"<mug>": pictures_of(21, 3, first=100, kind="mug"), "<car>": pictures_of(23, 3, first=100, kind="car")}
+    found = evaluate(tiny, joint, photos, prompts=["a {} at night"], count=3, draw=draw)
+    assert found["<mug>/gap_closed"] > 0.8 > found["<car>/gap_closed"]
+    assert found["gap_closed"] == pytest.approx((found["<mug>/gap_closed"] + found["<car>/gap_closed"]) / 2)
+    assert {"a photo of a <mug> mug", "a photo of a <car> car", "a <car> car at night"} <= set(asked)
+    alone = evaluate(tiny, joint, {"<mug>": photos["<mug>"]}, prompts=["a {} at night"], count=3, draw=draw)
+    assert alone["gap_closed"] == pytest.approx(found["<mug>/gap_closed"]) and not any("/" in name for name in alone)
+    with pytest.raises(ValueError, match="has the subjects '<mug>', '<car>': give the photos of each"):
+        evaluate(tiny, joint, photos["<mug>"], draw=draw)
+    with pytest.raises(ValueError, match="photos of '<cat>', and the subjects"):
+        evaluate(tiny, joint, {"<cat>": photos["<mug>"]}, draw=draw)
+
+
 def test_a_prompt_without_a_place_for_the_subject_is_one_sentence(tiny):
     with pytest.raises(ValueError, match=r"must hold \{\}"):
         evaluate(tiny, nothing_learned(tiny), pictures_of(21, 2), prompts=["a photo of a dog"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -263,6 +264,42 @@ def test_several_concepts_have_words_and_masks_of_their_own(tiny):
     assert relative(apart, both) > 1e-3
     assert relative(swapped, apart) > 1e-3
     assert relative(again, apart) < 1e-4
+
+
+@pytest.mark.slow
+def test_each_subject_of_one_concept_has_a_mask(tiny):
+    """Where any of them acts, the concept does; a subject that the prompt does not name masks nothing."""
+    concept = made_up_concept(tiny, "<one>", 1)
+    concept.words["<two>"] = made_up_concept(tiny, "<two>", 2).words["<two>"]
+    joint = replace(concept, meta=concept.meta | {"subjects": '[["<one>", "dog"], ["<two>", "dog"]]'})
+
+    def masked(prompt, lag=True, who=joint):
+        return latents_of(tiny, prompt, who, lag=lag)
+
+    assert torch.equal(masked("a <two> dog"), masked("a <two> dog", Lag(tokens=["<two>", "dog"])))
+    assert torch.equal(masked("a <one> dog"), masked("a <one> dog", who=concept))
+    both = "a <one> dog beside a <two> dog"
+    assert relative(masked(both), masked(both, Lag(tokens=["<one>", "dog"]))) > 1e-3
+    assert torch.equal(masked("a dog"), masked("a dog", Lag(tokens="dog")))
+    batch = latents_of(tiny, [both, "a <two> dog"], joint, lag=True)
+    assert relative(batch[:1], masked(both)) < 1e-4
+
+
+def test_masks_of_one_concept_are_joined():
+    maps = torch.tensor([[[1.0, 2, 3, 4], [4, 3, 2, 1], [0, 0, 0, 0]]])
+    by_key = Masker(Lag(), ["a", "a", "b"], guided=False)("block", maps)
+    assert by_key["a"].tolist() == [[1, 1, 1, 1]] and by_key["b"].tolist() == [[0, 0, 0, 0]]
+    assert Masker(Lag(), [None, None], guided=False)("block", maps[:, ::2]).tolist() == [[0, 0, 1, 1]]
+
+
+def test_a_prompt_of_a_batch_without_the_words_is_named(tiny):
+    """Its masks would be zeros, and its image the base model's."""
+    concept = made_up_concept(tiny, "<one>", 1)
+    with pytest.raises(ValueError, match="the prompt 'a cup' has none of them"):
+        sample(tiny, ["a <one> dog", "a cup"], concept, steps=1, lag=True)
+    with pytest.raises(ValueError, match="the prompt 'a cup' has none of them"):
+        sample(tiny, ["a <one> dog", "a cup"], concept, steps=1, lag=True, index=[0, 0])
+    sample(tiny, ["a <one> dog", "a cup"], concept, steps=1, lag=True, index=[0, None])
 
 
 def test_projections_after_the_map_are_masked_and_the_others_named(tiny):

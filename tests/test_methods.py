@@ -229,7 +229,7 @@ def test_custom_diffusions_prefixes_agree_with_the_geometry():
     seen = {"far": 0, "same": 0, "near": 0}
     white = np.full((64, 64, 3), 250, np.uint8)
     for i in range(300):
-        shown = augment.custom_diffusion(white, 64, 16, seeded(i))
+        shown = augment.custom_diffusion(augment.Shown(white), 64, 16, seeded(i))
         assert shown.pixels.shape == (64, 64, 3)
         grey = (shown.pixels == 127).all(-1)
         if shown.prefix in augment.FAR:
@@ -252,7 +252,7 @@ def test_every_augmentation_word_is_reached_and_named_for_what_was_done():
     source = picture()
     said = {}
     for i in range(400):
-        shown = augment.textboost(source, 64, 0.8, seeded(9, i))
+        shown = augment.textboost(augment.Shown(source), 64, 0.8, seeded(9, i))
         assert shown.pixels.shape == (64, 64, 3)
         for word in shown.prefix.split():
             said[word] = said.get(word, 0) + 1
@@ -274,7 +274,10 @@ def test_every_augmentation_row_gets_a_gradient(tiny):
     chosen = dict(class_word="mug", token="<v>", augment=True, augment_probability=0.8, variant="v1")
     settings = settings_for(tiny, "textboost", **chosen)
     learner = learner_for(tiny, [settings])
-    said = [augment.textboost(picture(), 64, 0.8, seeded(i)).prefix + "a photo of a <v> mug" for i in range(120)]
+    said = [
+        augment.textboost(augment.Shown(picture()), 64, 0.8, seeded(i)).prefix + "a photo of a <v> mug"
+        for i in range(120)
+    ]
     encode(tiny, said, learner.rows, hold_first=True).states.square().sum().backward()
     rows = {n: p for n, p in learner.parameters.items() if n.startswith("word.")}
     assert len(rows) == 9 and all(p.grad is not None and bool((p.grad != 0).any(1).all()) for p in rows.values())
@@ -327,20 +330,6 @@ def test_rows_stay_within_the_tables_mean_norm(tiny):
     textboost.limit_norms(tiny, {"<v>": [rows]})
     limit = tiny.text_encoder.get_input_embeddings().weight.norm(dim=1).mean()
     assert bool((rows.norm(dim=1) <= limit * 1.0001).all())
-
-
-def test_rare_tokens_are_single_late_and_short(tiny):
-    tokens = prompts.rare_tokens(tiny.tokenizer)
-    assert len(tokens) >= 32 and all(len(t) == 3 for t in tokens)
-    assert prompts.rare_token(tiny.tokenizer, 0) != prompts.rare_token(tiny.tokenizer, 1)
-
-
-def test_the_subjects_prompt():
-    s = SimpleNamespace(template="a photo of a {subject}", token="<v>", class_word="mug")
-    assert prompts.subject_prompt(s) == "a photo of a <v> mug"
-    assert prompts.subject_prompt(s, "a red mug on a table") == "a red <v> mug on a table"
-    assert prompts.subject_prompt(s, "the {subject} outside") == "the <v> mug outside"
-    assert prompts.subject_prompt(s, "something by the sea") == "<v> mug, something by the sea"
 
 
 def test_processes_share_a_batch_of_the_same_examples():

@@ -112,15 +112,16 @@ def test_residuals_on_keys_and_values_have_as_many_parameters_as_on_proj_out():
 
 
 def test_untold_augmentation_changes_pictures_and_names_nothing():
+    from pcs_trainer.data.augment import Shown
     from pcs_trainer.data.batches import seeded
     from pcs_trainer.methods import settings_for
     from pcs_trainer.tiny.subjects import photos
 
     pixels, s = photos(21, 1)[0].picture, settings_for(None, "textboost", class_word="mug")
     change = method_named("textboost").augment(s).change
-    told = [change(pixels, 64, 16, seeded(i)) for i in range(8)]
+    told = [change(Shown(pixels), 64, 16, seeded(i)) for i in range(8)]
     with variants.untold():
-        silent = [change(pixels, 64, 16, seeded(i)) for i in range(8)]
+        silent = [change(Shown(pixels), 64, 16, seeded(i)) for i in range(8)]
     assert any(a.prefix for a in told) and not any(a.prefix for a in silent)
     assert all(torch.equal(torch.from_numpy(a.pixels), torch.from_numpy(b.pixels)) for a, b in zip(told, silent))
 

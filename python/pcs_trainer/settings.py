@@ -42,9 +42,11 @@ class Settings:
     token: str = ""  # what names the subject; "" lets the identifier choose
     identifier: Identifier = "learned"  # rare: the tokenizer's word; learned: a new word; plain: the user's own words
     train_token: bool = False  # whether the learned word's token embeddings train
-    token_vectors: int = 1  # token embeddings of a learned word that starts from a rare one
+    token_vectors: int = 1  # token embeddings of a learned word; no fewer than what it starts from has
     init_word: str | None = None  # what a learned word starts from; None is a rare word
-    template: str = "a photo of a {subject}"
+    # The prompt of a photo, or several, one of which is drawn for each photo of a step. {subject} is token and class,
+    # {token} the token alone.
+    template: str | tuple[str, ...] = "a photo of a {subject}"
     class_template: str = "a photo of a {class}"
     resolution: int | None = None  # pixels a side; None is the model's native size
     steps: int = 150
@@ -103,9 +105,11 @@ class Settings:
             raise ValueError(f"init_word must be a word or None, not {self.init_word!r}")
         if self.resolution and self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8, not {self.resolution}")
-        if "{subject}" not in self.template:
-            example = "as 'a photo of a {subject}' does"
-            raise ValueError(f"template must hold {{subject}}, {example}; it is {self.template!r}")
+        given = (self.template,) if isinstance(self.template, str) else self.template
+        for text in given or ("",):
+            if "{subject}" not in text and "{token}" not in text:
+                example = "as 'a photo of a {subject}' and 'a photo of {token}' do"
+                raise ValueError(f"template must hold {{subject}} or {{token}}, {example}; it is {text!r}")
         if self.prior == "own" and self.prior_folder:
             raise ValueError("prior='own' uses no class images; leave out prior_folder, or give prior='drawn'")
         if self.prior == "own" and not self.prior_weight:

@@ -55,10 +55,18 @@ def joined_words(concepts: Sequence[Concept]) -> dict[str, list[Tensor]]:
 
 
 def joined_meta(concepts: Sequence[Concept]) -> dict[str, str]:
-    """The part of `meta` that a concept made of concepts takes from them: their base model's facts, their subjects."""
+    """The part of `meta` that a concept made of concepts has from them: the base model's facts, subjects, a prompt."""
     meta = {name: concepts[0].meta[name] for name in SHARED if name in concepts[0].meta}
-    subjects = [subject for concept in concepts for subject in concept.subjects if any(subject)]
-    return meta | ({"subjects": json.dumps(subjects)} if subjects else {})
+    found = [pair for c in concepts for pair in zip(c.subjects, c.names, strict=True) if any(pair[0])]
+    if not found:
+        return meta | {"instance_prompt": "a photo"}
+    meta |= {
+        "subjects": json.dumps([subject for subject, _ in found]),
+        "names": json.dumps([name for _, name in found]),
+    }
+    if len(found) == 1:
+        meta |= {"token": found[0][0][0], "class_word": found[0][0][1]}
+    return meta | {"instance_prompt": "a photo of " + " and ".join(f"a {name}" for _, name in found)}
 
 
 def _summed_residuals(concepts: Sequence[Concept], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -106,8 +114,6 @@ def _blended_meta(concepts: Sequence[Concept], weights: Sequence[float]) -> dict
     meta |= joined_meta(concepts)
     if any(c.hold_first for c in concepts):
         meta["hold_first"] = "1"
-    named = [f"a {c.subject_words}" for c in concepts if c.token]
-    meta["instance_prompt"] = "a photo of " + " and ".join(named) if named else "a photo"
     return meta
 
 

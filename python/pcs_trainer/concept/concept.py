@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..files import read_safetensors, write_safetensors
+from ..model.tokens import with_word
 from .grammar import TEXT_PARTS, Half, Kind, Part, Slot, half_of, names, parse, partner, word_name
 from .header import OTHER_TOOLS, header
 
@@ -56,14 +57,33 @@ class Concept:
 
     @property
     def subject_words(self) -> str:
-        """How a prompt names the subject: "<mug> mug"."""
-        return subject_words(self.token, self.class_word)
+        """How a prompt names what was learned: "<mug> mug"; of several subjects, all of them."""
+        return " and ".join(filter(None, self.names))
 
     @property
     def subjects(self) -> list[tuple[str, str]]:
         """(token, class word) of every subject that was learned together; at least one."""
         stored = json.loads(self.meta.get("subjects") or "[]")
         return [(token, class_word) for token, class_word in stored] or [(self.token, self.class_word)]
+
+    @property
+    def names(self) -> list[str]:
+        """How a prompt names each of the subjects: by token and class, or as its training's prompts did."""
+        stored: list[str] = json.loads(self.meta.get("names") or "[]")
+        return stored if len(stored) == len(self.subjects) else [subject_words(*subject) for subject in self.subjects]
+
+    def of_subject(self, number: int) -> Concept:
+        """The same concept, spoken of as one of its subjects: its token, class word and prompt are that one's."""
+        if len(self.subjects) == 1:
+            return self
+        (token, class_word), name = self.subjects[number], self.names[number]
+        prompt = self.instance_prompt
+        if (token, class_word) != (self.token, self.class_word):
+            mine = self.names[self.subjects.index((self.token, self.class_word))] if self.token else ""
+            prompt = prompt.replace(mine, name, 1) if mine and mine in prompt else f"a photo of a {name}"
+        own = {"token": token, "class_word": class_word, "instance_prompt": prompt}
+        own |= {"subjects": json.dumps([[token, class_word]]), "names": json.dumps([name])}
+        return replace(self, meta=self.meta | own)
 
     @property
     def instance_prompt(self) -> str:
@@ -120,15 +140,36 @@ class Concept:
     def described(self) -> dict[str, str]:
         """The header fields by which other tools show the concept."""
         ranks = {len(t) for name, t in self.tensors.items() if half_of(name) is Half.DOWN}
-        return header(self.subject_words, f"{self.key} ({self.method})", sorted(ranks), self.meta)
+        return header(self.names[0], f"{self.key} ({self.method})", sorted(ranks), self.meta)
 
-    def renamed(self, token: str) -> Concept:
-        """The same concept under another word."""
-        words = {token if w == self.token else w: rows for w, rows in self.words.items()}
-        prompt = self.instance_prompt.replace(self.token, token) if self.token else f"a photo of a {token}"
-        meta = self.meta | {"token": token, "instance_prompt": prompt}
+    def renamed(self, token: str, of: str = "") -> Concept:
+        """The same concept under another word.
+
+        Args:
+            token: the new word.
+            of: which of several subjects is renamed, by its word; default: the first of those learned together.
+
+        Raises:
+            ValueError: no subject is called `of`, it is not said which of several, or its word is an ordinary one, for
+                which the model itself was changed.
+        """
+        old, known = of or self.token, [word for word, _ in self.subjects if word]
+        if (of and of not in known) or (not old and known):
+            raise ValueError(
+                f"{self.key} has the subjects {', '.join(map(repr, known)) or 'without words'}, and not {of!r}; "
+                "say which one is renamed by of=..."
+            )
+        if old and old != token and old not in self.words and self.meta.get("identifier") == "rare":
+            raise ValueError(
+                f"{old!r} is a word of the tokenizer, and the model was changed for it; it has no other name"
+            )
+        words = {token if w == old else w: rows for w, rows in self.words.items()}
+        prompt = with_word(self.instance_prompt, old, token) if old else f"a photo of a {token}"
+        meta = self.meta | {"instance_prompt": prompt} | ({"token": token} if old == self.token else {})
         if "subjects" in meta:
-            meta["subjects"] = json.dumps([[token if t == self.token else t, word] for t, word in self.subjects])
+            meta["subjects"] = json.dumps([[token if t == old else t, word] for t, word in self.subjects])
+        if "names" in meta:
+            meta["names"] = json.dumps([with_word(name, old, token) for name in self.names])
         return replace(self, words=words, meta=meta)
 
     def save(self, path: str | Path) -> Path:

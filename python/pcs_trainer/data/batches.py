@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..model.autoencoder import Moments, latent_factor
 from ..model.upscaler import reduced, with_noise
-from .augment import Augmentation, Augmented, mask_tensor
+from .augment import LONGEST_PREFIX, Augmentation, Shown, training_mask, varied
 from .latents import cached_moments
 from .pictures import Loaded, Picture, fitted
 from .prior import Count, prior_pictures
-from .prompts import class_prompt, subject_prompt
+from .prompts import check_length, class_prompt, subject_prompts, word_size
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -40,8 +40,10 @@ class Subject:
 
 @dataclass
 class Bank:
-    """Prepared pictures: moments [n], prompts, masks [n, 1, h, w] or None; `owners` says whose each picture is.
+    """Prepared pictures: moments [n], masks [n, 1, h, w] or None, and prompts.
 
+    `others` are further prompts of each picture, one of all of which is drawn in each step; `owners` says whose each
+    picture is.
     `small` [n, 3, h, w] are the pictures as an up-scaler reads them, where one is trained.
     """
 
@@ -49,10 +51,23 @@ class Bank:
     prompts: list[str]
     masks: Tensor | None = None
     owners: Tensor | None = None
+    others: list[tuple[str, ...]] | None = None
     small: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def every_prompt(self) -> list[str]:
+        """The prompts of all pictures."""
+        return [*self.prompts, *(prompt for own in self.others or () for prompt in own)]
+
+    def prompts_of(self, pick: Sequence[int], generator: torch.Generator) -> list[str]:
+        """A prompt for each picture."""
+        if self.others is None:
+            return [self.prompts[i] for i in pick]
+        choices = [(self.prompts[i], *self.others[i]) for i in pick]
+        return [own[int(torch.randint(len(own), (), generator=generator))] for own in choices]
 
 
 @dataclass
@@ -104,6 +119,7 @@ class Stream(IntEnum):
     SIDE_LOSS = 3
     EXTRA_INPUT = 4
     PROBE = 5
+    PROMPT = 6
 
 
 def seeded(*parts: int) -> torch.Generator:
@@ -130,27 +146,53 @@ def subject_bank(
     """
     seed = subjects[0].settings.seed
     latent = size // latent_factor(model)
+    change = augmentation.change if augmentation else None
     pixels, prompts, masks, owners, names = [], [], [], [], []
     count = augmentation.count if augmentation else 0  # not fewer for a short run: a resumed one draws from the same
     for owner, subject in enumerate(subjects):
         pictures = subject.pictures
         for i in range(max(count // len(subjects), len(pictures))):
             picture = pictures[i % len(pictures)]
-            shown = Augmented(fitted(picture.pixels, size))
-            if augmentation:
-                shown = augmentation.change(picture.pixels, size, latent, seeded(seed, Stream.AUGMENT, owner, i))
-            own = mask_tensor(picture.mask, latent) if picture.mask is not None and not shown.prefix else None
-            placed = mask_tensor(shown.mask, latent)
+            try:
+                generator = seeded(seed, Stream.AUGMENT, owner, i)
+                shown = varied(Shown(picture.pixels, picture.mask), size, latent, change, generator)
+            except ValueError as error:
+                raise ValueError(f"{picture.name}: {error}") from None
             pixels.append(shown.pixels)
-            prompts.append(shown.prefix + subject_prompt(subject.settings, picture.caption))
-            masks.append(placed if own is None else placed * own)
+            said = subject_prompts(subject.settings, picture.caption)
+            prompts.append(tuple(shown.prefix + prompt for prompt in said))
+            masks.append(training_mask(shown, latent))
             owners.append(owner)
             names.append(picture.name)
     stacked = torch.stack(masks)
-    bank = Bank(cached_moments(model, pixels), prompts, None, torch.tensor(owners))
-    bank.masks = None if bool((stacked == 1).all()) else stacked
+    first, others = [own[0] for own in prompts], [own[1:] for own in prompts]
+    counted = None if bool((stacked == 1).all()) else stacked
+    bank = Bank(cached_moments(model, pixels), first, counted, torch.tensor(owners), others if any(others) else None)
     bank.small = _small(model, pixels) if upscaler else None
     return bank, names
+
+
+def length_notes(model: Model, subjects: Sequence[Subject], augmented: bool) -> list[str]:
+    """A sentence for each caption that the text encoder does not read to its end.
+
+    Args:
+        model: its first tokenizer counts.
+        subjects: whose pictures and prompts.
+        augmented: words for augmentations may stand in front.
+
+    Raises:
+        ValueError: a prompt loses the subject's word.
+    """
+    tokenizer = model.tokenizers[0]
+    sizes = {s.token: word_size(tokenizer, s) for s in (x.settings for x in subjects) if s.identifier == "learned"}
+    prefix, sizes = ("<augmented>", sizes | {"<augmented>": LONGEST_PREFIX}) if augmented else ("", sizes)
+    notes: dict[str, None] = {}  # each once
+    for subject in subjects:
+        s = subject.settings
+        for picture in subject.pictures:
+            for prompt in subject_prompts(s, picture.caption):
+                notes[check_length(tokenizer, prefix + prompt, picture.name, sizes, s.token or s.class_word)] = None
+    return [note for note in notes if note]
 
 
 def prior_bank(
@@ -227,7 +269,7 @@ def draw_batch(
     pick = torch.randint(len(subject), (count,), generator=generator)
     x = subject.moments.draw(pick, generator)
     small = None if subject.small is None else subject.small[pick]
-    prompts = [subject.prompts[i] for i in pick.tolist()]
+    prompts = subject.prompts_of(pick.tolist(), seeded(s.seed, Stream.PROMPT, step, micro))
     masks = None if subject.masks is None else subject.masks[pick]
     said = [names[i] for i in pick.tolist()]
     keep = torch.arange(rank * s.batch, (rank + 1) * s.batch)

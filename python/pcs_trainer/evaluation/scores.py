@@ -11,7 +11,7 @@ features.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -92,7 +92,8 @@ def evaluate(
     Args:
         model: the model that the concept was trained on.
         concept: what is evaluated.
-        photos: real pictures of the subject that it was not trained on: a folder or a list.
+        photos: real pictures of the subject that it was not trained on: a folder or a list. Of a concept of several
+            subjects: a dict from each subject's word to its photos.
         prompts: with {} for the subject; default: the model's own set.
         count: number of pictures of the subject prompt, and of the class.
         steps, guidance, seed, lag: as `sample` takes them; `lag` has no effect on the class images.
@@ -119,9 +120,65 @@ def evaluate(
         drift_distance          kernel distance between class images before and after training
         class_accuracy          share of class images after training that show the class; beside it _base
         parameters, seconds     trainable parameters of the concept, and the time that this took
+
+        Of several subjects each score is their mean, and beside it stands each subject's own as WORD/SCORE.
     """
+    shared: dict[str, Any] = {"prompts": prompts, "count": count, "steps": steps, "guidance": guidance, "seed": seed}
+    shared |= {"lag": lag, "eyes": eyes or _encoder_of(model, clip, dino), "draw": draw}
+    if not isinstance(photos, Mapping) and len(concept.subjects) == 1:
+        return _of_one(model, concept, photos, base=base, **shared)
+    each = {}
+    for word, number in _subjects_with_photos(concept, photos).items():
+        own = concept.of_subject(number)
+        known = base if base is not None and base.class_word == own.class_word else None
+        each[word] = _of_one(model, own, photos[word], base=known, **shared)
+    return _means(each)
+
+
+def _means(each: Mapping[str, Scores]) -> Scores:
+    """Each score's mean over the subjects, and beside it the subjects' own where there are several."""
+    names = [name for name in next(iter(each.values())) if all(name in own for own in each.values())]
+    means = {name: float(np.mean([own[name] for own in each.values()])) for name in names}
+    means["seconds"] *= len(each)
+    if len(each) == 1:
+        return Scores(means)
+    own = {f"{word}/{name}": own[name] for word, own in each.items() for name in own}
+    return Scores(
+        means | {name: value for name, value in own.items() if not name.endswith(("/parameters", "/seconds"))}
+    )
+
+
+def _subjects_with_photos(concept: Concept, photos: Any) -> dict[str, int]:
+    """Word -> number of each subject that has photos; ValueError where that is not said."""
+    known = {token or class_word: i for i, (token, class_word) in enumerate(concept.subjects)}
+    words = ", ".join(map(repr, known))
+    if not isinstance(photos, Mapping):
+        raise ValueError(f"{concept.key} has the subjects {words}: give the photos of each, {{word: photos}}")
+    unknown = [word for word in photos if word not in known]
+    if unknown or not photos:
+        what = f"photos of {unknown[0]!r}" if unknown else "no photos"
+        raise ValueError(f"there are {what}, and the subjects of {concept.key} are {words}")
+    return {word: known[word] for word in photos}
+
+
+def _of_one(
+    model: Model,
+    concept: Concept,
+    photos: Any,
+    *,
+    prompts: Sequence[str | Ask] | None,
+    count: int,
+    steps: int,
+    guidance: float | None,
+    seed: int,
+    lag: bool | Lag,
+    base: Base | None,
+    eyes: ImageEncoder,
+    draw: Callable[..., list[np.ndarray]] | None,
+) -> Scores:
+    """`evaluate` for a concept of one subject."""
     started = time.monotonic()
-    encoder = eyes or _encoder_of(model, clip, dino)
+    encoder = eyes
     asks = asks_for(model, prompts)
     draw = draw or _sampler(model, steps, guidance, seed)
     base = base or base_of(model, concept.class_word, asks=asks, count=count, draw=draw)

@@ -36,7 +36,7 @@ class CustomDiffusion(Settings):
     """The paper's values."""
 
     train_token: bool = True
-    template: str = "photo of a {subject}"
+    template: str | tuple[str, ...] = "photo of a {subject}"
     class_template: str = "photo of a {class}"
     steps: int = 250
     batch: int = 8

@@ -32,7 +32,7 @@ class DreamBooth(Settings):
     """The paper's values."""
 
     identifier: Identifier = "rare"
-    template: str = "a {subject}"
+    template: str | tuple[str, ...] = "a {subject}"
     class_template: str = "a {class}"
     steps: int = 800
     batch: int = 1

@@ -117,13 +117,8 @@ class Learner:
 
     def add_subject_word(self, s: Settings) -> None:
         """The subject's word, if it is a learned one, from what it starts from: `init_word`, or a rare word."""
-        if s.identifier != "learned":
-            return
-        if s.init_word:
-            rows = self.vocabulary.rows(s.init_word.replace("{class}", s.class_word))
-        else:
-            rows = self.vocabulary.rows(self.vocabulary.rare(s.seed), s.token_vectors)
-        self.add_word(s.token, rows, trained=s.train_token)
+        if s.identifier == "learned":
+            self.add_word(s.token, self.vocabulary.starting_rows(s), trained=s.train_token)
 
     # asked by what runs it
 

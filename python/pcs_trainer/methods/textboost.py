@@ -20,7 +20,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from ..concept import grammar
 from ..concept.captions import general_captions
 from ..data import augment
-from ..data.augment import Augmentation, Augmented
+from ..data.augment import Augmentation, Augmented, Shown
 from ..data.prompts import class_prompt
 from ..model.model import Model
 from ..model.text import encode
@@ -54,6 +53,7 @@ class TextBoost(Settings):
 
     train_token: bool = True
     init_word: str | None = "{class}"
+    template: str | tuple[str, ...] = "photo of {token}"
     steps: int = 250
     batch: int = 8
     learning_rate: float = 1e-4
@@ -119,8 +119,8 @@ def context_residuals(model: Model, s: TextBoost, learner: Learner) -> None:
 def augmentation(s: TextBoost) -> Augmentation | None:
     """One change a picture, named in front of its prompt."""
 
-    def change(pixels: np.ndarray, size: int, _latent: int, generator: torch.Generator) -> Augmented:
-        return augment.textboost(pixels, size, s.augment_probability, generator)
+    def change(picture: Shown, size: int, _latent: int, generator: torch.Generator) -> Augmented:
+        return augment.textboost(picture, size, s.augment_probability, generator)
 
     return Augmentation(change, s.bank) if s.augment else None
 

@@ -1,6 +1,7 @@
 """Textual Inversion (arXiv 2208.01618): the embedding of a new word is all that trains.
 
-Loss     plain noise MSE on "a photo of a V*"; V* starts from the class word.
+Loss     plain noise MSE on "a photo of V*" and twenty such prompts, drawn for each picture; V* starts from the class
+         word, which the prompts do not say.
 Default  1000 steps, batch 4, 5e-3, no weight decay.
 """
 
@@ -12,6 +13,7 @@ from ..model.model import Model
 from ..settings import Settings
 from .learner import Learner
 from .method import Method
+from .templates import PHOTOS
 
 
 @dataclass(kw_only=True)
@@ -20,6 +22,7 @@ class TextualInversion(Settings):
 
     train_token: bool = True
     init_word: str | None = "{class}"
+    template: str | tuple[str, ...] = PHOTOS
     steps: int = 1000
     batch: int = 4
     learning_rate: float = 5e-3

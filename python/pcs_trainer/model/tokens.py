@@ -67,20 +67,67 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], words: Mapping[str, int] | 
     Returns:
         Ids and slots [B, T] of the tokenizer's full length.
     """
-    spans, start = {}, 0
-    for word, count in (words or {}).items():
-        spans[word.lower()] = range(start, start + count)
-        start += count
+    spans = _spans(words)
     split = _splitter(list(spans))
     room = tokenizer.model_max_length
     first, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = torch.full((len(prompts), room), end if pad is None else pad, dtype=torch.long)  # [B, T]
     slots = torch.full_like(ids, -1)  # [B, T]
     for i, prompt in enumerate(prompts):
-        row: list[tuple[int, int]] = []
-        for part in split.split(prompt) if split else [prompt]:
-            span = spans.get(part.lower())
-            row += [(0, slot) for slot in span] if span is not None else [(t, -1) for t in plain_ids(tokenizer, part)]
-        row = [(first, -1), *row[: room - 2], (end, -1)]
+        row = [(first, -1), *_row(tokenizer, prompt, split, spans)[: room - 2], (end, -1)]
         ids[i, : len(row)], slots[i, : len(row)] = torch.tensor(row).T
     return Ids(ids, slots, tokenizer, spans)
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether a text has a word by itself, not within a longer one; capitals count as small letters."""
+    pattern = _splitter([word]) if word else None
+    return pattern is not None and pattern.search(text) is not None
+
+
+def with_word(text: str, old: str, new: str) -> str:
+    """A text with another word in place of `old`, wherever that stands by itself."""
+    pattern = _splitter([old]) if old else None
+    return text if pattern is None else pattern.sub(lambda _: new, text)
+
+
+def cut_off(tokenizer: Any, prompt: str, words: Mapping[str, int], word: str) -> tuple[int, bool]:
+    """What the tokenizer's length takes from a prompt.
+
+    Args:
+        tokenizer: transformers' CLIP tokenizer.
+        prompt: the text.
+        words: learned word -> number of its token embeddings.
+        word: of the prompt, learned or ordinary.
+
+    Returns:
+        How many tokens are cut off, and whether the prompt has `word`, but no longer as a whole.
+    """
+    spans = _spans(words)
+    row, room = _row(tokenizer, prompt, _splitter(list(spans)), spans), tokenizer.model_max_length - 2
+    if len(row) <= room:
+        return 0, False
+    span = spans.get(word.lower())
+    own = [(0, slot) for slot in span] if span else [(t, -1) for t in plain_ids(tokenizer, word)]
+    ends = [j + len(own) for j in range(len(row) - len(own) + 1) if row[j : j + len(own)] == own]
+    return len(row) - room, bool(own and ends) and ends[0] > room
+
+
+def _spans(words: Mapping[str, int] | None) -> dict[str, range]:
+    """Each learned word's rows in the learned table."""
+    spans, start = {}, 0
+    for word, count in (words or {}).items():
+        spans[word.lower()] = range(start, start + count)
+        start += count
+    return spans
+
+
+def _row(
+    tokenizer: Any, prompt: str, split: re.Pattern[str] | None, spans: Mapping[str, range]
+) -> list[tuple[int, int]]:
+    """(token id, slot) at each place of a prompt, without begin and end tokens and however long it is."""
+    row: list[tuple[int, int]] = []
+    for part in split.split(prompt) if split else [prompt]:
+        span = spans.get(part.lower())
+        row += [(0, slot) for slot in span] if span is not None else [(t, -1) for t in plain_ids(tokenizer, part)]
+    return row

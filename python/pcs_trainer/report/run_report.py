@@ -237,7 +237,9 @@ def _samples(model: Model, concept: Concept, size: int, tell: Tell) -> tuple[dic
     lag = concept.method in TITLES and method_named(concept.method).lag
     drawn = Drawer(model, size, tell, total=2 + lag)
     prompts = [f"a photo of a {concept.subject_words}{place}" for place in PLACES]
-    base = drawn(None, [f"a photo of a {concept.class_word}{place}" for place in PLACES])
+    classes = " and ".join(word for _, word in concept.subjects if word)
+    tokens = [token for token, _ in concept.subjects if token]
+    base = drawn(None, [f"a photo of a {classes}{place}" for place in PLACES])
     learned, maps = drawn(concept, prompts, maps=True)
     columns = {"Base model": base, TITLES[concept.method]: learned}
     if lag:
@@ -249,9 +251,10 @@ def _samples(model: Model, concept: Concept, size: int, tell: Tell) -> tuple[dic
     }
     attention = {
         "items": [
-            {"label": prompt, "picture": learned[i], "maps": maps_of(maps, i, [concept.token])}
+            {"label": prompt, "picture": learned[i], "maps": maps_of(maps, i, tokens)}
             for i, prompt in enumerate(prompts)
         ],
-        "note": f"Cross-attention to {concept.token!r} at each position, from the first sampling step to the last.",
+        "note": f"Cross-attention to {' and '.join(map(repr, tokens))} at each position, from the first sampling step "
+        "to the last.",
     }
     return sheet, attention

@@ -38,8 +38,8 @@ class Lag:
     """Options of localized attention-guided sampling.
 
     Args:
-        tokens: the words whose attention makes the mask, default: the concept's own word and its class word; with
-            several concepts a dict from the concept's word to its list.
+        tokens: the words whose attention makes the mask, default: the concept's own word and its class word, and of
+            several subjects a mask of each; with several concepts a dict from the concept's word to its list.
         uncond: the mask of the half without prompt: the same one ("reuse"), nothing ("zero"), everything ("one").
             The paper leaves it open; with "reuse", guidance does not amplify the residual itself.
         start, stop: fractions of the steps between which residuals are masked; outside they act everywhere.
@@ -63,11 +63,12 @@ class Lag:
         """Whether step `step` (0, 1, ...) of `steps` is masked."""
         return self.start <= step / steps < self.stop
 
-    def words_of(self, key: str, own: Sequence[str]) -> list[str]:
-        """The words whose attention masks the concept `key`; `own` are those it has by itself."""
+    def words_of(self, key: str) -> list[str] | None:
+        """The words that were given for the concept `key`; None where it goes by its own."""
         given = self.tokens.get(key) if isinstance(self.tokens, Mapping) else self.tokens
-        chosen = [given] if isinstance(given, str) else list(given if given is not None else own)
-        return [word for word in dict.fromkeys(chosen) if word]
+        if given is None:
+            return None
+        return [word for word in dict.fromkeys([given] if isinstance(given, str) else given) if word]
 
 
 def binary(maps: Tensor) -> Tensor:
@@ -86,7 +87,8 @@ class Masker:
 
     Args:
         lag: the options.
-        keys: the concept that each of the first groups of captured tokens belongs to; [None] is every residual.
+        keys: the concept that each of the first groups of captured tokens belongs to; None is every residual. What
+            several groups say of one concept is joined: it acts where any of them does.
         guided: the batch is the images without prompt, then the same with it.
     """
 
@@ -102,9 +104,12 @@ class Masker:
         if self.guided:
             reuse = self.lag.uncond == "reuse"
             made = torch.cat([made if reuse else torch.full_like(made, float(self.lag.uncond == "one")), made])
-        if self.keys == [None]:
-            return made[:, 0]
-        return {key: made[:, g] for g, key in enumerate(self.keys)}
+        joined: dict[str | None, Tensor] = {}
+        for g, key in enumerate(self.keys):
+            joined[key] = torch.maximum(joined[key], made[:, g]) if key in joined else made[:, g]
+        if None in joined:
+            return joined[None]
+        return {key: mask for key, mask in joined.items() if key is not None}
 
 
 def mask_block(unet: UNet, module: str) -> str | None:
@@ -179,7 +184,7 @@ def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> A
         lag: LAG's options, or None without it.
         maps: True for maps of the concepts' words, or words.
     """
-    groups: list[list[Sequence[str]]] = []  # for each group, each picture's words
+    groups: list[list[list[str]]] = []  # for each group, each picture's words
     keys: list[str | None] = []
     pictures = range(len(scene.prompts))
     if lag is not None:
@@ -190,11 +195,12 @@ def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> A
                 f"Lag(tokens=...) names {unknown[0]!r}; the concepts here are {', '.join(map(repr, known))}"
             )
         if scene.index is None and scene.concepts:
-            keys = [c.key for c in scene.concepts]
-            groups = [[lag.words_of(c.key, _names(c))] * len(pictures) for c in scene.concepts]
+            for concept in scene.concepts:
+                own = _by_group([_subjects_in(lag, scene, concept, i) for i in pictures])
+                keys, groups = [*keys, *[concept.key] * len(own)], [*groups, *own]
         else:
-            keys = [None]
-            groups = [[_words_of_all(lag, scene, i) for i in pictures]]
+            groups = _by_group([_subjects_of_all(lag, scene, i) for i in pictures])
+            keys = [None] * len(groups)
         _check_named(scene, keys, groups)
     tokens = _asked(scene, maps)
     groups += [[[token]] * len(pictures) for token in tokens]
@@ -204,31 +210,68 @@ def attention_of(scene: Scene, lag: Lag | None, maps: bool | Sequence[str]) -> A
     for g, words in enumerate(groups):
         for i in pictures:
             weights[i, g, [j for word in words[i] for j in scene.places(i, word)]] = 1
-    blocks = masked_blocks(scene.model.unet, keys) if keys else None
+    blocks = masked_blocks(scene.model.unet, list(dict.fromkeys(keys))) if keys else None
     weights = weights.to(scene.model.unet.conv_in.weight.device)
     return Attention(weights, None if tokens else blocks, lag, keys, tokens)
 
 
 def _names(concept: Concept) -> list[str]:
-    """The concept's own word and its class word."""
-    return [word for word in (concept.token, concept.class_word) if word]
+    """The words of the concept's subjects: of each its own and its class word."""
+    return list(dict.fromkeys(word for subject in concept.subjects for word in subject if word))
 
 
-def _words_of_all(lag: Lag, scene: Scene, i: int) -> list[str]:
-    """The words that mask every residual on image i."""
+def _subjects_in(lag: Lag, scene: Scene, concept: Concept, i: int) -> list[list[str]]:
+    """The words of each of the concept's subjects that prompt i names, or those that `lag` gives.
+
+    Of several subjects, one that is not named by its own word is not meant by its class word either: two dogs were
+    learned together, and the prompt has one of them.
+    """
+    given = lag.words_of(concept.key)
+    if given is not None:
+        return [given]
+    subjects = [[word for word in dict.fromkeys(subject) if word] for subject in concept.subjects]
+    named = [words for (token, _), words in zip(concept.subjects, subjects, strict=True) if scene.places(i, token)]
+    return named or subjects
+
+
+def _subjects_of_all(lag: Lag, scene: Scene, i: int) -> list[list[str]]:
+    """The words of each subject of image i's concepts, where one mask is for every residual."""
     own = scene.own(i)
     if own:
-        return [word for c in own for word in lag.words_of(c.key, _names(c))]
-    return lag.words_of("", list(scene.words)) if scene.index is None else []
+        return [words for concept in own for words in _subjects_in(lag, scene, concept, i)]
+    given = lag.words_of("")
+    return [list(scene.words) if given is None else given] if scene.index is None else []
 
 
-def _check_named(scene: Scene, keys: Sequence[str | None], groups: list[list[Sequence[str]]]) -> None:
-    """Raise where no prompt has a word that masks a concept."""
-    for key, words in zip(keys, groups, strict=True):
-        if not any(scene.places(i, word) for i in range(len(scene.prompts)) for word in words[i]):
+def _by_group(pictures: list[list[list[str]]]) -> list[list[list[str]]]:
+    """Each picture's lists of words as groups, of which each has one list a picture; at least one group."""
+    count = max([1, *map(len, pictures)])
+    return [[words[g] if g < len(words) else [] for words in pictures] for g in range(count)]
+
+
+def _check_named(scene: Scene, keys: Sequence[str | None], groups: list[list[list[str]]]) -> None:
+    """Raise where no prompt has a word that masks a concept, or one prompt has none of any concept."""
+
+    def found(i: int, key: str | None) -> bool:
+        own = [words[i] for k, words in zip(keys, groups, strict=True) if k == key]
+        return any(scene.places(i, word) for words in own for word in words)
+
+    def said(key: str | None) -> str:
+        words = [w for k, own in zip(keys, groups, strict=True) if k == key for of_picture in own for w in of_picture]
+        return ", ".join(dict.fromkeys(map(repr, words))) or "nothing: give Lag(tokens=[...])"
+
+    pictures = [i for i in range(len(scene.prompts)) if scene.own(i) or scene.index is None]
+    for key in dict.fromkeys(keys):
+        if not any(found(i, key) for i in pictures):
             who = "the subject" if key is None else f"the concept {key!r}"
-            said = ", ".join(dict.fromkeys(repr(w) for own in words for w in own)) or "nothing: give Lag(tokens=[...])"
-            raise ValueError(f"LAG looks for the words of {who} ({said}), and no prompt has one of them")
+            raise ValueError(f"LAG looks for the words of {who} ({said(key)}), and no prompt has one of them")
+    for i in pictures:
+        if not any(found(i, key) for key in keys):
+            words = ", ".join(said(key) for key in dict.fromkeys(keys))
+            raise ValueError(
+                f"LAG looks for the words of a subject ({words}), and the prompt {scene.prompts[i]!r} has none of them "
+                "and would be the base model's; name one in it, or sample it without LAG"
+            )
 
 
 def _asked(scene: Scene, maps: bool | Sequence[str]) -> list[str]:

@@ -79,6 +79,16 @@ def unset_then(settings: type, was: dict[str, Any]) -> dict[str, Any]:
     return then
 
 
+def begun_with(out: Path | None) -> dict[str, Any]:
+    """What the last checkpoint of a run says that it began with; {} where there is none, or none that can be read."""
+    found = checkpoints(out) if out is not None else []
+    try:
+        state = json.loads((found[-1] / "state.json").read_text()) if found else {}
+    except (OSError, ValueError):
+        return {}  # `read_checkpoint` says what is wrong with it
+    return state if isinstance(state, dict) else {}
+
+
 def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], settings: type) -> None:
     """Refuse to go on with other settings, pictures or another base model, and say what differs.
 

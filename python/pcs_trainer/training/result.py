@@ -12,6 +12,7 @@ from torch import Tensor
 from ..concept.attach import in_place, predict
 from ..concept.concept import Concept
 from ..concept.loading import load_concept
+from ..data.prompts import own_words
 from ..distributed import is_part
 from ..methods.learner import Learner
 from ..unet.config import family
@@ -48,6 +49,7 @@ def learned(task: Task, data: Prepared, learner: Learner, step: int, finished: b
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "finished": "1" if finished else "0",
         "subjects": json.dumps([[x.settings.token, x.settings.class_word] for x in task.subjects]),
+        "names": json.dumps([own_words(x.settings) for x in task.subjects]),
     }
     return Concept(s.method, learner.tensors(), learner.kept_rows(), meta, data.base)
 

@@ -215,7 +215,8 @@ class Run:
         data, subjects = self.objective.data, self.task.subjects
         s = self.s.asdict() | {"subjects": [[x.settings.class_word, x.settings.token] for x in subjects]}
         s["processes"] = rank_and_world()[1]
-        return {"base": data.base, "base_name": self.model.name, "data": data.digest, "settings": s}
+        starts = [x.settings.init_word for x in subjects]  # each subject's; the settings are the first one's
+        return {"base": data.base, "base_name": self.model.name, "data": data.digest, "settings": s, "starts": starts}
 
     def checkpoint(self) -> None:
         """Write where the run stands; a full disk is a warning, not the end."""

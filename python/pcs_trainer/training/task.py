@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.batches import Bank, Subject, data_digest, prior_bank, subject_bank
+from ..data.batches import Bank, Subject, data_digest, length_notes, prior_bank, subject_bank
 from ..data.prompts import class_prompt, subject_prompt
 from ..distributed import first_alone
 from ..methods import method_named
@@ -61,7 +61,7 @@ class Prepared:
     @property
     def prompts(self) -> list[str]:
         """Every prompt of the data."""
-        return [*self.bank.prompts, *(self.prior.prompts if self.prior else [])]
+        return [*self.bank.every_prompt, *(self.prior.prompts if self.prior else [])]
 
 
 def prepare(task: Task, say: Say) -> Prepared:
@@ -89,6 +89,8 @@ def prepare(task: Task, say: Say) -> Prepared:
     for subject in task.subjects:
         for text in [*(f"skipped: {reason}" for reason in subject.loaded.skipped), *subject.loaded.notes]:
             say("warning", text=text)
+    for text in length_notes(model, task.subjects, method.augment(s) is not None):
+        say("warning", text=text)
     bank, names = subject_bank(model, task.subjects, size, method.augment(s), upscaler)
 
     def report(text: Any) -> None:

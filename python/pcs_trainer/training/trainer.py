@@ -27,6 +27,8 @@ from ..methods.start import learner_for
 from ..model.model import Model, load_model
 from ..settings import Settings
 from ..unet.layers import replace_data
+from .begun import as_it_began
+from .checkpoint import begun_with
 from .events import Event
 from .float16 import float16_networks
 from .objective import Objective, compute_dtype
@@ -77,6 +79,7 @@ class Trainer:
         tokens = [subject.settings.token for subject in subjects]
         if len(set(tokens)) < len(tokens):
             raise ValueError(f"the concepts share the token {tokens[0]!r}: give each a token of its own")
+        self._asked = [{*overrides, *(name for name, value in one.items() if value)} for one in given]
         self.task = Task(self.model, subjects[0].settings, tuple(subjects), folder)
         refused = self.task.method.one_subject(self.settings) if len(subjects) > 1 else None
         if refused:
@@ -155,6 +158,8 @@ class Trainer:
             tell(Event(kind, 0, self.settings.steps, data))
 
         try:
+            if resume:
+                self._take_up(say)
             objective = self.objective(say)
             if self.settings.check_backend and not resume:
                 self._check_gradients(objective, say)
@@ -163,6 +168,23 @@ class Trainer:
             if self._learner is not None:
                 self._learner.restore()
                 self._learner = None
+
+    def _take_up(self, say: Say) -> None:
+        """Give the run the settings that it began with, where the caller asked for none."""
+        was, before = begun_with(self.out), self.subjects
+        subjects = tuple(
+            replace(subject, settings=as_it_began(subject.settings, asked, was, number))
+            for number, (subject, asked) in enumerate(zip(before, self._asked, strict=True))
+        )
+        if [subject.settings for subject in subjects] == [subject.settings for subject in before]:
+            return
+        old, new = before[0].settings.asdict(), subjects[0].settings.asdict()
+        changed = ", ".join(f"{name} {value!r}" for name, value in new.items() if value != old[name])
+        say("start", text=f"goes on with what the run began with: {changed or 'its words'}")
+        if self._learner is not None:
+            self._learner.restore()
+            self._learner = None
+        self.task = replace(self.task, settings=subjects[0].settings, subjects=subjects)
 
     def _check_gradients(self, objective: Objective, say: Say) -> None:
         """The proof before step 1; a machine without the memory for it is told so, and trains."""

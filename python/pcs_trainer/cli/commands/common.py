@@ -159,10 +159,8 @@ def is_own(path: Path) -> bool:
 
 
 def subjects_of(concepts: Sequence[Concept]) -> list[str]:
-    """The prompt's words for each subject of the concepts: its token and its class."""
-    from ...concept.concept import subject_words
-
-    return [subject_words(token, class_word) for c in concepts for token, class_word in c.subjects]
+    """The prompt's words for each subject of the concepts, such as its token and its class."""
+    return [name for concept in concepts for name in concept.names]
 
 
 def filled(prompt: str, concepts: Sequence[Concept]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,10 @@ OPTIONS = (
         "evaluation",
         Option(
             "--photos",
-            "photos of the subject, preferably not the ones it was trained on",
-            metavar="FOLDER",
+            "photos of the subject, preferably not the ones it was trained on; of one of several, "
+            "TOKEN=FOLDER, and repeated",
+            metavar="[TOKEN=]FOLDER",
+            many=True,
             also=("--instance_data_dir",),
         ),
         Option(
@@ -68,6 +71,10 @@ EXAMPLES = (
         "pcs evaluate out/mug --photos examples/photos --lag --count 16 --out out/mug/evaluation.json",
         "with LAG, from more images, the scores in a file",
     ),
+    (
+        "pcs evaluate out/both --photos '<dog>=my-dog' --photos '<cat>=my-cat'",
+        "two subjects that were trained together: their mean, and each",
+    ),
 )
 
 
@@ -77,7 +84,10 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("pcs evaluate needs one concept: pcs evaluate out/mug --photos examples/photos")
     if not options.photos:
         raise UsageError("--photos is missing: give a folder of photos of the subject")
-    for flag in ("photos", "clip", "dino"):
+    for text in options.photos:
+        if not Path(text).exists() and not Path(text.partition("=")[2] or text).exists():
+            raise UsageError(f"--photos: {text} does not exist")
+    for flag in ("clip", "dino"):
         value = getattr(options, flag)
         if value and not Path(value).exists():
             raise UsageError(f"--{flag}: {value} does not exist")
@@ -94,6 +104,23 @@ def run(options: argparse.Namespace) -> int:
             return INTERRUPTED
 
 
+def photos_of(texts: list[str], concept: Concept) -> str | dict[str, str]:
+    """The photos of the concept's one subject, or of each subject by its word."""
+    if len(texts) == 1 and Path(texts[0]).exists():
+        if len(concept.subjects) == 1:
+            return texts[0]
+        texts = [f"={texts[0]}"]
+    words = [token or class_word for token, class_word in concept.subjects]
+    found = {}
+    for text in texts:
+        word, _, folder = text.partition("=")
+        if word not in words or word in found or not folder:
+            example = " ".join(f"--photos {shlex.quote(f'{w}=FOLDER')}" for w in words)
+            raise UsageError(f"--photos: say once for each subject whose photos they are: {example}")
+        found[word] = folder
+    return found
+
+
 def measure(options: argparse.Namespace, stop: Stop) -> int:
     """Sample, measure and print the scores; the exit code."""
     from ...evaluation.scores import evaluate
@@ -108,7 +135,7 @@ def measure(options: argparse.Namespace, stop: Stop) -> int:
         found = evaluate(
             model,
             concept,
-            options.photos,
+            photos_of(options.photos, concept),
             prompts=options.prompt or None,
             count=options.count,
             lag=options.lag,

@@ -99,9 +99,8 @@ def run(options: argparse.Namespace) -> int:
 
     model = open_model(options)
     concepts = [open_concept(where, model) for where in options.concepts]
-    concepts = [
-        c.renamed(word) for c, word in zip(concepts, options.rename or [c.token for c in concepts], strict=True)
-    ]
+    if options.rename:
+        concepts = [concept.renamed(word) for concept, word in zip(concepts, options.rename, strict=True)]
     how = options.how or ("optimize" if all(c.method == "custom_diffusion" for c in concepts) else "blend")
     if how == "optimize":
         lines = Path(options.captions).read_text(encoding="utf-8").splitlines() if options.captions else []

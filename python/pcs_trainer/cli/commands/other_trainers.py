@@ -46,7 +46,7 @@ def photos_flags(text: str) -> list[str]:
 
 def instance_prompt_flags(text: str) -> list[str]:
     """'a photo of sks dog' -> the word sks, the class dog, the template 'a photo of {subject}'."""
-    if "{subject}" in text:
+    if "{subject}" in text or "{token}" in text:
         return ["--prompt", text]
     articles = r"(?:a|an|the|my|one)\s"
     article, word = rf"(?:{articles}+)?", rf"(?!{articles})(<[^>]+>|\w+)\s+(\w+)"

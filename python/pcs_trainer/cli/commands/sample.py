@@ -127,11 +127,13 @@ def run(options: argparse.Namespace) -> int:
 
 def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
     """Every prompt `count` times, batch after batch, each image in a file of its own; the exit code."""
+    from ...model.tokens import has_word
+
     model = open_model(options)
     concepts = [open_concept(where, model, options.force) for where in options.concept or ()]
     prompts = [filled(p, concepts) for p in options.prompts for _ in range(options.count)]
     subjects = [token or class_word for concept in concepts for token, class_word in concept.subjects]
-    if subjects and not any(name.lower() in prompt.lower() for name in subjects for prompt in prompts):
+    if subjects and not any(has_word(prompt, name) for name in subjects for prompt in prompts):
         say("no prompt names the subject: write {} where its words go")
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)

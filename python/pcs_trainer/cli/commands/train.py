@@ -79,8 +79,10 @@ def check(options: argparse.Namespace) -> Path:
     for flag, value in (("--prior-folder", options.prior_folder), ("--model-config", options.model_config)):
         if value and not Path(value).expanduser().exists():
             raise UsageError(f"{flag}: {value} does not exist")
-    if options.prompt and "{subject}" not in options.prompt:
-        raise UsageError(f"--prompt must contain {{subject}}, where the subject goes; got {options.prompt!r}")
+    if options.prompt and "{subject}" not in options.prompt and "{token}" not in options.prompt:
+        raise UsageError(
+            f"--prompt must contain {{subject}}, where the subject goes, or {{token}}; got {options.prompt!r}"
+        )
     folder = Path(options.out or Path("out") / "-".join(options.class_word.lower().split())).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: {folder} is a file; name a folder")

@@ -47,8 +47,8 @@ OPTIONS = (
                further_subject, metavar="FOLDER=WORD[:TOKEN]", many=True, dest="with_subjects"),
         Option("--identifier", f"kind of word that names the subject: {', '.join(IDENTIFIERS)}",
                one_of("identifier", IDENTIFIERS), metavar="KIND", otherwise=OWN, setting="identifier"),
-        Option("--prompt", "prompt of a photo, with {subject} for the subject: 'a photo of a {subject}'",
-               metavar="TEXT", otherwise=OWN, setting="template"),
+        Option("--prompt", "prompt of a photo, with {subject} for the subject's token and class, or {token} for the "
+               "token alone: 'a photo of a {subject}'", metavar="TEXT", otherwise=OWN, setting="template"),
         Option("--class-prompt", "prompt of a class image, with {class}: 'a {class}'", metavar="TEXT", otherwise=OWN,
                setting="class_template"),
     ),
