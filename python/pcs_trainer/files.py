@@ -46,6 +46,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
         raise OSError(f"{path} could not be written ({reason}); free some space or choose another folder") from error
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as they are. Raises ValueError as `read_safetensors` does, but for NaN."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a safetensors file.
 

@@ -48,16 +48,20 @@ def write_kohya(
     tensors, own = _low_rank(shaped_pairs(concept, base), model, encoders)
     differences, more = _differences(concept, base, model, encoders)
     tensors, own = tensors | differences, own | more
-    words = _embeddings(concept)
     if bundle:
-        for word in words:
+        for word in _embeddings(concept):
             tensors |= {f"bundle_emb.{word.name}.{_bundled(key)}": t for key, t in word.tensors.items()}
     if tensors:
         file = folder / f"{file_part(concept.key)}.safetensors"
         write_file(file, tensors, file_header(tensors, fields), own, report)
     if differences:
         report.notes.append("whole weights are written as differences, which ComfyUI reads; compress makes them a LoRA")
-    for word in words:
+    write_words(concept, folder, fields, report)
+
+
+def write_words(concept: Concept, folder: Path, fields: Mapping[str, str] | None, report: Report) -> None:
+    """Write each word's file in `embeddings/`, as A1111 and ComfyUI read it. fields: of the headers."""
+    for word in _embeddings(concept):
         file = folder / "embeddings" / f"{word.name}.safetensors"
         write_file(file, word.tensors, file_header(word.tensors, fields), word.names, report)
         if word.word != word.name:
