@@ -17,6 +17,7 @@ from torch import Tensor
 from ..files import read_safetensors, write_safetensors
 from .grammar import TEXT_PARTS, Half, Kind, Part, Slot, half_of, names, parse, partner, word_name
 from .header import OTHER_TOOLS, header
+from .header import Kind as FileKind
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -111,10 +112,14 @@ class Concept:
         """Whether a residual, a value or a difference sits on one of these networks."""
         return any(slot.part in parts for slot in map(parse, self.tensors) if slot.kind is not Kind.CONTEXT)
 
-    def described(self) -> dict[str, str]:
-        """The header fields by which other tools show the concept."""
+    def described(self, kind: FileKind | None = None) -> dict[str, str]:
+        """The header fields by which other tools show the concept.
+
+        kind: what the file is; None tells it by what the concept holds.
+        """
+        kind = kind or ("lora" if self.tensors else "textual-inversion")
         ranks = {len(t) for name, t in self.tensors.items() if half_of(name) is Half.DOWN}
-        return header(self.subject_words, f"{self.key} ({self.method})", sorted(ranks), self.meta)
+        return header(self.subject_words, f"{self.key} ({self.method})", sorted(ranks), self.meta, kind)
 
     def renamed(self, token: str) -> Concept:
         """The same concept under another word."""

@@ -41,6 +41,13 @@ OPTIONS = (
             also=("--word_files",),
         ),
         Option(
+            "--same-rank",
+            "pad the ranks of kohya's file to the largest, for diffusers 0.32",
+            None,
+            False,
+            also=("--same_rank",),
+        ),
+        Option(
             "--compress",
             "compress to this share of the singular values before exporting",
             number(0, 1, "0.6"),
@@ -96,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
             model=model,
             metadata=not options.no_metadata,
             word_files=options.word_files,
+            same_rank=options.same_rank,
         )
         say(str(report))
         files = report.files

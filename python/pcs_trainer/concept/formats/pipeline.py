@@ -49,14 +49,14 @@ def write_pipeline(
         pipeline.save_pretrained(part, safe_serialization=True)
         make_portable(part)
         _remove_places(part)
-        fields = {"written_by": WRITTEN_BY} | (concept.described() if metadata else {})
+        fields = {"written_by": WRITTEN_BY} | (concept.described("checkpoint") if metadata else {})
         (part / NOTE).write_text(json.dumps(fields, indent=2) + "\n")
         _swap(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     report.files += sorted(file for file in folder.rglob("*") if file.is_file())
     if word_files:
-        write_words(concept, folder, concept.described() if metadata else None, report)
+        write_words(concept, folder, metadata, report)
     elif concept.words:
         _note_words(concept, report)
     for name in concept.tensors:
