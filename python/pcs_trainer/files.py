@@ -73,7 +73,11 @@ def read_header(path: Path) -> dict[str, str]:
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:
     """Raise ValueError where a tensor read from `path` holds NaN or infinity."""
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    if not tensor.is_floating_point():
+        return
+    if tensor.dtype.itemsize == 1:  # float8 has no isfinite of its own
+        tensor = tensor.float()
+    if not bool(tensor.isfinite().all()):
         raise ValueError(f"{path}: the tensor {name!r} holds NaN or infinity; the file is unusable")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..files import read_safetensors, write_safetensors
+from .checking import as_numbers, check_pairs, check_record, check_words
 from .grammar import TEXT_PARTS, Half, Kind, Part, Slot, half_of, names, parse, partner, word_name
 from .header import OTHER_TOOLS, header
 from .header import Kind as FileKind
@@ -166,6 +167,7 @@ def read_concept(path: Path) -> Concept:
     tensors, fields = read_safetensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(f"{path} is not a concept file; to load a LoRA or an embedding, use import_concept()")
+    check_record(path, fields, VERSION)
     words: dict[str, dict[Part, Tensor]] = defaultdict(dict)
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -175,10 +177,13 @@ def read_concept(path: Path) -> Concept:
             raise ValueError(f"{path}: {error}") from None
         if other is not None and other not in tensors:
             raise ValueError(f"{path}: the tensor {name!r} has no partner {other!r}; the file is incomplete")
+        tensor = as_numbers(path, name, tensor)
         if slot.kind is Kind.WORD:
             words[slot.layer][slot.part] = tensor
         else:
             kept[name] = tensor
+    check_pairs(path, kept)
+    check_words(path, words)
     rows = {word: [parts[part] for part in TEXT_PARTS if part in parts] for word, parts in words.items()}
     meta = {name: value for name, value in fields.items() if not name.startswith(OTHER_TOOLS)}
     base, method = meta.pop("base", ""), meta.pop("method", "unknown")

@@ -72,8 +72,7 @@ def import_concept(path: str | Path, model: Model, token: str | None = None, for
     if unknown:
         concept.meta["left_out"] = ", ".join(unknown)
     check_fits(concept, model, str(path))
-    if not force:
-        check_differs(concept, model, str(path))
+    check_differs(concept, model, str(path), force)
     return concept
 
 
