@@ -62,14 +62,14 @@ def test_shapes_that_do_not_fit(model, tmp_path):
 def test_foreign_keys_are_refused_unless_forced(model, tmp_path):
     file = tmp_path / "f.safetensors"
     foreign = {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(4, 8)}
-    lora_file(model, file, **foreign, **{f"{PROJECTION}.dora_scale": torch.ones(128)})
-    refused(file, model, "for no layer of this model .*dora_scale")
+    lora_file(model, file, **foreign, **{"lora_unet_mid_block_attentions_9_proj_out.alpha": torch.ones(())})
+    refused(file, model, "for no layer of this model .*attentions_9_proj_out")
     concept = import_concept(file, model, force=True)
     assert "double_blocks" in concept.meta["left_out"] and len(concept.pairs()) == len(residuals(model).pairs())
     save_file(foreign, file)
     refused(file, model, "nothing that this package knows", force=True)
     save_file({f"{PROJECTION}.hada_w1_a": torch.ones(4, 4)}, file)
-    refused(file, model, "hada_w1_a")
+    refused(file, model, "has no 'hada_w1_b' of its low-rank factors")
 
 
 def test_every_length_of_header_is_read(tmp_path):

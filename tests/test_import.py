@@ -18,7 +18,8 @@ from concept_cases import (
     word_rows,
 )
 from pcs_trainer.concept.formats.layer_names import LayerNames, stability_name
-from pcs_trainer.concept.formats.reading import import_concept, module_name
+from pcs_trainer.concept.formats.reading import import_concept
+from pcs_trainer.concept.formats.recognizing import module_name
 from pcs_trainer.concept.formats.writing import export
 from pcs_trainer.unet.unet import UNet
 from safetensors.torch import load_file, save_file

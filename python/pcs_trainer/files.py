@@ -80,6 +80,12 @@ def _stream(part: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]
             file.write(plain)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as they are. Raises ValueError as `read_safetensors` does, but for NaN."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a safetensors file.
 
@@ -101,7 +107,11 @@ def read_header(path: Path) -> dict[str, str]:
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:
     """Raise ValueError where a tensor read from `path` holds NaN or infinity."""
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    if not tensor.is_floating_point():
+        return
+    if tensor.dtype.itemsize == 1:  # float8 has no isfinite of its own
+        tensor = tensor.float()
+    if not bool(tensor.isfinite().all()):
         raise ValueError(f"{path}: the tensor {name!r} holds NaN or infinity; the file is unusable")
 
 

@@ -15,9 +15,9 @@ from ..model.fingerprint import fingerprint, same_base
 from ..model.text import encode
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, token_table
 from ..unet.layers import LowRank, replace_data
-from .base_weights import network, parameters_of
+from .base_weights import is_projection, network, parameters_of
 from .concept import Concept
-from .grammar import OWN_WORD, UNET, Kind, Part, spell
+from .grammar import OWN_WORD, UNET, Kind, Part, Slot, spell
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -43,9 +43,11 @@ def check_fits(concept: Concept, model: Model, name: str) -> None:
 
     for slot, (down, up) in concept.residuals().items():
         if slot.kind is Kind.CONTEXT:
+            _check_context(model, slot, down, up, name)
             continue
         weight = parameter(slot.part, f"{slot.layer}.weight")
-        if weight is None or tuple(weight.shape[:2]) != (up.shape[0], down.shape[1]):
+        shape = None if weight is None or not is_projection(slot.path, weight) else tuple(weight.shape[:2])
+        if shape != (up.shape[0], down.shape[1]):
             raise ValueError(f"{name}: this model has no projection {slot.path!r} of {down.shape[1]} to {up.shape[0]}")
     for slot, tensor in concept.changes().items():
         weight = parameter(slot.part, slot.layer)
@@ -55,6 +57,14 @@ def check_fits(concept: Concept, model: Model, name: str) -> None:
     for word, rows in concept.words.items():
         if [r.shape[1] for r in rows] != widths:
             raise ValueError(f"{name}: the token embeddings of {word!r} do not have this model's text width {widths}")
+
+
+def _check_context(model: Model, slot: Slot, down: Tensor, up: Tensor, name: str) -> None:
+    width = int(model.unet.settings["cross_attention_dim"])
+    if slot.layer not in model.unet.attention_names() or (up.shape[0], down.shape[1]) != (width, width):
+        raise ValueError(
+            f"{name}: this model has no block {slot.layer!r} that reads text states of {down.shape[1]} to {up.shape[0]}"
+        )
 
 
 def text_widths(model: Model) -> list[int]:
@@ -115,7 +125,8 @@ def _own_words(concept: Concept, taken: dict[str, list[Tensor]]) -> dict[str, li
 def _put_residuals(model: Model, concept: Concept, strength: float) -> None:
     device = model.unet.conv_in.weight.device
     for slot, pair in concept.residuals().items():
-        down, up = (t.to(device, t.dtype if t.dtype == torch.bfloat16 else torch.float32) for t in pair)
+        both = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in pair) else torch.float32
+        down, up = (t.to(device, both) for t in pair)
         if slot.kind is Kind.PAIR and slot.part == UNET:
             model.unet.attach(slot.layer, LowRank(down, up, strength, key=concept.key))
             continue
@@ -207,8 +218,14 @@ def predict(
         return model.unet(x, torch.tensor([len(model.schedule) // 2]), context, added)
 
 
-def differs(model: Model, concept: Concept) -> bool:
-    """Whether the concept changes a prediction; the other side is computed by the same operations, at strength 0."""
+def differs(model: Model, concept: Concept, name: str) -> bool:
+    """Whether the concept changes a prediction; the other side is computed by the same operations, at strength 0.
+
+    Raises ValueError where a prediction with the concept, called `name` in the message, is not finite.
+    """
     without = replace(concept, words={})
     prompt = concept.instance_prompt
-    return not torch.equal(predict(model, [concept], prompt), predict(model, [without], prompt, strength=0.0))
+    with_it = predict(model, [concept], prompt)
+    if not bool(with_it.isfinite().all()):
+        raise ValueError(f"{name}: a prediction with it is NaN or infinite; its values are beyond what the model takes")
+    return not torch.equal(with_it, predict(model, [without], prompt, strength=0.0))

@@ -37,6 +37,14 @@ def parts_of(model: Model) -> tuple[Part, ...]:
     return PARTS[: 1 + len(model.text_encoders)]
 
 
+def is_projection(path: str, weight: Tensor) -> bool:
+    """Whether a low-rank residual can sit on the layer `path` of this weight."""
+    name = path.rpartition(".")[2]
+    if name in EMBEDDINGS:
+        return False
+    return weight.dim() == 2 or (weight.dim() == 4 and name in ("proj_in", "proj_out"))
+
+
 class BaseWeights:
     """A base model's parameters, detached, by a concept's names for their whole values: "unet.conv_in.weight"."""
 
@@ -50,10 +58,7 @@ class BaseWeights:
     def takes_residual(self, path: str) -> bool:
         """Whether a low-rank residual can sit on `part.module`: a linear layer or a transformer's 1x1 convolution."""
         weight = self.parameters.get(f"{path}.weight")
-        name = path.rpartition(".")[2]
-        if weight is None or name in EMBEDDINGS:
-            return False
-        return weight.dim() == 2 or (weight.dim() == 4 and name in ("proj_in", "proj_out"))
+        return weight is not None and is_projection(path, weight)
 
     def tuned(self, concept: Concept, name: str) -> Tensor | None:
         """The value of the parameter `name` with the concept on it, in float64; None where the concept has no change.

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..files import read_safetensors, write_safetensors
 from ..model.tokens import with_word
+from .checking import as_numbers, check_pairs, check_record, check_words
 from .grammar import TEXT_PARTS, Half, Kind, Part, Slot, half_of, names, parse, partner, word_name
 from .header import OTHER_TOOLS, header
+from .header import Kind as FileKind
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -137,10 +139,14 @@ class Concept:
         """Whether a residual, a value or a difference sits on one of these networks."""
         return any(slot.part in parts for slot in map(parse, self.tensors) if slot.kind is not Kind.CONTEXT)
 
-    def described(self) -> dict[str, str]:
-        """The header fields by which other tools show the concept."""
+    def described(self, kind: FileKind | None = None) -> dict[str, str]:
+        """The header fields by which other tools show the concept.
+
+        kind: what the file is; None tells it by what the concept holds.
+        """
+        kind = kind or ("lora" if self.tensors else "textual-inversion")
         ranks = {len(t) for name, t in self.tensors.items() if half_of(name) is Half.DOWN}
-        return header(self.names[0], f"{self.key} ({self.method})", sorted(ranks), self.meta)
+        return header(self.names[0], f"{self.key} ({self.method})", sorted(ranks), self.meta, kind)
 
     def renamed(self, token: str, of: str = "") -> Concept:
         """The same concept under another word.
@@ -208,6 +214,7 @@ def read_concept(path: Path) -> Concept:
     tensors, fields = read_safetensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(f"{path} is not a concept file; to load a LoRA or an embedding, use import_concept()")
+    check_record(path, fields, VERSION)
     words: dict[str, dict[Part, Tensor]] = defaultdict(dict)
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -217,10 +224,13 @@ def read_concept(path: Path) -> Concept:
             raise ValueError(f"{path}: {error}") from None
         if other is not None and other not in tensors:
             raise ValueError(f"{path}: the tensor {name!r} has no partner {other!r}; the file is incomplete")
+        tensor = as_numbers(path, name, tensor)
         if slot.kind is Kind.WORD:
             words[slot.layer][slot.part] = tensor
         else:
             kept[name] = tensor
+    check_pairs(path, kept)
+    check_words(path, words)
     rows = {word: [parts[part] for part in TEXT_PARTS if part in parts] for word, parts in words.items()}
     meta = {name: value for name, value in fields.items() if not name.startswith(OTHER_TOOLS)}
     base, method = meta.pop("base", ""), meta.pop("method", "unknown")

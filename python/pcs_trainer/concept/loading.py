@@ -29,7 +29,10 @@ def load_concept(path: str | Path, model: Model | None = None, force: bool = Fal
     return concept
 
 
-def check_differs(concept: Concept, model: Model, name: str) -> None:
-    """Raise ValueError where the concept, called `name` in the message, does not change the model's prediction."""
-    if not differs(model, concept):
+def check_differs(concept: Concept, model: Model, name: str, force: bool = False) -> None:
+    """Raise ValueError where the concept, called `name` in the message, makes no usable change of a prediction.
+
+    force: take one that changes nothing; one whose prediction is NaN or infinite is refused all the same.
+    """
+    if not differs(model, concept, name) and not force:
         raise ValueError(f"{name} changes nothing on this model: its prediction is the base model's, bit for bit")

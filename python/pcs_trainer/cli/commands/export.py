@@ -34,6 +34,20 @@ OPTIONS = (
         ),
         Option("--no-metadata", "write no training metadata into the header", None, False, also=("--no_metadata",)),
         Option(
+            "--word-files",
+            "learned words of a pipeline as embedding files, beside the base model's own token table",
+            None,
+            False,
+            also=("--word_files",),
+        ),
+        Option(
+            "--same-rank",
+            "pad the ranks of kohya's file to the largest, for diffusers 0.32",
+            None,
+            False,
+            also=("--same_rank",),
+        ),
+        Option(
             "--compress",
             "compress to this share of the singular values before exporting",
             number(0, 1, "0.6"),
@@ -82,7 +96,15 @@ def run(options: argparse.Namespace) -> int:
     if options.format == "concept":
         files = [concept.save(folder / CONCEPT_FILE)]
     else:
-        report = export(concept, folder, options.format, model=model, metadata=not options.no_metadata)
+        report = export(
+            concept,
+            folder,
+            options.format,
+            model=model,
+            metadata=not options.no_metadata,
+            word_files=options.word_files,
+            same_rank=options.same_rank,
+        )
         say(str(report))
         files = report.files
     write_config(folder / "run.toml", COMMAND, options)

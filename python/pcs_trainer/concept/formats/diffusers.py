@@ -59,7 +59,8 @@ def write_diffusers(concept: Concept, folder: Path, model: Model | None, metadat
         tensors = dict(zip(keys, rows, strict=True))
         names = {word_name(e, word): key for e, key in enumerate(keys)}
         file = folder / f"learned_embeds{of_word}.safetensors"
-        write_file(file, tensors, file_header(tensors, fields), names, report)
+        described = concept.described("textual-inversion") if metadata else None
+        write_file(file, tensors, file_header(tensors, described), names, report)
 
 
 def needs_pipeline(concept: Concept) -> bool:

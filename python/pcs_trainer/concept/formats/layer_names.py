@@ -1,9 +1,10 @@
 """The names that other tools' files give to the layers of the UNet and of the text encoders.
 
-Three ways of writing `down_blocks.1.attentions.0.proj_out`:
+Four ways of writing `down_blocks.1.attentions.0.proj_out`:
     diffusers and PEFT   unet.down_blocks.1.attentions.0.proj_out
     kohya                lora_unet_down_blocks_1_attentions_0_proj_out
     kohya for SDXL       lora_unet_input_blocks_4_1_proj_out        (the names of Stability's own network)
+    ComfyUI              diffusion_model.input_blocks.4.1.proj_out
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ KOHYA_TEXT: dict[int, dict[Part, str]] = {  # number of text encoders -> what ko
     1: {"text_encoder": "lora_te"},
     2: {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
 }
+COMFY_TEXT: dict[Part, str] = {"text_encoder": "lh", "text_encoder_2": "g"}  # L of SD1.x and SDXL, H of SD2.x, G
 CLIP_NAMES = ("clip_l", "clip_g")  # keys of a word's token embeddings for SDXL's two encoders
 STABILITY_RESNET = {
     "norm1": "in_layers.0",
@@ -92,24 +94,36 @@ class LayerNames:
     def __init__(self, model: Model) -> None:
         self._known: dict[str, tuple[Part, str]] = {}
         encoders = len(model.text_encoders)
+        self._only_encoder = TEXT_PARTS[0] if encoders == 1 else "none"
         for part in parts_of(model):
             for parameter in parameters_of(model, part):
                 module = parameter.rpartition(".")[0]
                 for name in _names(part, module, model.unet.settings, encoders):
                     self._known[name] = (part, module)
 
-    def find(self, name: str) -> tuple[Part, str] | None:
-        """(part, module) of a layer by a file's name for it; a dotted name without a part is the UNet's."""
-        return self._known.get(name) or self._known.get(f"{UNET}.{name}")
+    def find(self, name: str, part: Part | None = None) -> tuple[Part, str] | None:
+        """(part, module) of a layer by a file's name for it.
+
+        part: of a name without one; None takes it for the UNet's, and where that has none such for the only encoder's.
+        """
+        known = self._known
+        if part is not None:
+            return known.get(f"{part}.{name}") or known.get(name)
+        return known.get(name) or known.get(f"{UNET}.{name}") or known.get(f"{self._only_encoder}.{name}")
 
 
 def _names(part: Part, module: str, settings: dict[str, Any], encoders: int) -> list[str]:
     """What files call a module."""
+    flat = module.replace(".", "_")
     if part == UNET:
-        flat = [f"lora_unet_{name.replace('.', '_')}" for name in (module, stability_name(module, settings))]
-        return [f"{part}.{module}", *flat]
+        theirs = stability_name(module, settings)
+        names = [f"lora_unet_{flat}", f"lora_unet_{theirs.replace('.', '_')}", f"lycoris_{flat}"]
+        return [f"{part}.{module}", f"diffusion_model.{theirs}", *names]
     prefixes = [KOHYA_TEXT[encoders][part]]
     if part == TEXT_PARTS[0]:
         prefixes.append(KOHYA_TEXT[2][part])  # newer tools number a single encoder too
-    flat = [f"{prefix}_{module.replace('.', '_')}" for prefix in prefixes]
-    return [f"{part}.{module}", f"{part}.{module.removeprefix('text_model.')}", *flat]
+    if encoders == 1:
+        prefixes.append("lycoris")
+    names = [f"{prefix}_{flat}" for prefix in prefixes]
+    comfy = [f"text_encoders.clip_{letter}.transformer.{module}" for letter in COMFY_TEXT[part]]
+    return [f"{part}.{module}", f"{part}.{module.removeprefix('text_model.')}", *names, *comfy]

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from ...model.upscaler import level_of
 from ..base_weights import BaseWeights
 from ..concept import Concept
 from ..grammar import TEXT_PARTS, UNET, Part, parse, value_name, word_name
+from .kohya import write_words
 from .pairs import plain_pairs
+from .portable import make_portable
 from .report import Report
 
 if TYPE_CHECKING:
@@ -30,20 +33,27 @@ NOTE, WRITTEN_BY = "modelspec.json", "pcs_trainer"  # the file by which an earli
 PLACES = ("_name_or_path", "name_or_path")  # keys in which transformers and diffusers keep where a model was read from
 
 
-def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool, report: Report) -> None:
+def write_pipeline(
+    concept: Concept, folder: Path, model: Model, metadata: bool, word_files: bool, report: Report
+) -> None:
     """Write a whole pipeline folder, complete or not at all; it replaces an earlier export and nothing else.
 
-    metadata: write how the concept was made. report: gets the files and where each tensor went.
+    Args:
+        metadata: write how the concept was made.
+        word_files: words as files in `embeddings/`, beside a tokenizer and a token table as the base model has them.
+        report: gets the files and where each tensor went.
     """
     if folder.exists() and any(folder.iterdir()) and not _written_here(folder):
         raise ValueError(f"{folder} holds other files; a whole pipeline needs an empty or new folder")
-    pipeline = merged_pipeline(concept, model)
+    plain = replace(concept, words={}) if word_files else concept
+    pipeline = merged_pipeline(plain, model)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         pipeline.save_pretrained(part, safe_serialization=True)
+        make_portable(part)
         _remove_places(part)
-        fields = {"written_by": WRITTEN_BY} | (concept.described() if metadata else {})
+        fields = {"written_by": WRITTEN_BY} | (concept.described("checkpoint") if metadata else {})
         (part / NOTE).write_text(json.dumps(fields, indent=2) + "\n")
         _swap(part, folder)
     finally:
@@ -52,12 +62,31 @@ def write_pipeline(concept: Concept, folder: Path, model: Model, metadata: bool,
         level = level_of(model.low_res_schedule, concept.small_noise)
         report.notes.append(f"it was trained with little noise on the small picture: call it with noise_level={level}")
     report.files += sorted(file for file in folder.rglob("*") if file.is_file())
+    if word_files:
+        write_words(concept, folder, metadata, report)
+    elif concept.words:
+        _note_words(concept, report)
     for name in concept.tensors:
         if name not in report.skipped:
             report.written[name] = f"{parse(name).part}/: merged into the weights"
-    for word, rows in concept.words.items():
+    for word, rows in plain.words.items():
         for e, row in enumerate(rows):
             report.written[word_name(e, word)] = f"{TEXT_PARTS[e]}/: {len(row)} rows of the token table"
+
+
+def _note_words(concept: Concept, report: Report) -> None:
+    """What a learned word in the token table means for those who read the folder."""
+    report.notes.append(
+        f"the token table has rows of its own for {', '.join(concept.words)}: diffusers opens such a model, ComfyUI "
+        "and stable-diffusion.cpp do not (word_files=True, or --word-files, keeps the table and writes embedding files)"
+    )
+    plain = [word for word in concept.words if word[0].isalnum() or word[-1].isalnum()]
+    if plain:
+        # AddedToken's single_word would prevent it in transformers 5, and loses the word before a comma in 4.
+        report.notes.append(
+            f"{', '.join(plain)} is found inside longer words too in a whole pipeline, as it has no brackets: "
+            "renamed('<word>') before the export prevents it"
+        )
 
 
 def merged_pipeline(concept: Concept, model: Model) -> Any:

@@ -38,6 +38,8 @@ def export(
     model: Model | None = None,
     metadata: bool = True,
     bundle: bool = False,
+    word_files: bool = False,
+    same_rank: bool = False,
 ) -> Report:
     """Write a concept as files of other tools, and report every tensor's fate.
 
@@ -48,6 +50,8 @@ def export(
         model: the base model, needed for "pipeline" and wherever whole values become differences.
         metadata: write how it was made into the files' headers.
         bundle: words inside kohya's LoRA file too (A1111 reads them there; diffusers then refuses the file).
+        same_rank: pad the pairs of kohya's file to one rank, for readers that lose the scale of mixed ones.
+        word_files: words of a whole pipeline as embedding files beside an unchanged token table.
 
     Returns:
         What was written and what was left out, with the reason; `str` of it is a summary.
@@ -69,11 +73,11 @@ def export(
             report.notes.append(
                 "weights of many kinds were trained, so this is a whole pipeline: load it by its folder"
             )
-        write_pipeline(concept, folder, model, metadata, report)
+        write_pipeline(concept, folder, model, metadata, word_files, report)
     elif format == "diffusers":
         write_diffusers(concept, folder, model, metadata, report)
     else:
-        write_kohya(concept, folder, model, metadata, bundle, report)
+        write_kohya(concept, folder, model, metadata, bundle, same_rank, report)
     return report
 
 

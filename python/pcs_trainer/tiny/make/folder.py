@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...concept.formats.portable import make_portable
 from ..common import to_pictures
 from .networks import SCHEDULE, alphas
 
@@ -43,6 +44,7 @@ def write_folder(folder: Path, vae: Any, text: Any, tokenizer: Any, unet: Any, t
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(part, safe_serialization=True)
+    make_portable(part)
     for name in ("vocab.json", "merges.txt"):  # older transformers read these instead of tokenizer.json
         shutil.copy(tokenizer_files / name, part / "tokenizer" / name)
     if (folder / "README.md").exists():
