@@ -15,15 +15,17 @@ from torch import Tensor
 
 from .pictures import fitted
 
+LEAST_CROP = 0.08  # of the picture's area
+LARGER = LEAST_CROP**-0.5  # a picture of so many times the size has the pixels of its smallest crop
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 # TextBoost's augmentation words: name -> what its rows start from and how many they are (12 in all).
 WORDS = {
-    "grayscale": ("grayscale", 1),
+    "grayscale": ("grayscale", 2),
     "zoom-in": ("zoom in", 2),
     "far-away": ("far away", 2),
     "collage": ("photo collage", 2),
     "crop": ("crop", 1),
-    "flip": ("horizontal flip", 2),
+    "flip": ("horizontal flip", 1),
     "left": ("left", 1),
     "right": ("right", 1),
 }
@@ -99,7 +101,10 @@ def textboost(pixels: np.ndarray, size: int, probability: float, generator: torc
     picture, said = fitted(pixels, size), []
     if float(torch.rand((), generator=generator)) < probability:
         change = chosen(generator, (_scaled, _cropped, _moved, _flipped))
+        if change in (_scaled, _cropped):  # enlarge a part: from the photo as it is, as far as its pixels are seen
+            picture = fitted(pixels, max(size, min(*pixels.shape[:2], round(LARGER * size))))
         picture, name = change(picture, generator)  # type: ignore[operator]
+        picture = picture if len(picture) == size else resized(np.ascontiguousarray(picture), size)
         said += [name] if name else []
     if float(torch.rand((), generator=generator)) < probability:
         tiles = int(torch.randint(2, 4, (), generator=generator))
@@ -127,7 +132,7 @@ def _scaled(picture: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray
 
 def _cropped(picture: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, str]:
     size = len(picture)
-    s = max(1, round(size * uniform(generator, 0.08, 1.0) ** 0.5))
+    s = max(1, round(size * uniform(generator, LEAST_CROP, 1.0) ** 0.5))
     top, left = (int(torch.randint(size - s + 1, (), generator=generator)) for _ in range(2))
     return resized(np.ascontiguousarray(picture[top : top + s, left : left + s]), size), "crop"
 
