@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # folder -> (method, what its run was asked for)
 RUNS = {
     "residuals": ("personalized_residuals", dict(rank=1, train_token=True)),
-    "textboost_v1": ("textboost", dict(variant="v1", rank=1, augment=True)),
+    "textboost_v1": ("textboost", dict(variant="v1", rank=1, augment=True, augment_probability=0.8)),
     "textboost_causal": ("textboost", dict(variant="causal++", rank=1)),
     "textual_inversion": ("textual_inversion", dict()),
 }

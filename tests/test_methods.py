@@ -205,7 +205,7 @@ def test_knowledge_preservation_is_one_minus_cosine_over_all_positions():
 
 
 def test_the_bank_of_general_captions(tiny):
-    bank = textboost.preserved_captions(tiny, settings_for(tiny, "textboost", class_word="mug"), 200)
+    bank = textboost.preserved_captions(tiny, [settings_for(tiny, "textboost", class_word="mug")], 200)
     assert bank.count("") == 20 and bank.count("a photo of a mug") == 20 and len(set(bank)) > 120
 
 

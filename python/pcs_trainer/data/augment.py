@@ -15,19 +15,20 @@ from torch import Tensor
 
 from .pictures import fitted
 
+LEAST_CROP = 0.08  # of the picture's area
+LARGER = LEAST_CROP**-0.5  # a picture of so many times the size has the pixels of its smallest crop
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
-TRIES = (
-    100  # a fifth of TextBoost's pictures and two fifths of Custom Diffusion's show all: by then the subject is seen
-)
+# A fifth of TextBoost's pictures and two fifths of Custom Diffusion's show all: by then the subject is seen.
+TRIES = 100
 SMALLEST_MASK = 1.0  # latent pixels: the loss is a mean over the mask, and less than one says little about a subject
 # TextBoost's augmentation words: name -> what its rows start from and how many they are (12 in all).
 WORDS = {
-    "grayscale": ("grayscale", 1),
+    "grayscale": ("grayscale", 2),
     "zoom-in": ("zoom in", 2),
     "far-away": ("far away", 2),
     "collage": ("photo collage", 2),
     "crop": ("crop", 1),
-    "flip": ("horizontal flip", 2),
+    "flip": ("horizontal flip", 1),
     "left": ("left", 1),
     "right": ("right", 1),
 }
@@ -159,7 +160,10 @@ def textboost(picture: Shown, size: int, probability: float, generator: torch.Ge
     shown, said = picture.fitted(size), []
     if float(torch.rand((), generator=generator)) < probability:
         change = chosen(generator, (_scaled, _cropped, _moved, _flipped))
+        if change in (_scaled, _cropped):  # enlarge a part: from the photo as it is, as far as its pixels are seen
+            shown = picture.fitted(max(size, min(*picture.pixels.shape[:2], round(LARGER * size))))
         shown, name = change(shown, generator)  # type: ignore[operator]
+        shown = shown if len(shown.pixels) == size else shown.resized(size)
         said += [name] if name else []
     if float(torch.rand((), generator=generator)) < probability:
         tiles = int(torch.randint(2, 4, (), generator=generator))
@@ -186,7 +190,7 @@ def _scaled(picture: Shown, generator: torch.Generator) -> tuple[Shown, str]:
 
 def _cropped(picture: Shown, generator: torch.Generator) -> tuple[Shown, str]:
     size = len(picture.pixels)
-    s = max(1, round(size * uniform(generator, 0.08, 1.0) ** 0.5))
+    s = max(1, round(size * uniform(generator, LEAST_CROP, 1.0) ** 0.5))
     top, left = (int(torch.randint(size - s + 1, (), generator=generator)) for _ in range(2))
     return picture.cut(top, left, s).resized(size), "crop"
 

@@ -43,7 +43,8 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
     Args:
         model: what will be trained; None for a real checkpoint.
         method: a name in TITLES.
-        overrides: settings by name; a setting that only another method has is refused with that method's name.
+        overrides: settings by name; a setting that only another method has is refused with that method's name. And
+            `preset`: the name of some that the method's authors give together.
 
     Raises:
         ValueError: one sentence about a wrong name or value.
@@ -52,15 +53,22 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
     from ..unet.plans import short_plan
 
     chosen = method_named(method)
-    known = {field.name for field in fields(chosen.settings)}
+    preset = overrides.pop("preset", None)
+    if preset is not None and preset not in chosen.presets:
+        has = f"it has {', '.join(chosen.presets)}" if chosen.presets else "it has none"
+        raise ValueError(f"{method} has no preset {preset!r}; {has}")
+    known = {field.name: field.default for field in fields(chosen.settings)}
     for name in overrides:
         if name not in known:
             raise ValueError(why_unknown(method, name))
-    values = dict(chosen.tiny if model is not None and model.embedded else {}) | chosen.implied(overrides) | overrides
+    given = dict(chosen.presets[preset] if preset else {}) | overrides
+    adapted = dict(chosen.tiny if model is not None and model.embedded else {})
+    variant = (adapted | given).get("variant", known.get("variant"))
+    values = dict(chosen.by_variant.get(str(variant), {})) | adapted | chosen.implied(given) | given
     if "plan" in values:
-        given = values["plan"]
-        many = isinstance(given, Mapping)
-        values["plan"] = {n: short_plan(p) for n, p in given.items()} if many else short_plan(given)
+        plan = values["plan"]
+        many = isinstance(plan, Mapping)
+        values["plan"] = {n: short_plan(p) for n, p in plan.items()} if many else short_plan(plan)
     settings = chosen.settings(method=method, **with_none_for_unset(chosen.settings, values))
     settings.check()
     return settings

@@ -80,6 +80,7 @@ METHOD = Method(
         "prior_images": 32,
         "augment": False,
     },
+    presets={"faces": FACES},
     augment=lambda s: Augmentation(augment.custom_diffusion, s.bank) if s.augment else None,
     hold_text=without_first_gradient,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +44,11 @@ class Method:
     choose: str  # when to choose it
 
     tiny: Mapping[str, Any] = field(default_factory=dict)  # other defaults on the embedded model, 1000 times smaller
+    by_variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other defaults with a `variant`
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings that are given together
     augment: Callable[[Any], Augmentation | None] = _nothing  # (s): how photos are varied before training
     hold_text: Callable[[TextKV], TextKV] = _unchanged  # such as no gradient through the first token
-    side_loss: Callable[[Model, Any], SideLoss | None] = _nothing  # (model, s): built once a run
+    side_loss: Callable[[Model, Sequence[Any]], SideLoss | None] = _nothing  # (model, s of each subject): once a run
     reads_more_text: Callable[[Any], bool] = lambda s: False  # whether that loss encodes further prompts in each step
     after_step: Callable[[Model, Learner], None] = _nothing  # such as limiting the norm of token embeddings
     # (s): variance of the noise on the small picture that an up-scaler reads; None where no up-scaler is trained

@@ -5,9 +5,10 @@ Letters: P images, C latent channels, h x w latent positions, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,6 +66,26 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
+@contextmanager
+def _upcast(model: Model, halves: tuple[torch.dtype, ...]) -> Iterator[Autoencoder]:
+    """The autoencoder, in float32 for as long as the context is open where it is one of `halves` and asks for that.
+
+    SDXL's own overflows in float16 and says force_upcast; the files of SD 1.x and 2.x leave diffusers' default, which
+    their pipelines do not read. The weights are the same bits afterwards: float32 holds each half exactly.
+    """
+    vae = model.vae
+    was = next(vae.parameters()).dtype
+    asked = model.unet.add_embedding is not None and getattr(vae.config, "force_upcast", True)
+    if not asked or was not in halves:
+        yield vae
+        return
+    module: Any = vae
+    try:
+        yield module.to(torch.float32)
+    finally:
+        module.to(was)
+
+
 @torch.no_grad()
 def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) -> Moments:
     """Encode images.
@@ -77,16 +98,16 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     Returns:
         Their moments, in float32 on the CPU; ValueError where they are not finite.
     """
-    vae = model.vae
-    like = next(vae.parameters())
-    shift, scale = _scaling(vae)
+    shift, scale = _scaling(model.vae)
     means, stds = [], []
     count = at_once(images[0][..., 0].size, batch) if images else batch
-    for start in range(0, len(images), count):
-        x = torch.stack([to_tensor(p) for p in images[start : start + count]]).to(like)  # [P, 3, H, W]
-        posterior = vae.encode(x).latent_dist
-        means.append(((posterior.mean.float() - shift) * scale).cpu())
-        stds.append((posterior.std.float() * scale).cpu())
+    with _upcast(model, (torch.float16, torch.bfloat16)) as vae:  # latents to learn from: rounding would stay in them
+        like = next(vae.parameters())
+        for start in range(0, len(images), count):
+            x = torch.stack([to_tensor(p) for p in images[start : start + count]]).to(like)  # [P, 3, H, W]
+            posterior = vae.encode(x).latent_dist
+            means.append(((posterior.mean.float() - shift) * scale).cpu())
+            stds.append((posterior.std.float() * scale).cpu())
     moments = Moments(torch.cat(means), torch.cat(stds))
     if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.std).all()):
         raise ValueError("the autoencoder gives NaN for these images; load the model in float32")
@@ -98,15 +119,16 @@ def decode(model: Model, latents: Tensor) -> list[Image]:
     """The images of latents [P, C, h, w]; ValueError where the autoencoder's output is not finite."""
     from PIL import Image
 
-    vae, factor = model.vae, latent_factor(model)
-    like = next(vae.parameters())
-    shift, scale = _scaling(vae)
+    factor, (shift, scale) = latent_factor(model), _scaling(model.vae)
+    count = at_once(latents.shape[2] * latents.shape[3] * factor**2, len(latents) or 1)
     images = []
-    for part in latents.split(at_once(latents.shape[2] * latents.shape[3] * factor**2, len(latents) or 1)):
-        z = (part.float() / scale + shift).to(like)
-        y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()  # [P, 3, H, W]
-        if not bool(torch.isfinite(y).all()):
-            raise ValueError("the autoencoder gives NaN for these latents; load the model in float32 or bfloat16")
-        pixels = ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        images += [Image.fromarray(p) for p in pixels]
+    with _upcast(model, (torch.float16,)) as vae:
+        like = next(vae.parameters())
+        for part in latents.split(count):
+            z = (part.float() / scale + shift).to(like)
+            y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()  # [P, 3, H, W]
+            if not bool(torch.isfinite(y).all()):
+                raise ValueError("the autoencoder gives NaN for these latents; load the model in float32 or bfloat16")
+            pixels = ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            images += [Image.fromarray(p) for p in pixels]
     return images

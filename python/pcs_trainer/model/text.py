@@ -70,7 +70,7 @@ def encode(model: Model, prompts: Sequence[str], words: Words | None = None, hol
         table = [rows[e] for rows in words.values()]
         states, pooled = _states(encoder, said, torch.cat(table) if table else None, several)
         if hold_first:
-            states = _held(encoder, tokenizer, prompts, states, several)
+            states, pooled = _held(encoder, tokenizer, prompts, (states, pooled), several)
         parts.append(states)
         ids.append(said)
     joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]  # [B, T, C]
@@ -101,16 +101,21 @@ def _from_word_on(said: Ids, word: str) -> Tensor:
     return reached
 
 
-def _held(encoder: TextEncoder, tokenizer: Any, prompts: Sequence[str], states: Tensor, penultimate: bool) -> Tensor:
-    """The states, with the frozen encoder's at the first token and for empty prompts."""
+def _held(
+    encoder: TextEncoder, tokenizer: Any, prompts: Sequence[str], out: tuple[Tensor, Tensor | None], penultimate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """States and pooled text, with the frozen encoder's at the first token and for empty prompts."""
+    states, pooled = out  # [B, T, C], [B, C]
     state = adapters(encoder)
     reached = state.reached  # of the prompts: what follows on their states still needs it
     with torch.no_grad(), without_adapters(encoder):
-        empty, _ = _states(encoder, tokenize(tokenizer, [""]), None, penultimate)  # [1, T, C]
+        empty, empty_pooled = _states(encoder, tokenize(tokenizer, [""]), None, penultimate)  # [1, T, C], [1, C]
     state.reached = reached
-    is_empty = torch.tensor([not p.strip() for p in prompts], device=states.device)[:, None, None]  # [B, 1, 1]
+    is_empty = torch.tensor([not p.strip() for p in prompts], device=states.device)  # [B]
+    if pooled is not None and empty_pooled is not None:
+        pooled = torch.where(is_empty[:, None], empty_pooled, pooled)  # [B, C]
     first = torch.arange(states.shape[1], device=states.device)[None, :, None] == 0  # [1, T, 1]
-    return torch.where(is_empty | first, empty, states)  # [B, T, C]
+    return torch.where(is_empty[:, None, None] | first, empty, states), pooled
 
 
 def by_block(model: Model, states: Tensor) -> Tensor | dict[str, Tensor]:

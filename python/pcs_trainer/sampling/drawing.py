@@ -57,8 +57,9 @@ class SampleOptions:
         if self.guidance is None:
             if self.small is not None:
                 return 9.0  # the default of diffusers' pipeline for up-scaling
-            # 7.5 is the default of diffusers' pipeline for SD 1.x and 2.x; the embedded model's card was measured at 5
-            return 5.0 if model.embedded else 7.5
+            # The defaults of diffusers' pipelines: 7.5 for SD 1.x and 2.x, 5 for XL, which alone reads added inputs.
+            # The embedded model's card was measured at 5.
+            return 5.0 if model.embedded or model.unet.add_embedding is not None else 7.5
         return float(self.guidance)
 
 
@@ -224,7 +225,7 @@ def sample(
         concepts, strengths: one strength per concept; default: 1.
         index: the concept of each prompt (None: none); default: every prompt has all concepts.
         negative: one negative prompt for all, or one per prompt.
-        guidance: classifier-free guidance, 1 for none; default: 7.5 (5 for the embedded model).
+        guidance: classifier-free guidance, 1 for none; default: 7.5 (5 for SDXL and the embedded model).
         sampler, eta: a name in sampling.NAMES; eta adds noise to ddim's steps.
         size: pixels, or (height, width); default: the model's native size.
         latents: the initial noise [P, C, h, w] in place of the seeds'.

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..unet.layers import Masks
 from ..unet.unet import UNet
+from .names import LAG_UNCOND
 
 if TYPE_CHECKING:
     from ..concept.concept import Concept
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 # Projections of a transformer block that come after the attention over the text, so that its map can mask them.
 AFTER_THE_MAP = ("attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
-UNCOND = ("reuse", "zero", "one")
 
 
 @dataclass
@@ -53,8 +53,8 @@ class Lag:
     soft: bool = False
 
     def __post_init__(self) -> None:
-        if self.uncond not in UNCOND:
-            raise ValueError(f"Lag(uncond={self.uncond!r}): choose one of {', '.join(UNCOND)}")
+        if self.uncond not in LAG_UNCOND:
+            raise ValueError(f"Lag(uncond={self.uncond!r}): choose one of {', '.join(LAG_UNCOND)}")
         if not 0 <= self.start < self.stop <= 1:
             given = f"start={self.start}, stop={self.stop}"
             raise ValueError(f"Lag({given}): they are fractions of the steps with 0 <= start < stop <= 1")

@@ -132,8 +132,9 @@ def ddim(
     times = _spaced(config, total, steps, config.get("timestep_spacing") or "leading", total).round().astype(int)
     abar = schedule.abar.double().cpu()
     end = 1.0 if config.get("set_alpha_to_one", True) else float(abar[0])
-    # diffusers' default, made for pixels; the configurations of latent models turn it off
-    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
+    # diffusers' scheduler clips where its file says nothing, as for pixels; its latent pipelines turn that off. A file
+    # of another scheduler says nothing of it, and latents go well beyond 1.
+    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None
     x = noise
     for step, t in enumerate(times.tolist()):
         before = t - total // steps

@@ -16,6 +16,8 @@ from ..settings import with_none_for_unset
 
 # What may change between a run and its resume.
 FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts", "probe_every", "plan", "check_backend")
+# What says nothing while another setting is off.
+ONLY_WITH = {"augment_probability": "augment", "bank": "augment"}
 
 
 def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -110,6 +112,7 @@ def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], setti
         for name, value in new.items()
         if old.get(name) != (list(value) if isinstance(value, tuple) else value)
         and not (name in FREE and (name != "steps" or constant))
+        and (name not in ONLY_WITH or new[ONLY_WITH[name]] or old[ONLY_WITH[name]])
     ]
     if differing:
         fix = "Fix: give the run's own, or another out folder"

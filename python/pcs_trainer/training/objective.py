@@ -32,7 +32,7 @@ class Objective:
     def __init__(self, task: Task, data: Prepared, learner: Learner) -> None:
         self.task, self.data, self.learner = task, data, learner
         self.model, self.s, self.method = task.model, task.settings, task.method
-        self.side_loss = self.method.side_loss(self.model, self.s)
+        self.side_loss = self.method.side_loss(self.model, [subject.settings for subject in task.subjects])
         self.small_noise = self.method.extra_input(self.s)
         # Before the first step and before a checkpoint is read: the model is still the base model.
         self.own = ClassPrediction(task, learner, data.size) if self.s.prior == "own" else None

@@ -11,12 +11,14 @@ from torch import Tensor
 
 import pcs_kernels
 
+from ..concept import grammar
 from ..concept.concept import Concept
 from ..concept.loading import load_concept
 from ..distributed import any_process, fill, full_value, is_part, rank_and_world, shard
 from ..errors import TrainingStopped
 from ..sampling.drawing import pictures_at_once, sample
 from ..sampling.upscaling import upscale
+from ..unet.layers import replace_data
 from .checkpoint import check_same_run, checkpoints, read_checkpoint, write_checkpoint
 from .events import Event
 from .log import Log
@@ -245,6 +247,8 @@ class Run:
         now = json.loads(json.dumps(self.identity(), default=str))
         check_same_run(found[-1], state, now, type(self.s))
         for name, p in self.learner.parameters.items():
+            if grammar.is_word(name) and p.shape != tensors[name].shape:  # an older version gave the word other rows
+                replace_data(p, torch.empty_like(tensors[name], dtype=p.dtype, device=p.device))
             fill(p, tensors[name])
         self.stepper.load_state_dict(state["optimizer"])
         self.step = int(state["step"])

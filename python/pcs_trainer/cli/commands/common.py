@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ...files import read_header
 from ...methods import TITLES
+from ...sampling.names import LAG_UNCOND
 from ..options import Option, grouped, integer, number, one_of
 from ..progress import quiet_libraries
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ...concept.concept import Concept
     from ...model.model import Model
+    from ...sampling.lag import Lag
 
 METHODS = tuple(TITLES)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +55,18 @@ MODEL_FLAGS = (
     ),
 )
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))
+LAG_OPTIONS = (
+    Option(
+        "--lag-uncond",
+        f"LAG's mask of the half without prompt: {', '.join(LAG_UNCOND)}",
+        one_of("mask", LAG_UNCOND),
+        LAG_UNCOND[0],
+        "NAME",
+    ),
+    Option("--lag-start", "part of the steps after which LAG masks", number(0, 1, "0.2"), 0.0, "X"),
+    Option("--lag-stop", "part of the steps up to which LAG masks", number(0, 1, "0.8"), 1.0, "X"),
+    Option("--lag-soft", "LAG's masks between 0 and 1 instead of 0 or 1", None, False),
+)
 GUIDANCE = Option(
     "--guidance",
     "classifier-free guidance scale",
@@ -61,6 +75,20 @@ GUIDANCE = Option(
     also=("--guidance_scale", "--cfg_scale"),
     otherwise="the model's own",
 )
+
+
+def lag_of(options: argparse.Namespace) -> bool | Lag:
+    """LAG with what the flags say of it, or False; UsageError where they say something of it without --lag."""
+    given = {option.name: getattr(options, option.attribute) != option.default for option in LAG_OPTIONS}
+    if not options.lag:
+        if any(given.values()):
+            raise UsageError(f"{next(name for name, own in given.items() if own)} applies to LAG sampling; add --lag")
+        return False
+    if options.lag_start >= options.lag_stop:
+        raise UsageError(f"--lag-start {options.lag_start:g} must be less than --lag-stop {options.lag_stop:g}")
+    from ...sampling.lag import Lag
+
+    return Lag(uncond=options.lag_uncond, start=options.lag_start, stop=options.lag_stop, soft=options.lag_soft)
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ from ..interrupt import Stopped, stop_on_ctrl_c
 from ..options import Command, Option, grouped, integer
 from ..progress import Progress
 from . import COMMANDS
-from .common import GUIDANCE, MODEL_FLAGS, SEED, STEPS, concept_file, open_concept, open_model
+from .common import GUIDANCE, LAG_OPTIONS, MODEL_FLAGS, SEED, STEPS, concept_file, lag_of, open_concept, open_model
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ OPTIONS = (
         STEPS,
         GUIDANCE,
         Option("--lag", "use LAG sampling", None, False),
+        *LAG_OPTIONS,
         SEED,
     ),
     *MODEL_FLAGS,
@@ -92,6 +93,7 @@ def check(options: argparse.Namespace) -> None:
         if value and not Path(value).exists():
             raise UsageError(f"--{flag}: {value} does not exist")
     concept_file(options.concept[0])
+    lag_of(options)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -138,7 +140,7 @@ def measure(options: argparse.Namespace, stop: Stop) -> int:
             photos_of(options.photos, concept),
             prompts=options.prompt or None,
             count=options.count,
-            lag=options.lag,
+            lag=lag_of(options),
             clip=options.clip,
             dino=options.dino,
             draw=sampler_for(model, options, progress, stop),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ...files import written
-from ...sampling import NAMES as SAMPLERS
+from ...sampling.names import NAMES as SAMPLERS
+from ...sampling.names import PRESETS
 from ..config import write_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
@@ -18,12 +20,14 @@ from ..progress import Progress
 from . import COMMANDS
 from .common import (
     GUIDANCE,
+    LAG_OPTIONS,
     MODEL_FLAGS,
     SEED,
     STEPS,
     concept_file,
     filled,
     free_name,
+    lag_of,
     open_concept,
     open_model,
     say,
@@ -52,6 +56,7 @@ OPTIONS = (
         Option("--strength", "strength of each concept, in their order", number(example="0.8"), metavar="X", many=True,
                also=("--network_mul", "--lora_scale"), otherwise="1 each"),
         Option("--lag", "restrict each concept to the pixels that attend to its words (LAG sampling)", None, False),
+        *LAG_OPTIONS,
         Option("--force", "use a concept that was trained on another model", None, False),
     ),
     *MODEL_FLAGS,
@@ -60,13 +65,15 @@ OPTIONS = (
         Option("--count", "images per prompt", integer(1, "4"), 1, "N",
                also=("--num_images_per_prompt", "--images_per_prompt", "--num_validation_images")),
         Option("--negative", "negative prompt", metavar="TEXT", default="", also=("--negative_prompt",)),
-        STEPS,
+        Option("--preset", f"sampling as a method's authors do it: {', '.join(PRESETS)}; flags given beside it win",
+               one_of("preset", tuple(PRESETS)), metavar="NAME"),
+        replace(STEPS, default=None, otherwise=str(STEPS.default)),
         GUIDANCE,
-        Option("--sampler", ", ".join(SAMPLERS), one_of("sampler", SAMPLERS), SAMPLERS[0], "NAME",
+        Option("--sampler", ", ".join(SAMPLERS), one_of("sampler", SAMPLERS), metavar="NAME", otherwise=SAMPLERS[0],
                also=("--sample_sampler", "--scheduler")),
         SEED,
-        Option("--eta", "eta of ddim: 0 is deterministic, 1 adds noise as DDPM does", number(0, 1, "0"), 0.0, "X",
-               also=("--ddim_eta",)),
+        Option("--eta", "eta of ddim: 0 is deterministic, 1 adds noise as DDPM does", number(0, 1, "0"), metavar="X",
+               otherwise="0", also=("--ddim_eta",)),
         Option("--size", "image size in pixels", integer(8, "512"), metavar="N",
                also=("--height", "--width", "--resolution"), otherwise="the model's native size"),
         Option("--batch", "images per batch", integer(1, "8"), 8, "N", also=("--batch_size",)),
@@ -94,8 +101,19 @@ EXAMPLES = (
 )
 
 
+def fill_in(options: argparse.Namespace) -> None:
+    """What the command line leaves open: by the preset, then by the defaults."""
+    preset = PRESETS.get(options.preset or "", {})
+    if options.sampler not in (None, preset.get("sampler")):
+        preset = {**preset, "eta": 0.0}  # it is of the preset's own sampler
+    for name, value in {"steps": STEPS.default, "sampler": SAMPLERS[0], "eta": 0.0, **preset}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
 def check(options: argparse.Namespace) -> None:
     """Join both kinds of prompts; UsageError for what is wrong already, before anything is loaded."""
+    fill_in(options)
     options.prompts = [*(options.prompts or []), *(options.prompt or [])]
     if not options.prompts:
         raise UsageError('pcs sample needs a prompt: pcs sample "a photo of {} on the beach" --concept out/mug')
@@ -112,6 +130,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(
             f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept"
         )
+    lag_of(options)
     if options.eta and options.sampler != "ddim":
         raise UsageError(f"--eta is only for ddim, not for {options.sampler}")
     if Path(options.out).is_file():
@@ -152,7 +171,7 @@ def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
             images = sample_batch(options, model, concepts, part, options.seed + first, on_step)
             for prompt, image in zip(part, images, strict=True):
                 print(save_image(image, free_name(folder, slug(prompt))))
-    write_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt"))
+    write_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt", "preset"))
     return DONE
 
 
@@ -179,7 +198,7 @@ def sample_batch(
         eta=options.eta,
         seed=seed,
         size=options.size,
-        lag=options.lag,
+        lag=lag_of(options),
         batch=options.batch,
         on_step=on_step,
     )

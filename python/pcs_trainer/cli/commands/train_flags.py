@@ -55,6 +55,7 @@ OPTIONS = (
     *MODEL_FLAGS,
     *grouped(
         "training",
+        Option("--preset", "values that a method's authors give together: faces (Custom Diffusion)", metavar="NAME"),
         Option("--steps", "training steps", integer(1, "150"), metavar="N", also=("--max_train_steps",), otherwise=OWN,
                setting="steps"),
         Option("--batch", "images per step", integer(1, "4"), metavar="N", also=("--train_batch_size",), otherwise=OWN,
@@ -139,7 +140,7 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
     from ...methods import method_named, why_unknown
 
     kinds = get_type_hints(method_named(options.method).settings)
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"preset": options.preset} if options.preset else {}
     for option in OPTIONS:
         value = getattr(options, option.attribute)
         if not option.setting or value is None or value is False or value == []:

@@ -1,0 +1,108 @@
+"""Sampling as the references sample: presets by name, LAG's options, guidance, what is clipped, SDXL's autoencoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pcs_trainer.cli.commands import command
+from pcs_trainer.cli.commands.common import lag_of
+from pcs_trainer.cli.commands.sample import fill_in
+from pcs_trainer.cli.config import effective
+from pcs_trainer.cli.options import parse
+from pcs_trainer.errors import UsageError
+from pcs_trainer.model.autoencoder import decode, encode_images
+from pcs_trainer.model.schedule import Schedule
+from pcs_trainer.sampling.drawing import SampleOptions
+from pcs_trainer.sampling.samplers import SAMPLERS
+from test_text_encoder_training import sdxl
+
+__all__ = ["sdxl"]
+
+
+def given(*words, name="sample"):
+    chosen = command(name)
+    return effective(chosen, parse(chosen, list(words)))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), (25, None, "ddim", 0.0)),
+        (("--preset", "custom_diffusion"), (100, 6.0, "ddim", 1.0)),
+        (("--preset", "custom_diffusion", "--steps", "200"), (200, 6.0, "ddim", 1.0)),
+        (("--preset", "custom_diffusion", "--sampler", "euler"), (100, 6.0, "euler", 0.0)),
+        (("--preset", "textboost"), (25, 7.5, "dpmpp_2m", 0.0)),
+    ],
+)
+def test_a_preset_fills_what_the_flags_leave_open(words, expected):
+    options = given("a dog", *words)
+    fill_in(options)
+    assert (options.steps, options.guidance, options.sampler, options.eta) == expected
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_lags_options_are_within_reach(name):
+    flags = ["--lag", "--lag-uncond", "zero", "--lag-start", "0.2", "--lag-stop", "0.8", "--lag-soft"]
+    found = lag_of(given("x", *flags, name=name))
+    assert (found.uncond, found.start, found.stop, found.soft) == ("zero", 0.2, 0.8, True)
+    assert lag_of(given("x", name=name)) is False and lag_of(given("x", "--lag", name=name)).uncond == "reuse"
+    with pytest.raises(UsageError, match="--lag-soft applies to LAG sampling; add --lag"):
+        lag_of(given("x", "--lag-soft", name=name))
+    with pytest.raises(UsageError, match=r"--lag-start 0\.9 must be less than --lag-stop 0\.5"):
+        lag_of(given("x", "--lag", "--lag-start", "0.9", "--lag-stop", "0.5", name=name))
+
+
+def test_ddim_clips_nothing_that_its_file_does_not_ask_for():
+    """A folder saved with another scheduler says nothing of clip_sample; latents are not within 1."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
+    noise = torch.full((1, 4, 2, 2), 3.0)
+
+    def drawn(**more):
+        schedule = Schedule.from_config(config | more | {"prediction_type": "sample"})
+        return SAMPLERS["ddim"](lambda x, t: torch.full_like(x, 3.0), schedule, 5, noise, torch.Generator())
+
+    assert float(drawn().max()) > 2.5 and torch.equal(drawn(), drawn(clip_sample=False))
+    assert float(drawn(clip_sample=True).max()) < 1.5
+
+
+def test_sdxls_guidance_is_its_pipelines(sdxl, model):
+    assert SampleOptions().guidance_for(sdxl) == 5.0 == SampleOptions().guidance_for(model)
+    assert SampleOptions(guidance=3.0).guidance_for(sdxl) == 3.0
+
+
+class Overflows(torch.nn.Module):
+    """An autoencoder whose activations pass float16's range, as SDXL's do."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae, self.config = vae, vae.config
+        self.seen = []
+
+    def encode(self, x):
+        self.seen.append(x.dtype)
+        return self.vae.encode(x * 70000 / 70000 if x.dtype == torch.float32 else x * 70000)
+
+    def decode(self, z):
+        self.seen.append(z.dtype)
+        return self.vae.decode(z * 70000 / 70000 if z.dtype == torch.float32 else z * 70000)
+
+
+def test_sdxls_autoencoder_computes_in_float32_where_it_asks_to(sdxl):
+    pictures = [np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)]
+    before = encode_images(sdxl, pictures)
+    kept = sdxl.vae
+    try:
+        for dtype, in_32 in ((torch.float16, 2), (torch.bfloat16, 1)):
+            sdxl.release("vae")
+            vae = Overflows(sdxl.vae.to(dtype))
+            sdxl._parts["vae"] = vae
+            weights = {n: p.clone() for n, p in vae.named_parameters()}
+            moments = encode_images(sdxl, pictures)
+            torch.testing.assert_close(moments.mean, before.mean, rtol=0.1, atol=0.1)
+            if dtype == torch.float16:
+                assert len(decode(sdxl, moments.mean)) == 1
+                assert vae.seen.count(torch.float32) == in_32
+            assert vae.seen[0] == torch.float32 and all(torch.equal(weights[n], p) for n, p in vae.named_parameters())
+    finally:
+        sdxl._parts["vae"] = kept
