@@ -119,8 +119,6 @@ def test_an_out_folder_that_cannot_be_written(model, folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_a_warning_while_training_and_a_sentence_at_the_end(model, folder, tmp_path, monkeypatch):
-    import safetensors.torch
-
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -129,7 +127,7 @@ def test_a_full_disk_is_a_warning_while_training_and_a_sentence_at_the_end(model
         model, "personalized_residuals", [folder / "good.png"], class_word="mug", out=tmp_path / "run", steps=2,
         batch=1, check_backend=False, checkpoint_every=1,
     )  # fmt: skip
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("pcs_trainer.files._stream", full)
     with pytest.raises(OSError, match="No space left on device"):
         t.train(on_event=events.append)
     assert sum("checkpoint" in e.data.get("text", "") for e in events if e.kind == "warning") == 3

@@ -144,6 +144,7 @@ def test_what_is_wrong_is_one_sentence_and_the_mend(line, says, tmp_path, monkey
     code = cli.main(words)
     error = capsys.readouterr().err
     told = [text for text in error.splitlines() if text.startswith("pcs: ") and "no --model given" not in text]
+    told = [text for text in told if not text.startswith("pcs: bfloat16: ")]  # what it plans for, before it fails
     assert code == (1 if says in ("nothing to resume", "multiple of", "FILE") else 2)
     assert len(told) == 1 and says in told[0] and "Traceback" not in error
 
@@ -214,9 +215,8 @@ def test_the_configuration_beside_a_result_gives_the_same_flags(tmp_path):
     first = effective(command("train"), parse(command("train"), words))
     file = write_config(tmp_path / "run.toml", command("train"), first)
     again = effective(command("train"), parse(command("train"), ["--config", str(file)]))
-    assert again.from_config == {
-        option.attribute for option in command("train").options if option.key in file.read_text()
-    }
+    written = {line.partition(" = ")[0] for line in file.read_text().splitlines()}
+    assert again.from_config == {option.attribute for option in command("train").options if option.key in written}
     assert vars(first) | {"config": str(file), "from_config": again.from_config} == vars(again)
     assert toml(True) == "true" and toml(["x", 1.5]) == '["x", 1.5]'
 

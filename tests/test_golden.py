@@ -19,7 +19,7 @@ from pcs_trainer.concept.attach import predict
 from pcs_trainer.errors import PcsError, UsageError
 from pcs_trainer.methods import TITLES, method_named, settings_for
 from pcs_trainer.settings import with_none_for_unset
-from pcs_trainer.training.checkpoint import check_same_run
+from pcs_trainer.training.checkpoint import check_same_run, unset_then
 from safetensors.torch import load_file
 from trainer_cases import SMALL, cache, pictures, small_for
 
@@ -80,6 +80,7 @@ def test_the_settings_of_an_old_checkpoint_are_understood(name):
     assert set(was["settings"]) - set(known) - {"subjects", "processes"}
     own = with_none_for_unset(kind, {n: v for n, v in was["settings"].items() if n in known and n != "method"})
     assert {"seed", "batch", "template", "timesteps", "prior_weight"} <= own.keys()  # a later setting is as its default
+    own = {n: v for n, v in unset_then(kind, was["settings"]).items() if n not in was["settings"]} | own
     again = settings_for(None, method, **own | {"preview_prompts": tuple(own["preview_prompts"])})
     now = was | {"settings": json.loads(json.dumps(again.asdict()))}
     check_same_run(file, was, now, kind)

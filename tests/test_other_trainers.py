@@ -57,9 +57,9 @@ def test_a_list_of_concepts_is_learned_together(tmp_path, capsys):
     cat = {"instance_data_dir": str(folders[1]), "instance_prompt": "a photo of <tom> cat"}
     file.write_text(json.dumps([dog]))
     found = parse(command("train"), ["--concepts_list", str(file)])
-    assert found.photos == [str(folders[0])] and found.prior_folder == "y" and found.token == "sks"
+    assert found.photos == [str(folders[0])] and found.prior_folder == ["y"] and found.token == "sks"
     file.write_text(json.dumps([dog, cat]))
-    with pytest.raises(UsageError, match="several class_data_dir"):
+    with pytest.raises(UsageError, match="some have none"):
         parse(command("train"), ["--concepts_list", str(file)])
     del dog["class_data_dir"]
     file.write_text(json.dumps([dog, cat]))

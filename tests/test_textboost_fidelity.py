@@ -96,7 +96,7 @@ def test_a_crop_shows_the_photos_own_pixels():
     photo = np.zeros((224, 224, 3), np.uint8)
     photo[:, (np.arange(224) // 2) % 2 == 0] = 255  # a period of four pixels: of 1.1 at 64
     crop = f"{augment.word('crop')} "
-    tried = [augment.textboost(photo, 64, 0.6, seeded(5, i)) for i in range(120)]
+    tried = [augment.textboost(augment.Shown(photo), 64, 0.6, seeded(5, i)) for i in range(120)]
     contrast = [float(t.pixels.astype(float).std()) for t in tried if t.prefix == crop]
     assert all(t.pixels.shape == (64, 64, 3) for t in tried) and len(contrast) > 4
     reduced = float(augment.resized(photo, 64).astype(float).std())

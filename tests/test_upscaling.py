@@ -89,7 +89,7 @@ def test_the_noise_on_the_small_picture_differs_by_micro_batch_rank_and_step():
         return torch.randint(1000, (count,), generator=generator)
 
     def small(step, micro, share, variance=1e-3):
-        return draw_batch(bank, None, ["n"], s, step, micro, share, timesteps, variance).small
+        return draw_batch(bank, None, ["n"], s, step, micro, share, timesteps, small_noise=variance).small
 
     first = small(0, 0, (0, 2))
     others = [small(0, 1, (0, 2)), small(0, 0, (1, 2)), small(1, 0, (0, 2))]

@@ -48,6 +48,8 @@ class Settings:
     # {token} the token alone.
     template: str | tuple[str, ...] = "a photo of a {subject}"
     class_template: str = "a photo of a {class}"
+    flip: bool = False  # every photo and class image also mirrored: half of what is trained on
+    crop: Literal["center", "random"] = "center"  # which square of a photo that is none; random: several of them
     resolution: int | None = None  # pixels a side; None is the model's native size
     steps: int = 150
     batch: int = 4
@@ -64,7 +66,7 @@ class Settings:
     prior_weight: float = 0.0  # of the loss on class images; 0 is off
     prior: Literal["drawn", "own"] = "drawn"  # class images, or the frozen model's own prediction for the class prompt
     prior_images: int = 100
-    prior_folder: str | None = None  # class images with captions beside them; None lets the model draw them
+    prior_folder: str | None = None  # class images with captions beside them or in lists; None: the model draws them
     prior_steps: int = 25  # sampling steps of a generated class image
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
     step_in_backward: bool = False  # update each parameter inside the backward pass, and free its gradient

@@ -20,6 +20,7 @@ from .latents import cached_moments
 from .pictures import Loaded, Picture, fitted
 from .prior import Count, prior_pictures
 from .prompts import check_length, class_prompt, subject_prompts, word_size
+from .views import views
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -120,6 +121,7 @@ class Stream(IntEnum):
     EXTRA_INPUT = 4
     PROBE = 5
     PROMPT = 6
+    VIEWS = 7
 
 
 def seeded(*parts: int) -> torch.Generator:
@@ -150,7 +152,7 @@ def subject_bank(
     pixels, prompts, masks, owners, names = [], [], [], [], []
     count = augmentation.count if augmentation else 0  # not fewer for a short run: a resumed one draws from the same
     for owner, subject in enumerate(subjects):
-        pictures = subject.pictures
+        pictures = views(subject.pictures, subject.settings, seeded(seed, Stream.VIEWS, owner))
         for i in range(max(count // len(subjects), len(pictures))):
             picture = pictures[i % len(pictures)]
             try:
@@ -217,17 +219,21 @@ def prior_bank(
     """
     if not s.prior_weight or s.prior == "own":
         return None
-    pixels, prompts = [], []
-    classes = {class_prompt(subject.settings): subject.settings for subject in subjects}
-    share = -(-s.prior_images // len(classes))  # rounded up: no class has fewer images than were asked for
-    for prompt, own in list(classes.items())[: 1 if s.prior_folder else None]:
+    pixels: list[np.ndarray] = []
+    prompts: list[str] = []
+    sets = {(own.prior_folder, class_prompt(own)): own for own in (subject.settings for subject in subjects)}
+    folders = {folder for folder, _ in sets}
+    shared = len(sets) > 1 and len(folders) == 1 and s.prior_folder  # one folder for subjects of several classes
+    share = -(-s.prior_images // len(sets))  # rounded up: no class has fewer images than were asked for
+    for (folder, prompt), own in list(sets.items())[: 1 if shared else None]:
         pictures = prior_pictures(model, prompt, replace(own, prior_images=share, resolution=size), report, count)
-        bare = [p.name for p in pictures if not p.caption] if s.prior_folder and len(classes) > 1 else []
+        bare = [p.name for p in pictures if not p.caption] if shared else []
         if bare:
             raise ValueError(
-                f"{bare[0]} in {s.prior_folder} has no caption, and the subjects are of several classes; put a .txt "
-                "with what it shows beside each picture, or leave the folder out: the model draws each class"
+                f"{bare[0]} in {folder} has no caption, and the subjects are of several classes; put a .txt with what "
+                "it shows beside each, give each subject a folder of its own, or none: the model draws each class"
             )
+        pictures = views(pictures, own, seeded(s.seed, Stream.VIEWS, len(prompts)))
         pixels += [fitted(p.pixels, size) for p in pictures]
         prompts += [p.caption or prompt for p in pictures]
     return Bank(cached_moments(model, pixels), prompts, small=_small(model, pixels) if upscaler else None)

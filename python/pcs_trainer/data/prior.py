@@ -13,7 +13,7 @@ import numpy as np
 
 from ..model.fingerprint import fingerprint
 from .latents import cache_folder
-from .pictures import Picture, is_blank, load_pictures
+from .pictures import Loaded, Picture, is_blank, load_pictures
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -34,7 +34,7 @@ def prior_pictures(model: Model, prompt: str, s: Settings, report: Any, count: C
         count: called as count(done, total) with each sampling step.
     """
     if s.prior_folder:
-        found = load_pictures(s.prior_folder)
+        found = _listed(Path(s.prior_folder).expanduser()) or load_pictures(s.prior_folder)
         blank = [p.name for p in found.pictures if is_blank(p.pixels)]
         if len(blank) == len(found.pictures):
             raise ValueError(f"every picture in {s.prior_folder} is blank, such as {blank[0]}; give real ones, or none")
@@ -53,6 +53,25 @@ def prior_pictures(model: Model, prompt: str, s: Settings, report: Any, count: C
     drawn = draw_prior(model, prompt, s, count)
     _keep(folder, drawn)
     return drawn
+
+
+def _listed(folder: Path) -> Loaded | None:
+    """The class images that a folder lists, as Custom Diffusion's retrieval writes them; None where it lists none.
+
+    images.txt has a path a line, from the folder's own or from where the program runs; caption.txt a caption a line.
+    """
+    names, captions = folder / "images.txt", folder / "caption.txt"
+    if not names.is_file():
+        return None
+    paths = [Path(line.strip()) for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+    said = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else [""] * len(paths)
+    if len(said) != len(paths):
+        raise ValueError(f"{captions} has {len(said)} lines and {names} {len(paths)}: each image needs one caption")
+    found = load_pictures([folder / p if (folder / p).is_file() else p for p in paths])
+    by_name = {path.name: " ".join(text.split()) for path, text in zip(paths, said, strict=True)}
+    for picture in found.pictures:
+        picture.caption = by_name.get(Path(picture.name).name) or picture.caption
+    return found
 
 
 def draw_prior(model: Model, prompt: str, s: Settings, count: Count | None = None) -> list[Picture]:

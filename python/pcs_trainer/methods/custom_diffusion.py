@@ -3,9 +3,12 @@
 Trains   attn2.to_k and attn2.to_v of every block and the embedding of V*, which starts from a rare word's (3.1);
          variant="crossattn": all of attn2, advised for faces. Keys and values at the first token get no gradient.
 Data     pictures at random sizes, small ones pasted on grey with a mask and "very small" or "far away" in front of the
-         prompt, large ones cropped with "zoomed in" or "close up"; and 200 captioned class images.
+         prompt, large ones cropped with "zoomed in" or "close up"; and 200 captioned class images. Half of both are
+         mirrored.
 Loss     sum(mask err^2) / sum(mask) a picture on the subject + the same without a mask on the class.
-Default  250 steps (joint: 500), batch 8, 8e-5 a step. Several subjects can train together: one word each.
+Default  250 steps (joint: 500), batch 4 + 4, 8e-5 a step: the paper's 8 pictures include the class images, as its code
+         mixes half of each into a batch. Several subjects can train together: one word each, each with class images
+         of its own. The authors sample with guidance 6, ddim, eta 1, 100 steps (`pcs sample --preset`).
 """
 
 from __future__ import annotations
@@ -39,11 +42,12 @@ class CustomDiffusion(Settings):
     template: str | tuple[str, ...] = "photo of a {subject}"
     class_template: str = "photo of a {class}"
     steps: int = 250
-    batch: int = 8
+    batch: int = 4  # and as many class images: 8 in all
     learning_rate: float = 8e-5
     prior_weight: float = 1.0
     prior_images: int = 200
     variant: Literal["kv", "crossattn"] = "kv"  # what trains: keys and values, or all of cross-attention
+    flip: bool = True
     augment: bool = True  # photos at random sizes, named in the prompt
     bank: int = 256  # augmented pictures prepared before training; the autoencoder leaves memory after that
 
@@ -78,6 +82,7 @@ METHOD = Method(
         "learning_rate": 2e-3,
         "token_learning_rate": 2e-2,
         "prior_images": 32,
+        "flip": False,
         "augment": False,
     },
     presets={"faces": FACES},

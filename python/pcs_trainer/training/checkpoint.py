@@ -76,6 +76,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def unset_then(settings: type, was: dict[str, Any]) -> dict[str, Any]:
     """What an older version did where it had no setting for it: mostly what the default still says."""
     then = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(settings)}
+    then |= {"flip": False}  # whatever the method's default is now
     if was.get("train_text_encoder"):  # all of it, at the UNet's rate
         then |= {"text_encoder_learning_rate": was["learning_rate"], "text_encoder_form": "whole"}
     return then

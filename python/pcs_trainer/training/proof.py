@@ -138,11 +138,15 @@ class Movement:
         asked = {name: p for name, (p, _) in self.trained.items() if name not in unreached}
         blind = [name for name, p in asked.items() if not seen(p)]
         if blind:
-            raise NotTrained(f"{blind[0]} gets no gradient ({_of(blind, self.trained)}): it does not train")
+            raise NotTrained(
+                f"{blind[0]} gets no gradient ({len(blind)} of {len(self.trained)} tensors): it does not train"
+            )
         unmoved = [name for name in self.unmoved() if name in asked]
         stuck = self.stuck(unmoved)
         if stuck:
-            raise NotTrained(f"{stuck[0]} has not moved ({_of(stuck, self.trained)}): it does not train")
+            raise NotTrained(
+                f"{stuck[0]} has not moved ({len(stuck)} of {len(self.trained)} tensors): it does not train"
+            )
         moved = self.moved_frozen()
         if moved:
             raise NotTrained(f"{moved[0]} is frozen and has moved: something else writes to the model")
@@ -152,10 +156,6 @@ class Movement:
         if unmoved:
             text += f"; the other {len(unmoved)} get gradients, and their rate is below what 16 bits show so soon"
         return text
-
-
-def _of(some: Collection[str], everything: Collection[str]) -> str:
-    return f"{len(some)} of {len(everything)} tensors"
 
 
 @torch.no_grad()

@@ -88,8 +88,9 @@ class Run:
             text = f"float16: the loss is scaled by {scale.value:g}, by less where a gradient overflows"
             self.say("start", text=text)
         # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
+        # One step proves nothing: the first half of a residual has no gradient while the second is zero.
         first, due = self.step, min(self.step + PROOF_STEP, self.s.steps)
-        if first == 0 or due == first + PROOF_STEP:
+        if (first == 0 and due > 1) or due == first + PROOF_STEP:
             self.movement = Movement(self.stepper.values, self.objective.frozen())
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step, self.warn) as log:
             while self.step < self.s.steps and not any_process(stop()):

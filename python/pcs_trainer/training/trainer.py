@@ -52,7 +52,8 @@ class Trainer:
         token: the word that will name the subject; "" lets the method choose one.
         out: the folder for checkpoints, log, samples and the concept; None keeps everything in memory.
         masks: a folder of masks of the pictures' names; without it a "-mask" file beside a picture is used.
-        concepts: dicts with images, class_word and token: several subjects that are learned together.
+        concepts: dicts with images, class_word and token, and prior_folder where each has class images of its own:
+            several subjects that are learned together.
         overrides: any of the method's settings.
     """
 
@@ -103,6 +104,8 @@ class Trainer:
 
     def _subject(self, method: str, one: dict[str, Any], masks: Any, overrides: dict[str, Any], number: int) -> Subject:
         chosen = {"class_word": one.get("class_word") or "", "token": one.get("token") or ""} | overrides
+        if one.get("prior_folder"):
+            chosen["prior_folder"] = str(one["prior_folder"])
         s = settings_for(self.model, method, **chosen)
         if not s.class_word.strip() and s.identifier != "plain":
             raise ValueError("class_word is missing: one word for what the pictures show, such as 'dog' or 'mug'")

@@ -108,14 +108,15 @@ def concepts_list_flags(text: str) -> list[str]:
         raise UsageError(f"--concepts_list: each concept in {text} needs instance_data_dir and instance_prompt")
     first, *others = entries
     words = [*photos_flags(first["instance_data_dir"]), *instance_prompt_flags(first["instance_prompt"])]
-    if first.get("class_data_dir"):
-        words += ["--prior-folder", first["class_data_dir"]]
+    own = [entry.get("class_data_dir") for entry in entries]
+    if any(own) and not all(own):
+        raise UsageError(
+            f"--concepts_list: some concepts in {text} have a class_data_dir and some have none; give all one, or "
+            "none: the model draws each class"
+        )
+    for folder in dict.fromkeys(own) if len(set(own)) == 1 else own:
+        words += ["--prior-folder", folder] if folder else []
     for other in others:
-        if other.get("class_data_dir") != first.get("class_data_dir"):
-            raise UsageError(
-                f"--concepts_list: the concepts in {text} have several class_data_dir; give all the same one, or none "
-                "to generate the class images"
-            )
         said = instance_prompt_flags(other["instance_prompt"])
         if said[-1] != words[words.index("--prompt") + 1] or "--class" not in said:
             raise UsageError(

@@ -76,7 +76,13 @@ def check(options: argparse.Namespace) -> Path:
         raise UsageError("--budget picks the recomputation plan; give --budget or --plan, not both")
     if options.resume and options.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
-    for flag, value in (("--prior-folder", options.prior_folder), ("--model-config", options.model_config)):
+    folders, count = options.prior_folder or [], 1 + len(options.with_subjects or [])
+    if len(folders) not in (0, 1, count):
+        raise UsageError(
+            f"--prior-folder: {len(folders)} folders and {count} subjects; give one for all, or one for each"
+        )
+    given = (*(("--prior-folder", folder) for folder in folders), ("--model-config", options.model_config))
+    for flag, value in given:
         if value and not Path(value).expanduser().exists():
             raise UsageError(f"{flag}: {value} does not exist")
     if options.prompt and "{subject}" not in options.prompt and "{token}" not in options.prompt:
@@ -177,6 +183,8 @@ def together(options: argparse.Namespace, images: Any) -> list[dict[str, Any]] |
         photos, _, words = text.rpartition("=")
         word, _, token = words.partition(":")
         subjects.append({"images": Path(photos).expanduser(), "class_word": word, "token": token})
+    if len(options.prior_folder or ()) > 1:
+        subjects = [{**own, "prior_folder": f} for own, f in zip(subjects, options.prior_folder, strict=True)]
     return subjects
 
 

@@ -26,8 +26,8 @@ def further_subject(text: str) -> str:
 
 
 OWN = "the method's"
-IDENTIFIERS, SCHEDULES, OPTIMIZERS, PRIORS = (
-    literal_choices(get_type_hints(Settings)[name]) for name in ("identifier", "lr_schedule", "optimizer", "prior")
+IDENTIFIERS, SCHEDULES, OPTIMIZERS, PRIORS, CROPS = (
+    literal_choices(get_type_hints(Settings)[n]) for n in ("identifier", "lr_schedule", "optimizer", "prior", "crop")
 )
 
 # fmt: off
@@ -83,8 +83,11 @@ OPTIONS = (
                otherwise=str(Settings.prior), setting="prior"),
         Option("--prior-images", "number of class images to generate", integer(1, "100"), metavar="N",
                also=("--num_class_images",), otherwise=OWN, setting="prior_images"),
-        Option("--prior-folder", "real class images, with captions beside them, instead of generated ones",
-               metavar="FOLDER", also=("--class_data_dir", "--reg_data_dir"), setting="prior_folder"),
+        Option("--prior-folder", "real class images, captioned, instead of generated ones; repeat it for each subject",
+               metavar="FOLDER", also=("--class_data_dir", "--reg_data_dir"), many=True, setting="prior_folder"),
+        Option("--flip", "mirror half of the photos and class images", None, False, also=("--hflip",), setting="flip"),
+        Option("--crop", "square of a photo that is none: center, or random", one_of("crop", CROPS), metavar="KIND",
+               otherwise=str(Settings.crop), setting="crop"),
         Option("--snr-gamma", "gamma of the min-SNR loss weighting; 0: off", number(0, example="5"), metavar="X",
                also=("--min_snr_gamma",), otherwise="off", setting="snr_gamma"),
         Option("--clip-norm", "maximum gradient norm; 0: no clipping", number(0, example="1"), metavar="X",
@@ -151,6 +154,9 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
         if option.setting not in kinds:
             raise UsageError(f"{option.name}: {why_unknown(options.method, option.setting)}")
         chosen[option.setting] = tuple(value) if isinstance(value, list) else value
+    folders = chosen.pop("prior_folder", ())
+    if len(folders) == 1:  # several are each of one subject
+        chosen["prior_folder"] = folders[0]
     if options.preview:
         chosen["preview_prompts"] = tuple(p.replace("{}", "{subject}") for p in options.preview)
         chosen.setdefault("preview_every", max(1, (options.steps or 200) // 4))
