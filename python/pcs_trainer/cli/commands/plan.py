@@ -74,8 +74,6 @@ def run(options: argparse.Namespace) -> int:
     if options.rank and options.method not in methods_with("rank"):
         raise UsageError(f"--rank: {why_unknown(options.method, 'rank')}")
     dtype, reason = dtype_of(options, options.device)
-    if reason:
-        say(f"{str(dtype).removeprefix('torch.')}: {reason}")
     found = plan(
         options.model or "tiny",
         options.method,
@@ -88,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
         measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only,
         rank=options.rank,
     )
+    if reason:
+        say(f"planned in {str(dtype).removeprefix('torch.')}: {reason}")
     if options.device == "cpu":
         warn_of_the_reference()
     print(found)
