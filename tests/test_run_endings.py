@@ -14,6 +14,8 @@ from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.training.trainer import Trainer
 from trainer_cases import SMALL, cache, pictures
 
+from pcs_kernels.optim import loss_scale
+
 __all__ = ["cache"]
 pytestmark = pytest.mark.slow
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
@@ -111,7 +113,9 @@ torch.set_num_threads(1)
 import torch.distributed as dist
 from pcs_trainer import Trainer, load_model
 from pcs_trainer.tiny.subjects import photos
-model = load_model("tiny")
+from pcs_kernels.optim import loss_scale
+loss_scale.LossScale.__init__.__defaults__ = ({scale},)
+model = load_model("tiny", torch.{dtype})
 model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
 import pcs_trainer.distributed
 pcs_trainer.distributed.ALONE = {alone}
@@ -130,7 +134,15 @@ assert os.wait()[1] == 0
 PLAIN = dict(optimizer="adamw", learning_rate=1e-4, step_in_backward=False)
 
 
-def in_two_processes(out: Path, method: str, runs: list[tuple[int, bool]], alone: int = 10**6, **settings):
+def in_two_processes(
+    out: Path,
+    method: str,
+    runs: list[tuple[int, bool]],
+    alone: int = 10**6,
+    dtype="float32",
+    scale: float = loss_scale.START,
+    **settings,
+):
     """Each (steps, resume) in turn, by two processes that share the batch; the concept that they write."""
     import socket
 
@@ -138,7 +150,14 @@ def in_two_processes(out: Path, method: str, runs: list[tuple[int, bool]], alone
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     code = PARALLEL.format(
-        path=[p for p in sys.path if p], out=str(out), method=method, runs=runs, alone=alone, settings=SMALL | settings
+        path=[p for p in sys.path if p],
+        out=str(out),
+        method=method,
+        runs=runs,
+        alone=alone,
+        settings=SMALL | settings,
+        dtype=dtype,
+        scale=scale,
     )
     done = subprocess.run([sys.executable, "-c", code, str(port)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -207,3 +226,19 @@ def test_the_command_line_under_torchrun(model, tmp_path):
     lines = (tmp_path / "two" / "logs" / "loss.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
     assert_same_movement(model, one, two)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("method", ("custom_diffusion", "dreambooth"))
+def test_two_processes_agree_on_the_loss_scale_of_float16(tmp_path, method):
+    """Found together from one that overflows, kept in the checkpoint, and the training goes on in step."""
+    settings = {"token_learning_rate": 1e-5, "bank": 12} if method == "custom_diffusion" else {}
+    settings |= PLAIN | {"batch": 2, "dtype": "float16", "scale": 2.0**28, "learning_rate": 3e-4}
+    at_once = in_two_processes(tmp_path / "a", method, [(12, False)], **settings)
+    in_two_processes(tmp_path / "b", method, [(9, False)], **settings)
+    saved = torch.load(tmp_path / "b" / "checkpoint-9" / "optimizer.pt", weights_only=False)
+    scales = [state["scale"] for state in saved] if isinstance(saved, list) else [saved["scale"]]
+    assert scales == scales[:1] * len(scales) and loss_scale.START < scales[0]["value"] < 2.0**28
+    later = in_two_processes(tmp_path / "b", method, [(12, True)], **settings)
+    assert all(bool(x.isfinite().all()) for x in at_once.tensors.values())
+    assert all(torch.equal(at_once.tensors[n], later.tensors[n]) for n in at_once.tensors)

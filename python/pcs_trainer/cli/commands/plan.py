@@ -81,8 +81,6 @@ def run(options: argparse.Namespace) -> int:
     if options.rank and options.method not in methods_with("rank"):
         raise UsageError(f"--rank: {why_unknown(options.method, 'rank')}")
     dtype, reason = dtype_of(options, options.device)
-    if reason:
-        say(f"{str(dtype).removeprefix('torch.')}: {reason}")
     found = plan(
         options.model or "tiny",
         options.method,
@@ -96,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
         rank=options.rank,
         prior=options.prior,
     )
+    if reason:
+        say(f"planned in {str(dtype).removeprefix('torch.')}: {reason}")
     if options.device == "cpu":
         warn_of_the_reference()
     print(found)
