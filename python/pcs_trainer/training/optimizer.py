@@ -86,6 +86,11 @@ class Stepper:
             self._good = before
         return good
 
+    def close(self) -> None:
+        """Take the optimizer off the parameters: the model's own are trained again by later runs."""
+        if self.handle is not None:
+            self.handle.remove()
+
     def _in_backward(self, loss_of: Callable[[int], Tensor]) -> bool:
         """The optimizer runs inside the backward; a loss that is not finite ends the step before any backward."""
         assert self.handle is not None

@@ -56,6 +56,12 @@ class Run:
 
     def train(self, resume: bool = False) -> Concept:
         """All steps, and the concept; resume: go on from the last checkpoint in `out`."""
+        try:
+            return self._train(resume)
+        finally:
+            self.stepper.close()
+
+    def _train(self, resume: bool) -> Concept:
         if resume:
             self.resume()
         learner = self.learner
