@@ -12,11 +12,17 @@ The product's own operations are run on the wrapped tensors, by the backend that
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from functools import cache
 
 import pytest
 import torch
+from pcs_trainer import load_model
+from pcs_trainer.model.sources import TINY
+from pcs_trainer.unet.unet import UNet
+from safetensors.torch import save_file
 
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
@@ -35,6 +41,34 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 TAKE_SCALARS = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 RESHAPED_IN_PLACE = {"resize_", "set_", "squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_", "swapaxes_"}
 calls: Counter[str] = Counter()  # of the product's operations, by name
+late: list[Exception] = []  # of a running backward: raised there, they would abort the process in torch's stream guard
+
+
+def refuse(error):
+    """Raise an error, or keep it until the backward that runs is over."""
+    if torch._C._current_graph_task_id() == -1:
+        raise error
+    late.append(error)
+
+
+def raise_late():
+    if late:
+        first = late[0]
+        late.clear()
+        raise first
+
+
+def _kept(hook):
+    """A hook whose errors are kept until its backward is over."""
+
+    def run(x):
+        try:
+            return hook(x)
+        except Exception as error:
+            late.append(error)
+            return None
+
+    return run
 
 
 class Second(torch.Tensor):
@@ -45,7 +79,7 @@ class Second(torch.Tensor):
     @staticmethod
     def __new__(cls, held):
         if held.dtype == torch.float64:
-            raise TypeError("the second device has no float64")
+            refuse(TypeError("the second device has no float64"))
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             held.shape,
@@ -69,6 +103,16 @@ class Second(torch.Tensor):
     def data(self, value):
         torch.Tensor.data.__set__(self, value)
         self.held = value.held  # torch takes the memory over and does not tell Python
+
+    def backward(self, *args, **options):
+        torch.Tensor.backward(self, *args, **options)
+        raise_late()
+
+    def register_hook(self, hook):
+        return torch.Tensor.register_hook(self, _kept(hook))
+
+    def register_post_accumulate_grad_hook(self, hook):
+        return torch.Tensor.register_post_accumulate_grad_hook(self, _kept(hook))
 
     def data_ptr(self):
         return self.held.data_ptr()
@@ -157,7 +201,7 @@ def _check(func, facts, args, kwargs, foreign):
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != NAME:
         found = generator.device.type
-        raise RuntimeError(f"{facts.name}: Expected a '{NAME}' device type for generator but found '{found}'")
+        refuse(RuntimeError(f"{facts.name}: Expected a '{NAME}' device type for generator but found '{found}'"))
     if not foreign or func in MOVES:
         return
     if func in INDEXED and isinstance(args[0], Second) and (len(args) < 3 or isinstance(args[2], Second)):
@@ -166,7 +210,7 @@ def _check(func, facts, args, kwargs, foreign):
     if facts.scalars and not writes_foreign and all(x.dim() == 0 for x in foreign):
         return
     shapes = [tuple(x.shape) for x in foreign]
-    raise RuntimeError(f"{facts.name}: Expected all tensors to be on the same device, but found {shapes} on the CPU")
+    refuse(RuntimeError(f"{facts.name}: Expected all tensors to be on the same device, but found {shapes} on the CPU"))
 
 
 def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
@@ -194,3 +238,58 @@ def one_thread():
     """Backwards on the caller's thread: a device thread that has run Python would abort the process at its end."""
     with torch.autograd.set_multithreading_enabled(False):
         yield
+    raise_late()
+
+
+# Attention on the way down and in the middle: 500 operations a prediction, where the embedded model's have 1400.
+SMALLER = {
+    "block_out_channels": [32, 32],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "sample_size": 16,
+    "norm_num_groups": 8,
+}
+SIZE = 32  # pixels: eight latents
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The embedded model with a smaller UNet of random weights."""
+    root = tmp_path_factory.mktemp("model") / "small"
+    shutil.copytree(TINY, root)
+    file = root / "unet" / "config.json"
+    config = json.loads(file.read_text()) | SMALLER
+    file.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    weights = UNet.from_config(config).state_dict()
+    save_file(
+        {n: torch.randn_like(w) * 0.1 + (n.endswith("norm.weight") or ".norm" in n) for n, w in weights.items()},
+        root / "unet" / "diffusion_pytorch_model.safetensors",
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """That model on the second device, in float32."""
+    return load_model(folder, torch.float32, device=NAME)
+
+
+@pytest.fixture(scope="module")
+def halved(folder):
+    """That model on the second device, in bfloat16."""
+    return load_model(folder, torch.bfloat16, device=NAME)
+
+
+@pytest.fixture(scope="module")
+def twin(folder):
+    """The same model on the CPU: what makes concepts by hand and what results are compared with."""
+    return load_model(folder, torch.float32)
+
+
+def of_cpu(concept):
+    """A concept whose tensors are all on the CPU, finite."""
+    tensors = [*concept.tensors.values(), *(r for rows in concept.words.values() for r in rows)]
+    assert tensors and not any(isinstance(t, Second) for t in tensors)
+    assert all(bool(torch.isfinite(t).all()) for t in tensors)
+    return concept
