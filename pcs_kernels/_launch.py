@@ -96,17 +96,22 @@ def current_arch(device: torch.device) -> int:
 
 def unavailable(x: Tensor, dots: bool) -> str | None:
     """Why Triton cannot take tensors like x at all, in one sentence; None when it can."""
-    if x.device.type == "meta" and _recorder is not None:
+    return unavailable_for(x.device, x.dtype, dots)
+
+
+def unavailable_for(device: torch.device, dtype: torch.dtype, dots: bool) -> str | None:
+    """`unavailable` of a tensor on this device in this dtype."""
+    if device.type == "meta" and _recorder is not None:
         return arch_reason(_recorder.arch, dots)
-    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return "triton needs a CUDA tensor; set TRITON_INTERPRET=1 before the import to interpret on the CPU"
-    if x.dtype not in _DTYPES:
-        return f"the triton kernels take float32, float16 and bfloat16, not {x.dtype}; cast, or use the reference"
-    if x.device.type == "cpu":
-        if dots and x.dtype == torch.bfloat16:
+    if dtype not in _DTYPES:
+        return f"the triton kernels take float32, float16 and bfloat16, not {dtype}; cast, or use the reference"
+    if device.type == "cpu":
+        if dots and dtype == torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 matrices wrongly; interpret in float32 or float16"
         return None
-    return arch_reason(current_arch(x.device), dots)
+    return arch_reason(current_arch(device), dots)
 
 
 def arch_reason(arch: int, dots: bool) -> str | None:

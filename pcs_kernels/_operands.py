@@ -38,10 +38,16 @@ def strides(x: Tensor | None, align: int) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else tuple(s // align for s in x.stride()[:-1])
 
 
+def width_reason(width: int) -> str | None:
+    """Why the attention kernels cannot take heads of this width, or None."""
+    return f"head width {width} is above {MAX_WIDTH}; use the reference" if width > MAX_WIDTH else None
+
+
 def head_reason(*tensors: Tensor) -> str | None:
     """Why the attention kernels cannot take these [B, H, N, D] tensors of one width, or None."""
-    if tensors[0].shape[3] > MAX_WIDTH:
-        return f"head width {tensors[0].shape[3]} is above {MAX_WIDTH}; use the reference"
+    too_wide = width_reason(tensors[0].shape[3])
+    if too_wide:
+        return too_wide
     for x in tensors:
         if x.shape[2] * abs(x.stride(2)) + x.shape[3] >= 2**31:
             return "the rows of one head lie 2^31 or more elements apart. Fix: .contiguous(), or use the reference"

@@ -13,7 +13,7 @@ from . import __version__, _native
 from ._dispatch import BACKENDS as BACKENDS
 from ._dispatch import NEEDS, OPS, Op
 from ._dispatch import forced_backend as forced_backend
-from .ops.self_attention.op import flash_reason, xformers_reason
+from .ops.self_attention.op import backend_of, flash_reason, xformers_reason
 
 
 class Verdict(NamedTuple):
@@ -40,9 +40,28 @@ class NativeBuild(NamedTuple):
     reason: str
 
 
+UNTESTED = ("xpu", "mps")  # devices that torch knows and the ops run on, by torch's own operations; never measured
+
+
 def device_type() -> str:
     """The device the ops are asked about: "cuda" where torch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_there(kind: str) -> bool:
+    """Whether torch sees a device of this kind here."""
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    try:
+        module = torch.get_device_module(kind)
+    except RuntimeError:  # torch knows no such device, or was built without it
+        return False
+    return bool(module.is_available())
+
+
+def other_devices() -> list[str]:
+    """Kinds of devices beside CPU and CUDA that torch sees here: on them the ops run as torch's own operations."""
+    return [kind for kind in UNTESTED if is_there(kind)]
 
 
 def op_names() -> list[str]:
@@ -85,16 +104,34 @@ def example(op: str, device: str) -> tuple[object, ...]:
     }[op]
 
 
-def verdicts() -> list[Verdict]:
-    """Every op on every backend of this machine, then self_attention's external backends."""
-    return [verdict for name in op_names() for verdict in _backends_of(OPS[name])] + _external()
+def verdicts(kind: str = "") -> list[Verdict]:
+    """Every op on every backend, then self_attention's external backends.
+
+    Args:
+        kind: of the device, such as "cuda"; default: `device_type()`.
+    """
+    kind = kind or device_type()
+    own = [verdict for name in op_names() for verdict in _backends_of(OPS[name], kind)]
+    first = _attention(kind)
+    if first == "op":
+        first = next(v.backend for v in own if v.op == "self_attention" and v.runs)
+    return own + _external(kind, first)
 
 
-def _backends_of(op: Op) -> list[Verdict]:
-    arguments = example(op.name, device_type())
+def _attention(kind: str) -> str:
+    """What runs an everyday call of self_attention: "sdpa", "xformers" or "op"."""
+    q = example("self_attention", kind)[0]
+    assert isinstance(q, Tensor)
+    return backend_of(q.device, q.dtype, q.shape[-1])
+
+
+def _backends_of(op: Op, kind: str) -> list[Verdict]:
+    arguments = example(op.name, kind)
     reasons = {backend: op.why_not(backend, *arguments) for backend in BACKENDS}
-    order = op.order.get(device_type(), ("reference",))
+    order = op.order.get(kind, ("reference",))
     chosen = next(backend for backend in order if reasons[backend] is None)
+    if op.name == "self_attention" and _attention(kind) != "op":
+        chosen = _attention(kind)
     first = f"{chosen} comes first here"
     return [
         Verdict(op.name, backend, backend == chosen, reason is None, first if reason is None else reason)
@@ -102,12 +139,14 @@ def _backends_of(op: Op) -> list[Verdict]:
     ]
 
 
-def _external() -> list[Verdict]:
-    flash = flash_reason(torch.bfloat16, 64) if device_type() == "cuda" else "the native kernel comes first on the CPU"
-    xformers = xformers_reason(device_type())
+def _external(kind: str, first: str) -> list[Verdict]:
+    """self_attention's other backends beside the one that runs."""
+    xformers = xformers_reason(kind)
     return [
-        Verdict("self_attention", "sdpa", flash is None, True, flash or ""),
-        Verdict("self_attention", "xformers", False, xformers is None, xformers or "sdpa comes first here"),
+        Verdict("self_attention", "sdpa", first == "sdpa", True, f"{first} comes first here"),
+        Verdict(
+            "self_attention", "xformers", first == "xformers", xformers is None, xformers or f"{first} comes first here"
+        ),
     ]
 
 

@@ -137,6 +137,15 @@ def test_one_bad_step_changes_nothing_and_the_run_goes_on(model, in_backward, mo
 
 
 @pytest.mark.slow
+def test_a_run_leaves_no_optimizer_on_the_model(model):
+    """The text encoder stays when the UNet is read again: the next run must not be stepped by this one's optimizer."""
+    settings = dict(steps=1, train_text_encoder=True, step_in_backward=True, prior_weight=0.0, probe_every=0)
+    for _ in range(2):
+        trainer(model, "dreambooth", clip="two_pass", learning_rate=1e-2, **settings).train()
+        assert not any(p._post_accumulate_grad_hooks for p in model.text_encoder.parameters())
+
+
+@pytest.mark.slow
 def test_a_failed_preview_does_not_end_the_run(model, tmp_path):
     events = []
     t = trainer(model, out=tmp_path, steps=4, preview_every=2, preview_prompts=("a <mug> mug",))

@@ -3,8 +3,10 @@
 q [B,H,N,D]; k, v [B,H,M,D] -> out [B,H,N,D] with the memory of [B,N,H,D].
 
 Backends: torch's scaled_dot_product_attention ("sdpa"), xformers, our Triton kernel, our native CPU kernel, the
-reference. On a GPU sdpa runs where its flash kernel fits (16-bit, D a multiple of 8 up to 256), else xformers where
-it is installed, else Triton, else sdpa's own fallbacks; on a CPU the native kernel, else sdpa.
+reference. On an NVIDIA GPU sdpa runs where its flash kernel fits (16-bit, D a multiple of 8 up to 256), else xformers
+where it is installed, else Triton where its kernel runs on this GPU, else sdpa's own fallbacks; on a CPU the native
+kernel, else sdpa; on every other device sdpa. The reference, which stores all N x M scores, runs where it is forced,
+and on a CPU for the dtypes that the native kernel refuses.
 Kept for the backward: q, k, v, out and the log-sum-exp [B,H,N].
 """
 
@@ -118,23 +120,34 @@ def xformers_reason(device_type: str) -> str | None:
     return None
 
 
-def _backend_of(device_type: str, dtype: torch.dtype, width: int) -> str:
+def backend_of(device: torch.device, dtype: torch.dtype, width: int) -> str:
     """ "sdpa", "xformers" or "op" (one of this package's own backends)."""
     if forced_backend():
         return "op"
     if forced_external():
         return forced_external()
-    if device_type == "cpu":
+    if device.type == "cpu":
         return "op" if dtype is torch.float64 or not isinstance(OP.module("native"), str) else "sdpa"
-    if device_type == "cuda" and flash_reason(dtype, width) is not None:
-        if xformers_reason(device_type) is None and dtype is not torch.float64:
+    if device.type == "cuda" and flash_reason(dtype, width) is not None:
+        if xformers_reason(device.type) is None and dtype is not torch.float64:
             return "xformers"
-        return "op" if dtype is not torch.float64 and not isinstance(OP.module("triton"), str) else "sdpa"
+        return "op" if triton_reason(device, dtype, width) is None else "sdpa"
     return "sdpa"
 
 
 # torch.compiler.assume_constant_result does no more, but importing it would load the whole compiler.
-_backend_of.__dict__["_dynamo_marked_constant"] = True
+backend_of.__dict__["_dynamo_marked_constant"] = True
+
+
+def triton_reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why our Triton kernel would not run on a GPU, or None."""
+    module = OP.module("triton")
+    if isinstance(module, str):
+        return module
+    if not torch.cuda.is_available():  # fake tensors: what is planned for is another machine's GPU
+        return None if dtype is not torch.float64 else "the triton kernels take no float64"
+    found: str | None = module.reason_for(device, dtype, width)
+    return found
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -151,7 +164,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     """
     check.tensor("q", q)
     scale = check.attention_scale(scale, q)
-    external = _backend_of(q.device.type, q.dtype, q.shape[-1] if q.dim() else 0)
+    external = backend_of(q.device, q.dtype, q.shape[-1] if q.dim() else 0)
     if external != "op":
         for name, x in (("q", q), ("k", k), ("v", v)):
             check.tensor(name, x)

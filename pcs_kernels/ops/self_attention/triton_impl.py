@@ -22,9 +22,10 @@ from ..._launch import (
     record,
     split_width,
     unavailable,
+    unavailable_for,
 )
 from ..._layout import heads_last_empty, unit_rows
-from ..._operands import LOG2_E, common_align, head_reason, strides
+from ..._operands import LOG2_E, common_align, head_reason, strides, width_reason
 from .triton_kernels import self_bwd_kv_kernel, self_bwd_q_kernel, self_fwd_kernel
 
 
@@ -103,6 +104,11 @@ def launch_config(
 
 def reason(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *_: object) -> str | None:
     return unavailable(q, dots=True) or head_reason(q, k, v)
+
+
+def reason_for(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why heads of this width and dtype cannot run on a device, however they lie in memory; or None."""
+    return unavailable_for(device, dtype, dots=True) or width_reason(width)
 
 
 def _config(q: Tensor, rows: int, kernel: Kernel, align: int) -> dict[str, int]:

@@ -53,6 +53,7 @@ class Diagnosis:
     versions: dict[str, str]
     ops: list[OpState]
     advice: str
+    others: list[str] = field(default_factory=list)  # kinds of devices that torch sees beside it, untested
 
     @property
     def well(self) -> bool:
@@ -166,9 +167,9 @@ def _op_states(dtype: torch.dtype, kind: str) -> list[OpState]:
     found: dict[str, OpState] = {}
     for verdict in diagnostics.verdicts():
         state = found.setdefault(verdict.op, OpState(verdict.op, "reference"))
-        if verdict.runs and verdict.backend in diagnostics.BACKENDS:
+        if verdict.runs:
             state.backend = verdict.backend
-        elif not verdict.runs:
+        else:
             state.others[verdict.backend] = verdict.text.removeprefix("off: ")
     for state in found.values():
         if state.backend != "reference":
@@ -206,7 +207,8 @@ def examine() -> Diagnosis:
     ops = _op_states(dtype, kind)
     triton = diagnostics.triton_reason() is None
     advice = _advice(kind, has_native, ops, shutil.which("nvidia-smi") is not None, triton)
-    return Diagnosis(machine.device_name(kind), kind, dtype, reason, native, has_native, versions, ops, advice)
+    name, others = machine.device_name(kind), diagnostics.other_devices()
+    return Diagnosis(name, kind, dtype, reason, native, has_native, versions, ops, advice, others)
 
 
 def _version(package: str) -> str:
@@ -224,6 +226,7 @@ def report(found: Diagnosis | None = None) -> str:
     """
     found = found or examine()
     lines = [f"device     {found.device}", f"precision  {str(found.dtype)[6:]}: {found.dtype_reason}"]
+    lines += [f"also here  --device {kind}: {machine.untested(kind)}" for kind in found.others]
     lines += [f"kernels    {found.native}"]
     lines += ["versions   " + ", ".join(f"{name} {version}" for name, version in found.versions.items()), ""]
     lines += [f"{'operation':<18}{'runs on':<11}error against the reference"]

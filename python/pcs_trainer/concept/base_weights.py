@@ -55,24 +55,28 @@ class BaseWeights:
             for name, p in parameters_of(model, part).items()
         }
 
+    def value(self, name: str) -> Tensor:
+        """A parameter's value on the CPU, where concepts are: their algebra needs float64, which not all GPUs have."""
+        return self.parameters[name].cpu()
+
     def takes_residual(self, path: str) -> bool:
         """Whether a low-rank residual can sit on `part.module`: a linear layer or a transformer's 1x1 convolution."""
         weight = self.parameters.get(f"{path}.weight")
         return weight is not None and is_projection(path, weight)
 
     def tuned(self, concept: Concept, name: str) -> Tensor | None:
-        """The value of the parameter `name` with the concept on it, in float64; None where the concept has no change.
+        """The value of the parameter `name` with the concept on it, in float64 on the CPU; None without a change of it.
 
         Args:
             concept: what changes it; its causal and context residuals change no parameter.
             name: as in `parameters`.
         """
-        slot, base, own = parse(name), self.parameters[name], concept.tensors
+        slot, own = parse(name), concept.tensors
         difference = difference_name(slot.part, slot.layer)
         down_name, up_name = pair_names(slot.part, slot.layer.removesuffix(".weight"))
         if not {name, difference, down_name} & own.keys():
             return None
-        value = own.get(name, base).double()
+        value = (own[name] if name in own else self.value(name)).double()
         if difference in own:
             value = value + own[difference].double().to(value.device)
         if down_name in own:

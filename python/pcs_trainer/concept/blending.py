@@ -104,7 +104,7 @@ def _summed_changes(
                     f"{spell(slot)} is a whole value and its weights sum to {1 - left:g}: "
                     "give the base model (model=...), which makes up the rest"
                 )
-            total = total + left * base.parameters[slot.path].double().to(total.device)
+            total = total + left * base.value(slot.path).to(total)
         tensors[spell(slot)] = total.to(first.dtype)
     return tensors
 

@@ -51,7 +51,7 @@ def compress(concept: Concept, model: Model | None = None, ratio: float = 0.6) -
             continue
         change = value.float()
         if slot.kind is Kind.VALUE:
-            change = change - base.parameters[slot.path].float()
+            change = change - base.value(slot.path).to(change)
         u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
         tensors[down_name], tensors[up_name] = _cut(u, s, vh, ratio, value.dtype)
     return replace(concept, tensors=tensors, meta=concept.meta | {"compressed": f"{ratio:g}"})

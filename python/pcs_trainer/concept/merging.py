@@ -141,7 +141,7 @@ def _solved(
     dropped = [i for i in range(len(rows)) if i not in constraint.kept]
     tensors, residual, dropped_residual = {}, 0.0, 0.0
     for name in matrices:
-        w0 = base.parameters[name]
+        w0 = base.value(name)
         tuned = [base.tuned(concept, name) for concept in concepts]
         if all(w is None for w in tuned):
             continue

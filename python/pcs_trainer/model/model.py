@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModel
+from ..machine import device_problem
 from ..unet.config import reads_small_picture
 from ..unet.unet import UNet
 from .schedule import Schedule
@@ -249,12 +250,17 @@ def load_model(
         where: a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded model).
         dtype: of the networks; default: the files' own (float16 becomes float32 on a CPU). Training in float16 scales
             its loss; `pcs doctor` says which dtype suits this machine best.
-        device: where the networks go; "meta" builds them without weights.
+        device: where the networks go: "cpu", "cuda", "cuda:1", and untested "xpu" and "mps", which have no kernels of
+            ours; "meta" builds them without weights.
         config: for a checkpoint file, the folder or hub name of the configuration files diffusers converts it by.
 
     Raises:
         UnsupportedModel: one sentence naming the file and what is wrong with it, here or when a part is first used.
+        ValueError: where torch does not see the device.
     """
+    problem = device_problem(device)
+    if problem is not None:
+        raise ValueError(f"device {str(device)!r}: {problem}")
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))
     _check_family(source)
     return Model(source, dtype, str(device))

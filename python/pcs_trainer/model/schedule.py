@@ -98,6 +98,6 @@ class Schedule:
         return signal * x - sigma * prediction
 
     def snr(self, t: Tensor | None = None) -> Tensor:
-        """abar / (1 - abar), at t or at every step."""
-        abar = self.abar if t is None else self.abar[t.to(self.abar.device)]
+        """abar / (1 - abar) at t, on t's device; without t at every step."""
+        abar = self.abar if t is None else self.abar.to(t.device)[t]
         return abar / (1 - abar)

@@ -50,12 +50,12 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _open(file: Path, device: str) -> Any:
+def _open(file: Path) -> Any:
     """safetensors' reader of a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(str(file), framework="pt", device=device)
+        return safe_open(str(file), framework="pt", device="cpu")
     except SafetensorError as error:
         raise UnsupportedModel(f"{file} is a truncated or corrupt safetensors file: {error}") from error
     except OSError as error:
@@ -63,12 +63,12 @@ def _open(file: Path, device: str) -> Any:
 
 
 def read_tensors(file: Path, dtype: torch.dtype | None, device: str) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a file. In the file's own dtype it is a view of the mapped file, read when first touched."""
-    names = list(_open(file, "cpu").keys())
+    """Each tensor of a file. On the CPU in the file's own dtype it is a view of the mapped file, read when touched."""
+    names = list(_open(file).keys())
     for start in range(0, len(names), GROUP):
-        opened = _open(file, device)
+        opened = _open(file)
         for name in names[start : start + GROUP]:
-            tensor = opened.get_tensor(name)
+            tensor = opened.get_tensor(name).to(device)  # before the cast: files are mostly the smaller of the two
             yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 

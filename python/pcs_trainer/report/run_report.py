@@ -60,17 +60,21 @@ def smooth(values: list[float], keep: float = SMOOTHING) -> list[float]:
     return result
 
 
-def machine() -> dict[str, Any]:
-    """What the run used, for the report's "environment"."""
+def machine(kind: str = "") -> dict[str, Any]:
+    """What the run used, for the report's "environment".
+
+    Args:
+        kind: of the model's device; default: the GPU where there is one, else the CPU.
+    """
     import torch
 
-    from ..machine import kernels
+    from ..machine import device_name, kernels
 
-    gpu, count = torch.cuda.is_available(), torch.get_num_threads()
-    device = torch.cuda.get_device_name() if gpu else f"{processor()}, {count} thread{'s' * (count > 1)}"
+    kind, count = kind or ("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()
+    device = f"{processor()}, {count} thread{'s' * (count > 1)}" if kind == "cpu" else device_name(kind)
     return {
         "device": device,
-        "kernels": kernels()[0],
+        "kernels": kernels(kind)[0],
         "pcs": own_version(),
         "torch": torch.__version__,
         "Python": platform.python_version(),
@@ -193,7 +197,7 @@ def write_run_report(
         "proof": [proof_of(title, events)],
         "timings": [{"name": "training", "seconds": seconds}],
         "settings": [{"name": title, "values": s.asdict()}],
-        "environment": machine(),
+        "environment": machine(model.unet.conv_in.weight.device.type),
     }
     return write_report(folder / "report.html", data)
 

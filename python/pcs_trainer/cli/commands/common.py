@@ -47,7 +47,7 @@ MODEL_FLAGS = (
     MODEL,
     *grouped(
         "model",
-        Option("--device", "cpu, cuda or cuda:1", metavar="DEVICE", otherwise="GPU if available"),
+        Option("--device", "cpu, cuda, cuda:1, xpu or mps", metavar="DEVICE", otherwise="GPU if available"),
         Option(
             "--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), metavar="TYPE", otherwise="what suits the device"
         ),
@@ -99,6 +99,7 @@ def say(text: str) -> None:
 def open_model(options: argparse.Namespace) -> Model:
     """The model that the flags name, on the device and in the precision that suit, with a line about each choice."""
     from ...errors import UnsupportedModel
+    from ...machine import untested
     from ...model.model import load_model
 
     quiet_libraries()
@@ -113,6 +114,8 @@ def open_model(options: argparse.Namespace) -> Model:
         model = load_model(where, dtype, device, options.model_config)
     except UnsupportedModel as error:
         raise UsageError(f"--model: {error}") from None
+    if untested(kind):
+        say(untested(kind))
     if reason:
         say(f"{str(dtype).removeprefix('torch.')}: {reason}")
     return model
@@ -132,20 +135,19 @@ def dtype_of(options: argparse.Namespace, kind: str) -> tuple[torch.dtype, str]:
 
 
 def device_of(options: argparse.Namespace) -> tuple[str, str]:
-    """The device that the flags name and its kind, "cpu" or "cuda"; UsageError where it cannot be used."""
+    """The device that the flags name and its kind, such as "cuda"; UsageError where it cannot be used."""
     import torch
 
     from ...distributed import local_rank
+    from ...machine import device_problem
 
     device = options.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UsageError(f"--device: unknown device {device!r}; give cpu, cuda or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: PyTorch sees no GPU here (pcs doctor says why). Fix: --device cpu")
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: only cpu and cuda are supported")
+    problem = device_problem(device)
+    if problem is not None:
+        raise UsageError(f"--device {device}: {problem}")
+    kind = torch.device(device).type
+    if kind == "meta":
+        raise UsageError("--device meta: it has no memory, so nothing can be computed on it")
     if options.dtype == "float16" and kind == "cpu":
         raise UsageError("--dtype float16: not supported on a CPU. Fix: --dtype bfloat16 or float32")
     return device, kind

@@ -106,7 +106,7 @@ def warn_of_the_reference() -> None:
     """Say that a CPU without our kernels needs more than what is counted."""
     from ...machine import slow_note
 
-    if slow_note():
+    if slow_note("cpu"):
         say("counted for the kernels; plain PyTorch, which runs on this CPU, needs more (attention scores above all)")
 
 
@@ -126,6 +126,8 @@ def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) 
     from ...memory.planner import plan
 
     weight = model.unet.conv_in.weight
+    if weight.device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--budget: memory is counted for cpu and cuda alone, not for {weight.device.type}")
     apart = ("resolution", "batch", "accumulate")  # arguments of plan() itself
     others = {name: value for name, value in chosen.items() if name not in apart}
     found: Plan = plan(

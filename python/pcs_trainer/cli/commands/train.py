@@ -133,7 +133,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     started = time.monotonic()
     with Progress(options.method, quiet=options.quiet) as progress, board(options, folder) as also:
         trainer = Trainer(model, options.method, images, out=folder, concepts=together(options, images), **chosen)
-        if note := slow_note():
+        if note := slow_note(model.unet.conv_in.weight.device.type):
             progress.say(note)
 
         def on_event(event: Any) -> None:

@@ -61,7 +61,7 @@ def write_demo_report(demo: Demo, seconds: float) -> None:
         "timings": demo.timings,
         "memory": memory_of(demo),
         "settings": demo.settings,
-        "environment": machine(),
+        "environment": machine("cpu"),
         "failures": demo.failures,
     }
     demo.report = write_report(demo.out / "report.html", page)

@@ -56,7 +56,7 @@ def run_demo(
     started = time.monotonic()
     with Progress("", quiet=quiet) as progress:
         demo = Demo(out, class_word, effort, progress, should_stop, methods)
-        if note := slow_note():
+        if note := slow_note("cpu"):
             progress.say(note)
         try:
             demo.photos = example_photos(photos)

@@ -121,9 +121,7 @@ def _custom_diffusion(concept: Concept, base: BaseWeights | None) -> tuple[dict[
                 raise ValueError(
                     f"{module} lacks {layer}, which diffusers' file needs: give the base model (model=...)"
                 )
-            value = (
-                own[layer] if base is None or layer in own else base.parameters[value_name(UNET, f"{module}.{layer}")]
-            )
+            value = own[layer] if base is None or layer in own else base.value(value_name(UNET, f"{module}.{layer}"))
             tensors[f"{module}.processor.{CUSTOM_LAYERS[layer]}"] = value
     for module in sorted(_attention_layers(changed, base) - changed.keys()):
         tensors[f"{module}.processor"] = torch.zeros(0)  # diffusers' sign for an untrained layer

@@ -154,7 +154,7 @@ def _differences(
                     f"{spell(slot)} is a whole value: give the base model (model=...) whose difference kohya's file "
                     "holds"
                 )
-            change = change - base.parameters[slot.path].double().to(value.device)
+            change = change - base.value(slot.path).double().to(value.device)
         module, _, kind = slot.layer.rpartition(".")
         key = f"{kohya_name(slot.part, module, model, encoders)}.{'diff' if kind == 'weight' else 'diff_b'}"
         pair = Slot(slot.part, module, Kind.PAIR)
