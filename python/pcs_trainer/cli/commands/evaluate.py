@@ -12,7 +12,7 @@ from ...errors import UsageError
 from ...files import written_text
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import Stopped, stop_on_ctrl_c
-from ..options import Command, Option, grouped, integer
+from ..options import Command, Option, grouped, integer, one_of
 from ..progress import Progress
 from . import COMMANDS
 from .common import GUIDANCE, LAG_OPTIONS, MODEL_FLAGS, SEED, STEPS, concept_file, lag_of, open_concept, open_model
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ...concept.concept import Concept
     from ...model.model import Model
     from ...training.stop import Stop
+
+PROMPT_SETS = ("dreambench-object", "dreambench-live")  # evaluation/prompts.py holds them, and needs no torch
 
 OPTIONS = (
     Option("concept", "a run's folder or a concept file", metavar="CONCEPT", group="words"),
@@ -41,6 +43,13 @@ OPTIONS = (
             metavar="TEXT",
             many=True,
             also=("--validation_prompt",),
+            otherwise="twenty for this model",
+        ),
+        Option(
+            "--prompts",
+            f"a set of prompts by name: {', '.join(PROMPT_SETS)}",
+            one_of("set", PROMPT_SETS),
+            metavar="NAME",
             otherwise="twenty for this model",
         ),
         Option("--clip", "folder of a CLIP model, for real checkpoints", metavar="FOLDER"),
@@ -78,6 +87,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("pcs evaluate needs one concept: pcs evaluate out/mug --photos examples/photos")
     if not options.photos:
         raise UsageError("--photos is missing: give a folder of photos of the subject")
+    if options.prompt and options.prompts:
+        raise UsageError("--prompt and --prompts: give prompts of your own, or the name of a set, not both")
     for flag in ("photos", "clip", "dino"):
         value = getattr(options, flag)
         if value and not Path(value).exists():
@@ -98,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace, stop: Stop) -> int:
     """Sample, measure and print the scores; the exit code."""
+    from ...evaluation.prompts import SETS
     from ...evaluation.scores import evaluate
 
     model = open_model(options)
@@ -111,7 +123,7 @@ def measure(options: argparse.Namespace, stop: Stop) -> int:
             model,
             concept,
             options.photos,
-            prompts=options.prompt or None,
+            prompts=SETS[options.prompts] if options.prompts else options.prompt or None,
             count=options.count,
             lag=lag_of(options),
             clip=options.clip,
