@@ -106,3 +106,18 @@ def test_sdxls_autoencoder_computes_in_float32_where_it_asks_to(sdxl):
             assert vae.seen[0] == torch.float32 and all(torch.equal(weights[n], p) for n, p in vae.named_parameters())
     finally:
         sdxl._parts["vae"] = kept
+
+
+def test_dreambenchs_prompts_are_known_by_name():
+    """25 for things and 25 for animals: fifteen are the same."""
+    from pcs_trainer.cli.commands.evaluate import PROMPT_SETS, check
+    from pcs_trainer.evaluation.prompts import SETS, asks_for
+
+    assert tuple(SETS) == PROMPT_SETS
+    things, animals = SETS.values()
+    assert len(set(things)) == len(set(animals)) == 25 and len(set(things) & set(animals)) == 15
+    assert [a.prompt for a in asks_for(None, things)] == list(things)
+    options = given("x", "--photos", ".", "--prompts", "dreambench-live", "--prompt", "a {}", name="evaluate")
+    options.concept = ["x"]
+    with pytest.raises(UsageError, match="not both"):
+        check(options)

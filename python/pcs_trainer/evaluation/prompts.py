@@ -65,6 +65,50 @@ PROMPTS = (
 )
 
 
+PLACES = (
+    "in the jungle",
+    "in the snow",
+    "on the beach",
+    "on a cobblestone street",
+    "on top of pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with a blue house in the background",
+    "on top of a purple rug in a forest",
+)
+OBJECT_PLACES = (
+    "with a wheat field in the background",
+    "with a tree and autumn leaves in the background",
+    "with the Eiffel Tower in the background",
+    "floating on top of water",
+    "floating in an ocean of milk",
+    "on top of green grass with sunflowers around it",
+    "on top of a mirror",
+    "on top of the sidewalk in a crowded street",
+    "on top of a dirt road",
+    "on top of a white rug",
+)
+OUTFITS = (
+    "wearing a red hat",
+    "wearing a santa hat",
+    "wearing a rainbow scarf",
+    "wearing a black top hat and a monocle",
+    "in a chef outfit",
+    "in a firefighter outfit",
+    "in a police outfit",
+    "wearing pink glasses",
+    "wearing a yellow shirt",
+    "in a purple wizard outfit",
+)
+LOOKS = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shaped {}")
+# DreamBench (arXiv 2208.12242, supplement): 25 prompts for things, 25 for animals.
+SETS = {
+    "dreambench-object": (*(f"a {{}} {where}" for where in (*PLACES, *OBJECT_PLACES)), *LOOKS),
+    "dreambench-live": (*(f"a {{}} {where}" for where in (*PLACES, *OUTFITS)), *LOOKS),
+}
+
+
 def asks_for(model: Model, prompts: Sequence[str | Ask] | None = None) -> list[Ask]:
     """The prompts to evaluate with: the user's, or the model's own set.
 

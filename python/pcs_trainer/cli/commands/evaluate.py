@@ -13,7 +13,7 @@ from ...errors import UsageError
 from ...files import written_text
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import Stopped, stop_on_ctrl_c
-from ..options import Command, Option, grouped, integer
+from ..options import Command, Option, grouped, integer, one_of
 from ..progress import Progress
 from . import COMMANDS
 from .common import GUIDANCE, LAG_OPTIONS, MODEL_FLAGS, SEED, STEPS, concept_file, lag_of, open_concept, open_model
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ...concept.concept import Concept
     from ...model.model import Model
     from ...training.stop import Stop
+
+PROMPT_SETS = ("dreambench-object", "dreambench-live")  # evaluation/prompts.py holds them, and needs no torch
 
 OPTIONS = (
     Option("concept", "a run's folder or a concept file", metavar="CONCEPT", group="words"),
@@ -44,6 +46,13 @@ OPTIONS = (
             metavar="TEXT",
             many=True,
             also=("--validation_prompt",),
+            otherwise="twenty for this model",
+        ),
+        Option(
+            "--prompts",
+            f"a set of prompts by name: {', '.join(PROMPT_SETS)}",
+            one_of("set", PROMPT_SETS),
+            metavar="NAME",
             otherwise="twenty for this model",
         ),
         Option("--clip", "folder of a CLIP model, for real checkpoints", metavar="FOLDER"),
@@ -85,6 +94,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("pcs evaluate needs one concept: pcs evaluate out/mug --photos examples/photos")
     if not options.photos:
         raise UsageError("--photos is missing: give a folder of photos of the subject")
+    if options.prompt and options.prompts:
+        raise UsageError("--prompt and --prompts: give prompts of your own, or the name of a set, not both")
     for text in options.photos:
         if not Path(text).exists() and not Path(text.partition("=")[2] or text).exists():
             raise UsageError(f"--photos: {text} does not exist")
@@ -125,6 +136,7 @@ def photos_of(texts: list[str], concept: Concept) -> str | dict[str, str]:
 
 def measure(options: argparse.Namespace, stop: Stop) -> int:
     """Sample, measure and print the scores; the exit code."""
+    from ...evaluation.prompts import SETS
     from ...evaluation.scores import evaluate
 
     model = open_model(options)
@@ -138,7 +150,7 @@ def measure(options: argparse.Namespace, stop: Stop) -> int:
             model,
             concept,
             photos_of(options.photos, concept),
-            prompts=options.prompt or None,
+            prompts=SETS[options.prompts] if options.prompts else options.prompt or None,
             count=options.count,
             lag=lag_of(options),
             clip=options.clip,

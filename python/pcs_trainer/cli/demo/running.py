@@ -134,7 +134,9 @@ def sampled(demo: Demo, model: Model, name: str, concept: Concept | None = None,
         demo.progress.count(step + 1, steps)
         return not demo.should_stop()
 
-    words = [w for w in (concept.token if concept else "", demo.class_word) if w and w in subject]
+    words = [
+        w for w in (concept.token if concept else "", demo.class_word) if w and set(w.split()) <= {*subject.split()}
+    ]
     pictures, maps = sample(
         model,
         prompts,
