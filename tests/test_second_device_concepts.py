@@ -117,9 +117,9 @@ def test_what_is_exported_from_the_device_is_what_the_cpu_exports(model, twin, t
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
     if format == "kohya" and concept.tensors:
         again = import_concept(tmp_path / "ours" / str(files[0]), model)
-        assert differs(model, of_cpu(again))
+        assert differs(model, of_cpu(again), "again")
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_concept_changes_a_prediction_on_the_device(model, twin, kind):
-    assert differs(model, MAKERS[kind](twin))
+    assert differs(model, MAKERS[kind](twin), kind)

@@ -56,9 +56,10 @@ def learned(task: Task, data: Prepared, learner: Learner, step: int, finished: b
 
 def memory_predicts(task: Task, learner: Learner) -> Tensor:
     """The model's prediction for fixed noise with what was learned still on it, by the same kernels as the file's."""
-    for p in learner.parameters.values():
-        if not is_part(p):  # what several processes share is put together for the kernels of weights that train
-            p.requires_grad_(False)  # those round bfloat16 elsewhere than the kernels of frozen weights
+    if learner.trains_whole_network:
+        for p in learner.parameters.values():
+            if not is_part(p):  # what several processes share is put together for the kernels of weights that train
+                p.requires_grad_(False)  # those round bfloat16 elsewhere than the kernels of frozen weights
     return predict(task.model, [], task.prompt, words=learner.rows, hold_first=learner.hold_first)
 
 
