@@ -79,6 +79,8 @@ class Bench:
             given = {"stage": "super_resolution", "noise_level": noise, "seed": 0} | TRAINING
             pictures = [p.picture for p in photos(subject, PHOTOS)]
             concept = Trainer(self.model, "dreambooth", pictures, subject_of(subject).kind, **given).train()
+            if concept.meta["finished"] != "1":
+                raise SystemExit("training was stopped; the unfinished concept is not measured")
             concept.save(file)
         return load_concept(file, self.model)
 
