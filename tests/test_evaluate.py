@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer import load_model
+from pcs_trainer.cli.commands.evaluate import photos_of
 from pcs_trainer.concept.concept import Concept
+from pcs_trainer.errors import UsageError
 from pcs_trainer.evaluation.image_encoders import ClipDinoEncoder, JudgeEncoder, kid
 from pcs_trainer.evaluation.prompts import ASKS, Ask, filled
 from pcs_trainer.evaluation.scores import accuracy, base_of, evaluate, evaluate_folder, similarities
@@ -153,6 +155,19 @@ def test_each_subject_of_a_concept_is_measured_by_its_own_photos(tiny):
         evaluate(tiny, joint, photos["<mug>"], draw=draw)
     with pytest.raises(ValueError, match="photos of '<cat>', and the subjects"):
         evaluate(tiny, joint, {"<cat>": photos["<mug>"]}, draw=draw)
+
+
+def test_the_command_is_told_whose_photos_they_are(tmp_path):
+    both = Concept("x", {}, {}, {"token": "<a>", "class_word": "mug", "subjects": '[["<a>", "mug"], ["<b>", "cat"]]'})
+    one = Concept("x", {}, {}, {"token": "<a>", "class_word": "mug"})
+    folder = str(tmp_path)
+    assert photos_of([folder], one) == folder and photos_of([f"<a>={folder}"], one) == {"<a>": folder}
+    assert photos_of([f"<b>={folder}", "<a>=x"], both) == {"<b>": folder, "<a>": "x"}
+    for wrong in ([folder], [f"<c>={folder}"], ["<a>=x", "<a>=y"], ["<a>"]):
+        with pytest.raises(
+            UsageError, match=r"say once for each subject .* --photos '<a>=FOLDER' --photos '<b>=FOLDER'"
+        ):
+            photos_of(wrong, both)
 
 
 def test_a_prompt_without_a_place_for_the_subject_is_one_sentence(tiny):

@@ -210,6 +210,7 @@ METHOD = Method(
         "token_learning_rate": 2e-2,
         "augment": False,
         "variant": "causal++",
+        "template": "a photo of a {subject}",  # with which the others were chosen
     },
     augment=augmentation,
     side_loss=preservation,

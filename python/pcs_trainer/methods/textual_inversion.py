@@ -48,5 +48,6 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2208.01618",
     trains="the embedding of a new word alone",
     choose="the smallest file there is",
-    tiny={"steps": 300, "batch": 8, "learning_rate": 2e-2},
+    # The other three were chosen with this prompt, and docs/quality.md was measured with it.
+    tiny={"steps": 300, "batch": 8, "learning_rate": 2e-2, "template": "a photo of a {subject}"},
 )
