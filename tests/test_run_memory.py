@@ -141,9 +141,9 @@ def test_a_preview_leaves_no_more_in_memory_than_it_found():
 
 @pytest.mark.parametrize("size, batch", [(64, 8), (256, 8), (512, 2), (768, 1)])
 def test_class_images_are_drawn_by_pixels(monkeypatch, size, batch):
-    from PIL import Image
     from pcs_trainer.methods import settings_for
     from pcs_trainer.sampling import drawing
+    from PIL import Image
 
     asked = []
 
@@ -161,9 +161,13 @@ def test_class_images_are_drawn_by_pixels(monkeypatch, size, batch):
 def test_a_file_is_what_the_format_s_own_library_reads(tmp_path):
     strided = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)
     tensors = {
-        "half": torch.randn(5).bfloat16(), "strided": strided, "turned": torch.arange(6).view(2, 3).T,
-        "nothing": torch.zeros(0, 3), "one": torch.tensor(True), "byte": torch.arange(3, dtype=torch.uint8),
-    }  # fmt: skip
+        "half": torch.randn(5).bfloat16(),
+        "strided": strided,
+        "turned": torch.arange(6).view(2, 3).T,
+        "nothing": torch.zeros(0, 3),
+        "one": torch.tensor(True),
+        "byte": torch.arange(3, dtype=torch.uint8),
+    }
     path = write_safetensors(tmp_path / "x.safetensors", tensors, {"what": "naïve"})
     read = load_file(path)
     assert read.keys() == tensors.keys()

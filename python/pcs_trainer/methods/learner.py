@@ -59,6 +59,7 @@ class Learner:
         self.words: dict[str, Word] = {}
         self.hold_first = False  # the first token, and the empty prompt, stay as the frozen text encoder makes them
         self.trains_whole_network = False  # several processes share it instead of each holding all
+        self.originals: list[Tensor] = []  # values of the model that are put back in the end
         self._undo: list[Callable[[], Any]] = []
         self._sides: set[str] = set()  # where residuals have been attached
 
@@ -79,6 +80,7 @@ class Learner:
     def train_value(self, name: str, parameter: nn.Parameter, *, master: bool) -> None:
         """Train a parameter of the model itself; `master` holds it in float32 while it trains."""
         original = parameter.data
+        self.originals.append(original)
         replace_data(parameter, original.float().clone() if master else original.clone())
         parameter.requires_grad_(True)
         self.weights[name] = parameter
@@ -184,6 +186,7 @@ class Learner:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self.originals.clear()
         self._sides.clear()
 
     def _attach(self, slot: Slot, pair: Pair, word: str = "") -> None:

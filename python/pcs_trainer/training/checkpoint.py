@@ -14,7 +14,10 @@ from torch import Tensor
 from ..settings import with_none_for_unset
 
 # What may change between a run and its resume.
-FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts", "probe_every", "plan", "check_backend")
+FREE = (
+    *("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts"),
+    *("probe_every", "plan", "packing", "check_backend"),
+)
 
 
 def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:

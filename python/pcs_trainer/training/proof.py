@@ -35,10 +35,10 @@ def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Te
     Returns:
         the largest difference, as a sentence; NotTrained names the tensor where one is too large.
     """
-    parameters = _some(parameters)
-    ours = _gradients(parameters, loss)
+    parameters = some(parameters)
+    ours = gradients(parameters, loss)
     with pcs_kernels.backend("reference"):
-        theirs = _gradients(parameters, loss)
+        theirs = gradients(parameters, loss)
     whole = float(torch.stack([g.float().norm() for g in theirs.values()]).norm())
     if not whole > 0:
         raise NotTrained("no tensor has a gradient, or it is not finite: nothing would train")
@@ -58,7 +58,7 @@ def compare_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Te
     return f"gradients agree with the reference (largest difference {errors[worst]:.1e}, {worst})"
 
 
-def _some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """All of a small set; of a whole network about fifty tensors from its first layer to its last."""
     if sum(p.numel() for p in parameters.values()) <= SET:
         return parameters
@@ -66,7 +66,8 @@ def _some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return {name: parameters[name] for name in names[:: max(1, len(names) // 50)]}
 
 
-def _gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+def gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The gradient of each parameter, zeros where it has none; `.grad` stays as it is."""
     found = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
 

@@ -134,6 +134,7 @@ class Run:
     def preview(self) -> None:
         """Pictures from where the run stands; whatever goes wrong here does not end it."""
         before = set(self.model.loaded)
+        pcs_kernels.forget_packed_weights()
         try:
             random = torch.get_rng_state()
             with torch.no_grad():
@@ -202,9 +203,14 @@ class Run:
 
     def finish(self) -> Concept:
         """The concept, saved, and its file shown to predict what memory predicts."""
-        whole = self.learner.trains_whole_network
         self.stepper.close()
         pcs_kernels.forget_packed_weights()
+        with pcs_kernels.packing("none"):  # three predictions, each with weights of its own
+            return self.proven()
+
+    def proven(self) -> Concept:
+        """The concept off the model and saved, and what its file predicts."""
+        whole = self.learner.trains_whole_network
         in_memory = memory_predicts(self.task, self.learner)
         concept = learned(self.task, self.objective.data, self.learner, self.step, not self.stopped)
         self.learner.restore()

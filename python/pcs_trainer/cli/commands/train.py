@@ -113,7 +113,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     first = join()[0] == 0
     options.quiet, options.tensorboard = options.quiet or not first, options.tensorboard and first
     model = open_model(options)
-    if options.budget:
+    if options.budget or options.ram:
         chosen |= within_budget(options, model, chosen)
     images = options.photos[0] if len(options.photos) == 1 else options.photos
     events: list[Any] = []
@@ -140,10 +140,13 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         say(f"stopped and saved after {concept.meta.get('steps')} steps; continue with: {again(folder)}")
         return INTERRUPTED
     if not options.no_report:
+        from pcs_kernels import packing
+
         from ...report.run_report import write_run_report
 
         seconds = time.monotonic() - started
-        say(f"report: {write_run_report(folder, model, trainer, concept, events, seconds)}")
+        with packing(trainer.settings.packing):
+            say(f"report: {write_run_report(folder, model, trainer, concept, events, seconds)}")
     say(f'use it: pcs sample "a photo of {{}}" --concept {shlex.quote(str(folder))}{model_flag(options)}')
     print(folder / CONCEPT_FILE)
     return DONE
@@ -198,7 +201,7 @@ def within_budget(options: argparse.Namespace, model: Model, chosen: dict[str, A
     """The settings of the fastest plan that fits; DoesNotFit says what is missing."""
     from .plan import chosen_plan
 
-    return chosen_plan(model, options.method, options.budget, chosen)
+    return chosen_plan(model, options.method, options.budget, options.ram, not options.no_report, chosen)
 
 
 def model_flag(options: argparse.Namespace) -> str:
