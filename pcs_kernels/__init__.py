@@ -9,6 +9,7 @@ from . import optim as optim
 from ._dispatch import BackendUnavailable as BackendUnavailable
 from ._dispatch import backend as backend
 from ._packed import forget_packed_weights as forget_packed_weights
+from ._packed import packing as packing
 from ._packed import weight_version as weight_version
 from .ops.cross_attention import cross_attention as cross_attention
 from .ops.frozen_conv import frozen_conv2d as frozen_conv2d

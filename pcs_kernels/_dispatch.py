@@ -34,6 +34,7 @@ class Cost(NamedTuple):
 
     flops: Callable[..., int] | None  # of the arguments that it names, and of `result`
     packed: str | None  # the weight that the CPU kernel packs
+    run: Callable[..., Any]  # the implementation on every device
 
 
 COSTS: dict[str, Cost] = {}
@@ -158,7 +159,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcs_kernels::{name}", fake, lib=LIBRARY)
-    COSTS[name] = Cost(flops, packed)
+    COSTS[name] = Cost(flops, packed, run)
 
 
 def distinct(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,15 +1,19 @@
-"""Cache of packed weights, invalidated when the weight changes or dies."""
+"""Cache of packed weights, invalidated when the weight changes or dies; which directions may be packed."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 MOST_VARIANTS = 2  # two input shapes may alternate (a batch and its last, smaller one) without packing anew each time
 
+Directions = Literal["both", "forward", "none"]
+
+_directions: Directions = "both"
 _cache: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, dict[Hashable, Any]]]] = {}
 
 
@@ -50,6 +54,29 @@ def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], varian
             variants.pop(next(iter(variants)))
         variants[variant] = pack(weight.detach())
     return variants[variant]
+
+
+@contextmanager
+def packing(directions: Directions) -> Iterator[None]:
+    """Keep packed copies of frozen weights (CPU) for both directions, the forward alone or none, inside the `with`.
+
+    A copy is as large as the weight. It holds for the whole process, as autograd runs backwards on other threads;
+    copies that were made before are used where their direction is allowed, and stay until they are forgotten.
+    """
+    global _directions
+    if directions not in get_args(Directions):
+        raise ValueError(f"packing takes one of {', '.join(get_args(Directions))}, not {directions!r}")
+    before = _directions
+    _directions = directions
+    try:
+        yield
+    finally:
+        _directions = before
+
+
+def may_pack(direction: Literal["forward", "backward"]) -> bool:
+    """Whether a frozen weight may be kept packed for this direction now."""
+    return _directions == "both" or _directions == direction
 
 
 def forget_packed_weights() -> None:

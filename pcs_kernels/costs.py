@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._dispatch import COSTS
+from ._packed import may_pack
 
 Formula = Callable[..., int]
 RESULT = "result"  # the name by which a formula reads what the op returned; every other name is an argument's
@@ -52,10 +53,26 @@ def by_name(packet: Any, flops: Formula) -> Formula:
     return count
 
 
+def implementation(op: Any) -> Callable[..., Any]:
+    """What a registered op runs, as plain Python: its parts can then be counted one by one."""
+    return COSTS[op._schema.name.partition("::")[2]].run
+
+
 def packed_weight(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The weight of this call that the op's CPU kernel packs, once for each direction; None where it packs none."""
     name = _packed_names().get(packet)
-    return None if name is None else argument(packet, name, args, kwargs)
+    if name is None or not argument_or(packet, "pack", args, kwargs, may_pack(_direction(packet))):
+        return None
+    return argument(packet, name, args, kwargs)
+
+
+def _direction(packet: Any) -> Literal["forward", "backward"]:
+    return "backward" if packet.__name__.endswith("backward") else "forward"
+
+
+def argument_or(packet: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], otherwise: Any) -> Any:
+    """`argument`, or `otherwise` of an op whose schema has no such argument."""
+    return argument(packet, name, args, kwargs) if name in _places(packet) else otherwise
 
 
 def argument(packet: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

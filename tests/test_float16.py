@@ -223,3 +223,14 @@ def test_an_autoencoder_that_overflows_float16_runs_in_float32(tmp_path):
     assert [m.vae.dtype for m in found.values()] == [torch.float32, torch.float16]
     assert found["tiny"].unet.conv_in.weight.dtype == torch.float16
     assert load_model("tiny", dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dreambooth", "custom_diffusion", "dreambooth_lora"])
+def test_the_prior_may_be_the_models_own_prediction(models, method):
+    """The gradients are compared in float32, and so is what the frozen model predicts there."""
+    model = models[torch.float16]
+    events = []
+    settings = dict(prior="own", prior_weight=1.0, steps=2, check_backend=True)
+    trainer(model, method, **settings).train(on_event=events.append)
+    assert sum(e.kind == "proof" for e in events) == 3 and events[-1].kind == "done"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.training.trainer import Trainer
-from trainer_cases import SMALL, cache, pictures
+from trainer_cases import SMALL, cache, pictures, trainer
 
 from pcs_kernels.optim import loss_scale
 
@@ -242,3 +242,26 @@ def test_two_processes_agree_on_the_loss_scale_of_float16(tmp_path, method):
     later = in_two_processes(tmp_path / "b", method, [(12, True)], **settings)
     assert all(bool(x.isfinite().all()) for x in at_once.tensors.values())
     assert all(torch.equal(at_once.tensors[n], later.tensors[n]) for n in at_once.tensors)
+
+
+@pytest.mark.slow
+def test_custom_diffusion_ends_in_16_bits_although_its_values_train_in_float32(tmp_path):
+    from pcs_trainer import load_model
+
+    model = load_model("tiny", dtype=torch.bfloat16)
+    events = []
+    trainer(model, "custom_diffusion", tmp_path, steps=3).train(on_event=events.append)
+    assert events[-1].kind == "done" and (tmp_path / "concept.safetensors").is_file()
+
+
+def test_a_log_goes_on_by_the_steps_numbers_where_some_were_skipped(tmp_path):
+    from pcs_trainer.methods import settings_for
+    from pcs_trainer.training.log import Log
+
+    (tmp_path / "logs").mkdir()
+    rows = [f"{step},1,1,1,,,1e-3,1" for step in (1, 4, 5, 6, 7)]  # 2 and 3 were skipped; the checkpoint is of 5
+    (tmp_path / "logs" / "loss.csv").write_text("\n".join(["step", *rows]) + "\n")
+    with Log(tmp_path, settings_for(None, "dreambooth", class_word="mug"), 5, print):
+        pass
+    lines = (tmp_path / "logs" / "loss.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", "1", "4", "5"]

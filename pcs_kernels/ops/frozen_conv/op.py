@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import _check as check
 from ..._dispatch import Op, define, forced_backend
+from ..._packed import may_pack
 
 # cuDNN and cuBLAS have the fastest convolutions and products on a GPU: our Triton kernel runs only where it is forced.
 OP = Op("frozen_conv", __package__, order={"cuda": ("reference",), "cpu": ("native", "reference")})
@@ -170,7 +171,8 @@ class _FrozenConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool, backend: str
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.settings = x.shape[2], x.shape[3], stride, padding, pack, backend
+        ctx.settings = x.shape[2], x.shape[3], stride, padding, pack and may_pack("backward"), backend
+        pack = pack and may_pack("forward")
         return torch.ops.pcs_kernels.frozen_conv2d_forward(x, weight, bias, stride, padding, pack, backend)
 
     @staticmethod
@@ -185,7 +187,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool, backend: str) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.settings = pack, backend
+        ctx.settings = pack and may_pack("backward"), backend
+        pack = pack and may_pack("forward")
         return torch.ops.pcs_kernels.frozen_linear_forward(x, weight, bias, pack, backend)
 
     @staticmethod
@@ -217,7 +220,7 @@ def frozen_conv2d(
         bias: [O] or None, likewise.
         stride: of both sides.
         padding: of both sides, with zeros.
-        pack: keep a packed copy of the weight for each direction used (CPU); False saves that memory.
+        pack: keep a packed copy of the weight for each direction used (CPU) that `packing` allows; False saves it.
 
     Returns:
         [B, O, H', W'], channels-last where x is.
@@ -225,6 +228,7 @@ def frozen_conv2d(
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenConv2d.apply(x, weight, bias, stride, padding, pack, forced_backend())
+    pack = pack and may_pack("forward")
     return torch.ops.pcs_kernels.frozen_conv2d_forward(x, weight, bias, stride, padding, pack, forced_backend())
 
 
@@ -235,7 +239,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: b
         x: [..., C].
         weight: [O, C]; one that requires a gradient is refused.
         bias: [O] or None, likewise.
-        pack: keep a packed copy of the weight for each direction used (CPU); False saves that memory.
+        pack: keep a packed copy of the weight for each direction used (CPU) that `packing` allows; False saves it.
 
     Returns:
         [..., O].
@@ -243,4 +247,5 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: b
     _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenLinear.apply(x, weight, bias, pack, forced_backend())
+    pack = pack and may_pack("forward")
     return torch.ops.pcs_kernels.frozen_linear_forward(x, weight, bias, pack, forced_backend())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ... import _native
-from ..._packed import packed
+from ..._packed import may_pack, packed
 from . import reference
 from .op import Needs
 
@@ -43,6 +45,15 @@ def _pack(matrices: Tensor, rows_are_columns: bool) -> Tensor:
             _native.threads(),
         )
     return out
+
+
+def _weight(weight: Tensor, direction: Literal["forward", "backward"]) -> Tensor:
+    """The frozen weight packed: the copy that is kept where one may be, else one for this call."""
+
+    def pack(weight: Tensor) -> Tensor:
+        return _pack(weight, rows_are_columns=direction == "forward")
+
+    return packed(weight, f"lowrank {direction}", pack) if may_pack(direction) else pack(weight.detach())
 
 
 def _adapter(p: Tensor, dtype: torch.dtype, rows_are_columns: bool) -> Tensor:
@@ -90,7 +101,7 @@ def forward(
     scale: float,
     index: Tensor | None,
 ) -> Tensor:
-    w = packed(weight, "lowrank forward", lambda weight: _pack(weight, rows_are_columns=True))
+    w = _weight(weight, "forward")
     a, b = (_adapter(p, x.dtype, rows_are_columns=True) for p in (down, up))
     bias = None if bias is None else bias.contiguous()
     return _project(x, w, weight.shape[0], bias, a, b, down.shape[-2], mask, scale, index)[0]
@@ -110,7 +121,7 @@ def backward(
     """dx is the same projection the other way round; its low-rank part t also gives ddown."""
     dx = t = None
     if needs.x:
-        w = packed(weight, "lowrank backward", lambda weight: _pack(weight, rows_are_columns=False))
+        w = _weight(weight, "backward")
         a, b = (_adapter(p, dy.dtype, rows_are_columns=False) for p in (up, down))
         dx, low = _project(dy, w, weight.shape[1], None, a, b, down.shape[-2], mask, scale, index)
         t = low[:, : down.shape[-2]]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .grammar import LOW_RANK, TEXT_PARTS, Half, Part, half_of, names, parse
+from .header import FAMILIES
 
 KEPT = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the kinds of numbers that concepts compute with
 
@@ -52,7 +53,7 @@ def check_words(path: Path, words: Mapping[str, Mapping[Part, Tensor]]) -> None:
 
 
 def check_record(path: Path, fields: Mapping[str, str], version: str) -> None:
-    """Raise ValueError where the header is of a later version, or its list of subjects cannot be read."""
+    """Raise ValueError where the header is of a later version, or what it says of the subjects cannot be read."""
     found = fields.get("version", version)
     if found != version:
         raise ValueError(
@@ -65,6 +66,20 @@ def check_record(path: Path, fields: Mapping[str, str], version: str) -> None:
         good = False
     if not good:
         raise ValueError(f"{path}: the header's subjects cannot be read; expected a list of [token, class word]")
+    try:
+        named = json.loads(fields.get("names") or "[]")
+        settings = json.loads(fields.get("settings") or "{}")
+        good = isinstance(named, list) and all(isinstance(name, str) for name in named)
+        good = (
+            good
+            and fields.get("family", "sd1") in FAMILIES
+            and isinstance(settings, dict)
+            and 0 <= float(settings.get("noise_level") or 0) < 1
+        )
+    except (ValueError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(f"{path}: the header's names, settings or family cannot be read; export it again")
 
 
 def _is_subject(subject: object) -> bool:

@@ -106,7 +106,7 @@ class Concept:
     def small_noise(self) -> float | None:
         """The variance of the noise on the small picture that an up-scaler was trained with, where this is of one."""
         settings = json.loads(self.meta.get("settings") or "{}")
-        return float(settings["noise_level"]) if settings.get("stage") == "super_resolution" else None
+        return float(settings.get("noise_level") or 0.0) if settings.get("stage") == "super_resolution" else None
 
     @property
     def parameters(self) -> int:

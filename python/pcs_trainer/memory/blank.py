@@ -69,7 +69,7 @@ def filled(network: Any, dtype: torch.dtype, device: str) -> Any:
     for module in network.modules():  # lists: the module changes while they are walked
         for name, p in list(module.named_parameters(recurse=False)):
             value = torch.empty(p.shape, dtype=dtype, device=device)
-            value = value.fill_(0.01) if p.dim() < 2 else value.normal_(0, p[0].numel() ** -0.5)
+            value = value.fill_(0.01) if p.dim() < 2 else value.normal_(0, (p.numel() / p.shape[0]) ** -0.5)
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pcs_kernels import packing
 
 from ..settings import Settings
 from ..unet.plans import PLANS
@@ -32,6 +34,10 @@ class Request:
     def __hash__(self) -> int:
         return hash(repr(self))  # configurations are dicts, which have no hash of their own
 
+    def resized(self, size: tuple[int, int]) -> Request:
+        """The same at another size, without accumulation."""
+        return replace(self, size=size, accumulate=False)
+
     def rehearsal(self, device: str, counted: bool = True) -> Rehearsal:
         """The step on a device: one without contents to be counted on, or a real one."""
         return Rehearsal(self.networks, self.settings, self.size, self.dtype, device, self.accumulate, counted)
@@ -51,7 +57,7 @@ class Counted:
     def count(self, assignment: str | dict[str, str]) -> StepCount:
         key = assignment if isinstance(assignment, str) else json.dumps(assignment)
         if key not in self._counts:
-            with self.fake or nullcontext():
+            with self.fake or nullcontext(), packing(self.request.settings.packing):
                 self.rehearsal.unet.set_plan(assignment)
                 self._counts[key] = self.rehearsal.count()
         return self._counts[key]
@@ -63,6 +69,7 @@ class Counted:
             found["gradients"] = sum(p.nbytes for p in self.rehearsal.trained)
         if self.fake:
             found["packed copies of weights"] = self.count("eager").packed
+            found["kernels for upsampling"] = sum(t.nbytes for t in self.rehearsal.unet.derived())
         return found
 
     def components(self, assignment: str | dict[str, str]) -> dict[str, int]:

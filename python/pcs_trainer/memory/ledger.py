@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pcs_kernels import costs
+from pcs_kernels.costs import implementation
 
 FLOPS_A_BYTE = 100  # what a byte written costs beside a FLOP: consumer and server GPUs lie between 70 and 170
 KINDS = ("kept activations", "gradients", "working memory")
@@ -68,10 +69,12 @@ class Ledger(TorchDispatchMode):
 
     Args:
         owned: tensors that were there before; their storages are not counted.
+        whole: count what our ops make inside, as their references compute them, and not their results alone.
     """
 
-    def __init__(self, owned: Iterable[Tensor] = ()) -> None:
+    def __init__(self, owned: Iterable[Tensor] = (), whole: bool = False) -> None:
         super().__init__()
+        self._whole = whole
         self._owned = {t.untyped_storage()._cdata for t in owned}
         self._alive: dict[int, tuple[_Storage, weakref.ref[Any]]] = {}
         self._all: list[_Storage] = []
@@ -91,6 +94,9 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._whole and func.namespace == "pcs_kernels":
+            with self:
+                return implementation(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         self._now += 1
         made = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,24 @@ KNOWN_TEXT: dict[int, list[dict[str, Any]]] = {
     1024: [CLIP_H],
     2048: [CLIP_L, CLIP_G | {"projection_dim": 1280, "architectures": ["CLIPTextModelWithProjection"]}],
 }
+# The autoencoder of all of them, for a UNet that comes without one.
+KNOWN_VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The configurations of a model's UNet and text encoders, and how many pixels a latent one stands for."""
+    """The configurations of a model's networks, and how many pixels a latent one stands for."""
 
     unet: dict[str, Any]
     text: list[dict[str, Any]]
     pixels: int = 8
+    vae: dict[str, Any] = field(default_factory=lambda: dict(KNOWN_VAE))
 
     @property
     def resolution(self) -> int:
@@ -37,12 +46,15 @@ class Networks:
 
 
 def networks_of(model: Any) -> Networks:
-    """The configurations of a Model, a UNet, a folder, a hub name or a configuration; nothing is loaded."""
+    """The configurations of a Model, a UNet, a folder, a hub name or a configuration; nothing is loaded.
+
+    A configuration is a UNet's, or {"unet": ..., "text_encoder": ..., "vae": ...} with what is known of it.
+    """
     if isinstance(model, UNet):
         return _with_text(model.config, [])
     if isinstance(model, dict):
         text = model.get("text_encoder", [])
-        return _with_text(model.get("unet", model), [text] if isinstance(text, dict) else list(text))
+        return _with_text(model.get("unet", model), [text] if isinstance(text, dict) else list(text), model.get("vae"))
     if isinstance(model, (str, Path)) and (Path(model) / "config.json").is_file():
         return _with_text(read_json(Path(model) / "config.json"), [])
     if isinstance(model, (str, Path)):
@@ -52,17 +64,17 @@ def networks_of(model: Any) -> Networks:
         kinds = "a Model, a UNet, a folder, a hub name or a UNet's configuration"
         raise ValueError(f"model must be {kinds}, not {type(model).__name__}")
     if not isinstance(model.source, Folder):
-        return _with_text(model.unet.config, [encoder.config.to_dict() for encoder in model.text_encoders])
+        encoders = [encoder.config.to_dict() for encoder in model.text_encoders]
+        return _with_text(model.unet.config, encoders, dict(model.vae.config))
     source = model.source
     text = [read_json(source.part(n) / "config.json") for n in TEXT_PARTS if source.has(n)]
-    pixels = 8
-    if source.has("vae"):
-        levels = read_json(source.part("vae") / "config.json").get("block_out_channels", (0,) * 4)
-        pixels = 2 ** (len(levels) - 1)
-    return _with_text(read_json(source.part("unet") / "config.json"), text, pixels)
+    vae = read_json(source.part("vae") / "config.json") if source.has("vae") else None
+    return _with_text(read_json(source.part("unet") / "config.json"), text, vae)
 
 
-def _with_text(unet: dict[str, Any], text: list[dict[str, Any]], pixels: int = 8) -> Networks:
+def _with_text(unet: dict[str, Any], text: list[dict[str, Any]], vae: dict[str, Any] | None = None) -> Networks:
+    vae = dict(vae or KNOWN_VAE)
+    pixels = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
     width = unet.get("cross_attention_dim", 1280)  # diffusers' default
     known = KNOWN_TEXT.get(width if isinstance(width, int) else width[0], [])
-    return Networks(dict(unet), text or known, pixels)
+    return Networks(dict(unet), text or known, pixels, vae)

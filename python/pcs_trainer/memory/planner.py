@@ -79,7 +79,8 @@ class Plan:
         lines = [f"{self.method} at {self.resolution} x {self.resolution}, batch {pictures}{per}, on {self.device}"]
         lines += [*([f"prior loss: {self.prior_cost}"] if self.prior_cost else []), ""]
         rows = [(name, size) for name, size in self.components.items() if size >= 5 * 10**5]
-        rows += [("CUDA context (allowed for)", self.context)] if self.context else []
+        where = "CUDA context" if self.device == "cuda" else "interpreter and libraries"
+        rows += [(f"{where} (allowed for)", self.context)] if self.context else []
         lines += [f"  {name:<30}{size / 1e9:8.3f} GB" for name, size in rows]
         lines += [f"  {'together':<30}{self.total / 1e9:8.3f} GB"]
         if self.budget is not None:
@@ -103,6 +104,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     measure: bool = False,
+    beside: int = 0,
     **settings: Any,
 ) -> Plan:
     """The memory of one training step of `method`, and the fastest memory plans that keep it within `budget`.
@@ -117,6 +119,7 @@ def plan(
         dtype: of the model's weights.
         device: what is planned for: "cuda", or "cpu", where the kernels keep packed copies of frozen weights.
         measure: on a GPU, run the candidates under a hard cap and take the fastest.
+        beside: bytes of the budget that are not the step's, where it is planned for the CPU.
         settings: the method's other settings; those that change the memory are rank, variant, train_token and the like.
 
     Returns:
@@ -125,11 +128,11 @@ def plan(
     model = load_model(model) if isinstance(model, str) and model == "tiny" else model
     given = {name: value for name, value in settings.items() if value is not None}
     s = settings_for(model if isinstance(model, Model) else None, method, **given)
-    allowed = None if budget is None else _budget(budget)
+    allowed = None if budget is None else bytes_of(budget, "budget")
     networks = networks_of(model)
     resolution = resolution or s.resolution or networks.resolution
     _check(resolution, batch, dtype, device, networks.pixels, measure)
-    context = CUDA_CONTEXT if device == "cuda" else 0
+    context = CUDA_CONTEXT if device == "cuda" else beside
     limit = None if allowed is None else allowed - context
     prior = 1 if s.prior_weight else 0
     wanted = (s.batch if batch is None else batch) * s.accumulate
@@ -190,11 +193,22 @@ def _halved_until_it_fits(counted: Callable[[int], Counted], pictures: int, limi
     return pictures
 
 
-def _budget(amount: str | float) -> int:
+def counted_for(model: Any, found: Plan, dtype: torch.dtype, **settings: Any) -> tuple[Counted, int]:
+    """The count that a plan was chosen from, and the pixels a side of its pictures; the arguments are the plan's."""
+    model = load_model(model) if isinstance(model, str) and model == "tiny" else model
+    given = {name: value for name, value in settings.items() if value is not None}
+    s = settings_for(model if isinstance(model, Model) else None, found.method, **given)
+    networks = networks_of(model)
+    size = found.batch + found.prior, found.resolution // networks.pixels
+    return counted_once(Request(networks, s, size, dtype, found.device, found.accumulate > 1)), found.resolution
+
+
+def bytes_of(amount: str | float, what: str) -> int:
+    """An amount of memory in bytes; `what` it is, for the sentence where it is none."""
     try:
         return parse_bytes(amount)
     except ValueError as error:
-        raise ValueError(f"the budget {error}") from None
+        raise ValueError(f"the {what} {error}") from None
 
 
 def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int, measure: bool) -> None:

@@ -24,6 +24,7 @@ from ..model.text import by_block
 from ..model.text_adapters import adapters
 from ..settings import Settings
 from ..training.optimizer import LARGEST_COPY
+from ..training.proof import gradients, some
 from .blank import BlankModel, BlankVocabulary
 from .ledger import Ledger, StepCount
 from .networks import Networks
@@ -127,14 +128,14 @@ class Rehearsal:
         """The error of the prediction, and of the text states where they are held."""
         side = (self.images, self.channels, self.latent, self.latent)
         states, pooled = self.text() if self.uses_text else (None, None)
-        context: Any = self.unet.text_kv(states) if isinstance(states, dict) else states
+        context: Any = self.cached
         if context is None:
-            context = self.cached
-        if context is None:
-            context = self._zeros(self.images, self.tokens, self.width)
+            states = self._zeros(self.images, self.tokens, self.width) if states is None else states
+            context = self.unet.text_kv(states)
+        context = self.method.hold_text(context)
         x = torch.randn(side, device=self.device).to(self.dtype)
         times = self._zeros(self.images, dtype=torch.long)
-        error = self.unet(x, times, context, self._added(pooled)).float()
+        error = self.unet(x, times, context, self._added(self.images, pooled)).float()
         loss = (error - torch.randn_like(error)).square().mean()
         if self.method.reads_more_text(self.settings):
             more, _ = self.text()
@@ -142,16 +143,34 @@ class Rehearsal:
                 loss = loss + part.float().square().mean()
         return loss
 
-    def _added(self, pooled: Tensor | None) -> dict[str, Tensor] | None:
+    def _added(self, images: int, pooled: Tensor | None = None) -> dict[str, Tensor] | None:
         """SDXL's further inputs, or an up-scaler's noise level."""
         embedding = self.unet.add_embedding
         if self.unet.class_embedding is not None:
-            return {"class_labels": self._zeros(self.images, dtype=torch.long)}
+            return {"class_labels": self._zeros(images, dtype=torch.long)}
         if embedding is None:
             return None
         wide = embedding.linear_1.in_features - 6 * self.unet.settings["addition_time_embed_dim"]
-        pooled = self._zeros(self.images, wide) if pooled is None else pooled
-        return {"text_embeds": pooled, "time_ids": self._zeros(self.images, 6)}
+        pooled = self._zeros(images, wide) if pooled is None else pooled
+        return {"text_embeds": pooled, "time_ids": self._zeros(images, 6)}
+
+    @torch.no_grad()
+    def prediction(self, images: int, latent: int) -> StepCount:
+        """A prediction counted that keeps nothing, as sampling makes it."""
+        x = self._zeros(images, self.channels, latent, latent)
+        times = self._zeros(images, dtype=torch.long)
+        states = self._zeros(images, self.tokens, self.width)
+        with pcs_kernels.backend("reference"), Ledger(self._lasting()) as ledger:
+            self.unet(x, times, self.unet.text_kv(states), self._added(images))
+        return ledger.result()
+
+    def comparison(self) -> int:
+        """Bytes that the gradients of both backends and the reference's own temporaries take."""
+        parameters = some(self.learner.parameters)
+        with pcs_kernels.backend("reference"), Ledger(self._lasting(), whole=True) as ledger:
+            ours, theirs = gradients(parameters, self.loss), gradients(parameters, self.loss)
+            del ours, theirs
+        return ledger.result().peak
 
     def step(self) -> None:
         """Forward, backward and, where it is for real, the optimizer's step."""
@@ -185,6 +204,7 @@ class Rehearsal:
         copied = sum(p.numel() for p in self.trained) <= LARGEST_COPY
         return found | {
             "trained in float32": masters,
+            "kept beside what trains": sum(t.nbytes for t in (*self.learner.fixed.values(), *self.learner.originals)),
             "copy of the last good state": sum(p.nbytes for p in self.trained) * copied,
             FROZEN_COPY: found["UNet weights"] * keeps_base,
             "cached text": text,
@@ -218,6 +238,7 @@ class Rehearsal:
     def _lasting(self) -> list[Tensor]:
         networks = [self.unet, *self.encoders]
         tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())] + self.unet.derived() + self.trained
+        tensors += [*self.learner.fixed.values(), *self.learner.originals]
         tensors += [p.grad for p in self.trained if p.grad is not None]
         return tensors + [t for pair in (self.cached or {}).values() for t in pair]
 

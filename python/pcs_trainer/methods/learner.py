@@ -60,6 +60,7 @@ class Learner:
         self.words: dict[str, Word] = {}
         self.hold_first = False  # the first token, and the empty prompt, stay as the frozen text encoder makes them
         self.trains_whole_network = False  # several processes share it instead of each holding all
+        self.originals: list[Tensor] = []  # values of the model that are put back in the end
         self._undo: list[Callable[[], Any]] = []
         self._sides: set[str] = set()  # where residuals have been attached
         self._base: dict[nn.Parameter, Tensor] = {}  # the values that trained parameters of the model had before
@@ -81,6 +82,7 @@ class Learner:
     def train_value(self, name: str, parameter: nn.Parameter, *, master: bool) -> None:
         """Train a parameter of the model itself; `master` holds it in float32 while it trains."""
         original = parameter.data
+        self.originals.append(original)
         replace_data(parameter, original.float().clone() if master else original.clone())
         parameter.requires_grad_(True)
         self.weights[name] = parameter
@@ -186,7 +188,8 @@ class Learner:
     def keep_base(self) -> None:
         """Copy what a whole-network run changes in place, so that `base` has the model as it was."""
         if self.trains_whole_network:
-            self._base |= {p: p.detach().clone() for n, p in self.weights.items() if grammar.on_unet(n)}
+            trained = [p for n, p in self.weights.items() if grammar.on_unet(n) and p not in self._base]
+            self._base |= {p: p.detach().clone() for p in trained}  # once: later they are no longer the base model's
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -197,6 +200,7 @@ class Learner:
         layers = [m for m in self.model.unet.modules() if isinstance(m, (Linear, Conv2d)) and m.residuals]
         attached = [layer.residuals for layer in layers]
         now = {parameter: parameter.data for parameter in self._base}
+        dtype = self.model.unet.conv_in.weight.dtype  # float32 while float16 gradients are compared
         with ExitStack() as stack:
             if "text" in self._sides:
                 for encoder in self.model.text_encoders:
@@ -205,7 +209,7 @@ class Learner:
                 for layer in layers:
                     layer.residuals = [r for r in layer.residuals if r.key != KEY]
                 for parameter, value in self._base.items():
-                    replace_data(parameter, value)
+                    replace_data(parameter, value.to(dtype))
                 yield
             finally:
                 for parameter, value in now.items():
@@ -218,6 +222,7 @@ class Learner:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self.originals.clear()
         self._sides.clear()
         self._base.clear()
 

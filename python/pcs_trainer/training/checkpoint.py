@@ -15,7 +15,10 @@ from torch import Tensor
 from ..settings import with_none_for_unset
 
 # What may change between a run and its resume.
-FREE = ("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts", "probe_every", "plan", "check_backend")
+FREE = (
+    *("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts"),
+    *("probe_every", "plan", "packing", "check_backend"),
+)
 # What says nothing while another setting is off.
 ONLY_WITH = {"augment_probability": "augment", "bank": "augment"}
 

@@ -51,9 +51,9 @@ class ClassPrediction:
     def __call__(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """The prediction [B, C, h, w] for noisy [B, C, h, w] at t [B], one class prompt each."""
         blocks = self.kv[prompts[0]]
-        kv = {b: (self._joined(prompts, b, 0), self._joined(prompts, b, 1)) for b in blocks}
+        kv = {b: (self._joined(prompts, b, 0).to(noisy), self._joined(prompts, b, 1).to(noisy)) for b in blocks}
         more = [self.added[p] for p in prompts]
-        added = {n: torch.cat([one[n] for one in more if one is not None]) for n in more[0] or ()} or None
+        added = {n: torch.cat([one[n] for one in more if one is not None]).to(noisy) for n in more[0] or ()} or None
         with self.learner.base():
             return self.unet(noisy, t, kv, added)
 

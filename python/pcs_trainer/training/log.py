@@ -32,7 +32,8 @@ class Log:
         if self.out is not None:
             path = self.out / "logs" / "loss.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = path.read_text().splitlines()[1 : self.first + 1] if self.first and path.is_file() else []
+            lines = path.read_text().splitlines()[1:] if self.first and path.is_file() else []
+            kept = [line for line in lines if int(line.split(",")[0]) <= self.first]  # skipped steps have no line
             self._file = path.open("w", newline="")
             self._file.write("\n".join([",".join(COLUMNS), *kept]) + "\n")
             probes = path.with_name(PROBES)

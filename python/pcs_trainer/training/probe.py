@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+import pcs_kernels
+
 from ..data.batches import Batch, Stream, seeded
 from ..model.upscaler import with_noise
 from .losses import picture_losses
@@ -43,16 +45,21 @@ class Probe:
         now = self.of_the_class()
         return self.held_out(), float((now - self.start).norm() / self.start.norm())
 
+    def predicted(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Without packed copies for the shapes of these few forwards: a step's stay the only ones."""
+        with pcs_kernels.packing("none"):
+            return self.objective.predicted(batch)
+
     @torch.no_grad()
     def held_out(self) -> float:
         """The loss on noise that training never draws."""
-        each = [picture_losses(*self.objective.predicted(b)) for b in self.parts(self.subject)]
+        each = [picture_losses(*self.predicted(b)) for b in self.parts(self.subject)]
         return float(torch.cat(each).mean())
 
     @torch.no_grad()
     def of_the_class(self) -> Tensor:
         """The prediction for the class's own prompt [4, C, h, w]."""
-        return torch.cat([self.objective.predicted(b)[0].float().cpu() for b in self.parts(self.classes)])
+        return torch.cat([self.predicted(b)[0].float().cpu() for b in self.parts(self.classes)])
 
     def parts(self, batch: Batch) -> list[Batch]:
         """As many pictures at a time as a training step has: the probe stays inside the memory of a step."""

@@ -48,10 +48,10 @@ def compare_gradients(
     Returns:
         the largest difference, as a sentence; NotTrained names the tensor where one is too large.
     """
-    parameters = _some(parameters)
-    ours = _scaled_gradients(parameters, loss) if float16 else _gradients(parameters, loss)
+    parameters = some(parameters)
+    ours = _scaled_gradients(parameters, loss) if float16 else gradients(parameters, loss)
     with pcs_kernels.backend("reference"), in_float32(float16):
-        theirs = _gradients(parameters, loss)
+        theirs = gradients(parameters, loss)
     whole = float(torch.stack([g.float().norm() for g in theirs.values()]).norm())
     if not whole > 0:
         raise NotTrained("no tensor has a gradient, or it is not finite: nothing would train")
@@ -73,7 +73,7 @@ def compare_gradients(
     return f"gradients agree with the reference (largest difference {errors[worst]:.1e}, {worst})"
 
 
-def _some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """All of a small set; of a whole network about fifty tensors from its first layer to its last."""
     if sum(p.numel() for p in parameters.values()) <= SET:
         return parameters
@@ -81,7 +81,8 @@ def _some(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return {name: parameters[name] for name in names[:: max(1, len(names) // 50)]}
 
 
-def _gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+def gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The gradient of each parameter, zeros where it has none; `.grad` stays as it is."""
     found = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
 
@@ -90,7 +91,7 @@ def _scaled_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Te
     """The gradients of the loss under a scale that none of them overflows with, without the scale, in float32."""
     scale = LossScale()
     while True:
-        found = _gradients(parameters, lambda: loss() * scale.value)
+        found = gradients(parameters, lambda: loss() * scale.value)
         if all(bool(g.isfinite().all()) for g in found.values()):
             return {name: g.float() / scale.value for name, g in found.items()}
         if not scale.overflowed():

@@ -58,6 +58,8 @@ class Run:
             self.learner.take_parts(shard(self.model.unet, self.learner.weights))
         self.probe = Probe(objective) if self.s.probe_every else None
         self.movement: Movement | None = None
+        self.shown_to_train = False
+        self.taken = 0  # steps of this process that changed something
         self.prompts: set[str] = set()  # of every step so far that changed something
         self.stepper = Stepper(self.learner, self.s)  # last: `train` takes its hooks off the model again
 
@@ -89,20 +91,27 @@ class Run:
             self.say("start", text=text)
         # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
         # One step proves nothing: the first half of a residual has no gradient while the second is zero.
-        first, due = self.step, min(self.step + PROOF_STEP, self.s.steps)
-        if (first == 0 and due > 1) or due == first + PROOF_STEP:
+        first, left = self.step, self.s.steps - self.step
+        if left >= PROOF_STEP or (first == 0 and left > 1):
             self.movement = Movement(self.stepper.values, self.objective.frozen())
         with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step, self.warn) as log:
             while self.step < self.s.steps and not any_process(stop()):
                 self.one_step(log)
-                if self.movement is not None and self.step == due:
-                    unreached = self.learner.unreached(self.prompts)
-                    self.say("proof", text=self.movement.check(self.stepper.has_seen, unreached))
+                self.prove()
                 self.housekeeping(log)
         self.stopped = self.step < self.s.steps
         if first == 0 and self.movement is not None:
             self.look_back(self.movement)
         self.movement = None  # it holds the trained parameters
+
+    def prove(self) -> None:
+        """Say once that all of it trains; NotTrained where it does not. Steps that were skipped do not count."""
+        due = self.taken == PROOF_STEP or (self.step == self.s.steps and self.taken > 1)
+        if self.movement is None or self.shown_to_train or not due:
+            return
+        self.shown_to_train = True
+        unreached = self.learner.unreached(self.prompts)
+        self.say("proof", text=self.movement.check(self.stepper.has_seen, unreached))
 
     def look_back(self, movement: Movement) -> None:
         """Warn of what a whole run has not trained."""
@@ -128,6 +137,7 @@ class Run:
         self.step += 1
         if good:
             self.skipped_in_a_row = 0
+            self.taken += 1
             self.prompts.update(prompt for b in batches for prompt in b.prompts)
             if self.movement is not None:
                 self.movement.stepped(self.stepper.rates_now())
@@ -169,6 +179,7 @@ class Run:
     def preview(self) -> None:
         """Pictures from where the run stands; whatever goes wrong here does not end it."""
         before = set(self.model.loaded)
+        pcs_kernels.forget_packed_weights()
         try:
             random = torch.get_rng_state()
             with torch.no_grad():
@@ -257,9 +268,14 @@ class Run:
 
     def finish(self) -> Concept:
         """The concept, saved, and its file shown to predict what memory predicts."""
-        whole = self.learner.trains_whole_network
         self.stepper.close()
         pcs_kernels.forget_packed_weights()
+        with pcs_kernels.packing("none"):  # three predictions, each with weights of its own
+            return self.proven()
+
+    def proven(self) -> Concept:
+        """The concept off the model and saved, and what its file predicts."""
+        whole = self.learner.trains_whole_network
         in_memory = memory_predicts(self.task, self.learner)
         concept = learned(self.task, self.objective.data, self.learner, self.step, not self.stopped)
         self.learner.restore()

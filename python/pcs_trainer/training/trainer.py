@@ -161,12 +161,13 @@ class Trainer:
             tell(Event(kind, 0, self.settings.steps, data))
 
         try:
-            if resume:
-                self._take_up(say)
-            objective = self.objective(say)
-            if self.settings.check_backend and not resume:
-                self._check_gradients(objective, say)
-            return Run(objective, tell, _never if should_stop is None else should_stop).train(resume)
+            with pcs_kernels.packing(self.settings.packing):
+                if resume:
+                    self._take_up(say)
+                objective = self.objective(say)
+                if self.settings.check_backend and not resume:
+                    self._check_gradients(objective, say)
+                return Run(objective, tell, _never if should_stop is None else should_stop).train(resume)
         finally:
             if self._learner is not None:
                 self._learner.restore()
@@ -239,10 +240,13 @@ def trainable(
 
 
 def _channels_last(unet: nn.Module) -> None:
-    """Convolution weights in the layout in which their gradients come: otherwise each step re-orders all of them."""
+    """Convolution weights in the layout in which their gradients come: otherwise each step re-orders all of them.
+
+    The others are copied too: a single view of a mapped file would keep the file's pages in memory beside the copies.
+    """
     for parameter in unet.parameters():
-        if parameter.ndim == 4:
-            replace_data(parameter, parameter.data.contiguous(memory_format=torch.channels_last))
+        layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+        replace_data(parameter, parameter.data.clone(memory_format=layout))
 
 
 def _never() -> bool:

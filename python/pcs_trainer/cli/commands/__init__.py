@@ -14,7 +14,7 @@ COMMANDS = {
     "upscale": "enlarge pictures by an up-scaler and what it has learned of a subject",
     "merge": "merge several concepts into one, without training",
     "export": "export a concept for diffusers, ComfyUI or A1111, or as a whole pipeline",
-    "plan": "memory of a training step, and the fastest recomputation plan within a budget",
+    "plan": "memory of every phase of a run, and the fastest recomputation plan within a budget",
     "evaluate": "subject fidelity, prompt fidelity and class drift of a concept",
     "doctor": "what this machine has, what is used of it, and one thing to do about the rest",
     "bench": "time training and sampling on this machine",

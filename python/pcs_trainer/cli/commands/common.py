@@ -13,7 +13,7 @@ from ...errors import UsageError
 from ...files import read_header
 from ...methods import TITLES
 from ...sampling.names import LAG_UNCOND
-from ..options import Option, grouped, integer, number, one_of
+from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ MODEL = Option(
     group="model",
     otherwise="the embedded model",
 )
+MODEL_CONFIG = Option(
+    "--model-config", "folder with the diffusers configuration of a checkpoint file", metavar="FOLDER", group="model"
+)
+RAM = Option("--ram", "limit of the machine's memory, e.g. 16GB", byte_size, metavar="SIZE", otherwise="no limit")
 MODEL_FLAGS = (
     MODEL,
     *grouped(
@@ -51,7 +55,7 @@ MODEL_FLAGS = (
         Option(
             "--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), metavar="TYPE", otherwise="what suits the device"
         ),
-        Option("--model-config", "folder with the diffusers configuration of a checkpoint file", metavar="FOLDER"),
+        MODEL_CONFIG,
     ),
 )
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))

@@ -1,8 +1,11 @@
-"""pcs plan: the memory of a training step, and the fastest recomputation plan within a budget."""
+"""pcs plan: the memory of every phase of a run, and the fastest recomputation plan within a budget."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DoesNotFit, UsageError
@@ -11,11 +14,11 @@ from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
 from . import COMMANDS
-from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, RESOLUTION, dtype_of, say
+from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, RAM, RESOLUTION, dtype_of, say
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
-    from ...memory.planner import Plan
+    from ...memory.whole_run import RunPlan
     from ...model.model import Model
 
 OPTIONS = grouped(
@@ -55,6 +58,9 @@ OPTIONS = grouped(
         otherwise="drawn",
     ),
     Option("--budget", "memory limit, e.g. 6GB", byte_size, metavar="SIZE", otherwise="no limit: the fastest plan"),
+    RAM,
+    replace(MODEL_CONFIG, group="what to plan"),
+    Option("--no-report", "plan a run that writes no report", None, False),
     Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
     Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), metavar="TYPE", otherwise="what suits the device"),
     Option("--count-only", "on a GPU, trace the steps instead of running one of each candidate", None, False),
@@ -74,15 +80,15 @@ def run(options: argparse.Namespace) -> int:
     """Plan and print the plan; the exit code."""
     import torch
 
-    from ...memory.planner import plan
+    from ...memory.whole_run import plan_run
 
     if options.model is None:
         say("no --model given: planning for the embedded model")
     if options.rank and options.method not in methods_with("rank"):
         raise UsageError(f"--rank: {why_unknown(options.method, 'rank')}")
     dtype, reason = dtype_of(options, options.device)
-    found = plan(
-        options.model or "tiny",
+    found = plan_run(
+        model_of(options),
         options.method,
         options.resolution,
         options.batch,
@@ -91,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         accumulate=options.accumulate,
         measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only,
+        ram=options.ram,
+        report=not options.no_report,
         rank=options.rank,
         prior=options.prior,
     )
@@ -102,6 +110,28 @@ def run(options: argparse.Namespace) -> int:
     return DONE if found.fits else DOES_NOT_FIT
 
 
+def model_of(options: argparse.Namespace) -> Any:
+    """What is planned for: --model, or the configurations that --model-config gives without any weights."""
+    from ...model.model import load_model
+
+    if options.model_config is None:
+        return options.model or "tiny"
+    where = Path(options.model_config).expanduser()
+    if options.model is not None:
+        return load_model(options.model, config=where)
+    if where.is_dir():
+        return where
+    try:
+        given = json.loads(where.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--model-config: {where} is not a folder or a JSON file of configurations ({error})"
+        ) from None
+    if not isinstance(given, dict):
+        raise UsageError(f"--model-config: {where} holds a {type(given).__name__}; give a configuration")
+    return given
+
+
 def warn_of_the_reference() -> None:
     """Say that a CPU without our kernels needs more than what is counted."""
     from ...machine import slow_note
@@ -110,12 +140,16 @@ def warn_of_the_reference() -> None:
         say("counted for the kernels; plain PyTorch, which runs on this CPU, needs more (attention scores above all)")
 
 
-def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Settings that keep a run within the budget, and a line that says what they are.
+def chosen_plan(
+    model: Model, method: str, budget: int | None, ram: int | None, report: bool, chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings that keep every phase of a run within the budget, and a line that says what they are.
 
     Args:
         method: its name.
-        budget: bytes.
+        budget: bytes on the device, or None.
+        ram: bytes of the machine's memory, or None.
+        report: whether the run writes one.
         chosen: the settings that the user chose.
 
     Raises:
@@ -123,14 +157,14 @@ def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) 
     """
     import torch
 
-    from ...memory.planner import plan
+    from ...memory.whole_run import plan_run
 
     weight = model.unet.conv_in.weight
     if weight.device.type not in ("cpu", "cuda"):
         raise UsageError(f"--budget: memory is counted for cpu and cuda alone, not for {weight.device.type}")
     apart = ("resolution", "batch", "accumulate")  # arguments of plan() itself
     others = {name: value for name, value in chosen.items() if name not in apart}
-    found: Plan = plan(
+    found: RunPlan = plan_run(
         model,
         method,
         chosen.get("resolution"),
@@ -139,19 +173,23 @@ def chosen_plan(model: Model, method: str, budget: int, chosen: dict[str, Any]) 
         dtype=weight.dtype,
         device=weight.device.type,
         accumulate=chosen.get("accumulate"),
+        ram=ram,
+        report=report,
         **others,
     )
     if not found.fits:
         raise DoesNotFit(f"{method} does not fit: {found.missing}")
-    if weight.device.type == "cuda":
+    if budget is not None and weight.device.type == "cuda":
         total = torch.cuda.get_device_properties(weight.device).total_memory
         if budget > total:
             raise UsageError(f"--budget: {bytes_text(budget)} is more than this GPU's {bytes_text(total)}")
-        torch.cuda.set_per_process_memory_fraction((budget - found.context) / total, weight.device)
+        torch.cuda.set_per_process_memory_fraction((budget - found.step.context) / total, weight.device)
     if weight.device.type == "cpu":
         warn_of_the_reference()
-    say(f"budget {bytes_text(budget)}: {bytes_text(found.total)} needed, recomputation plans {found.plans}")
-    return {"plan": found.assignment, "batch": found.batch, "accumulate": found.accumulate}
+    limits = [f"{what} {bytes_text(size)}" for what, size in (("budget", budget), ("RAM", ram)) if size is not None]
+    most = found.largest
+    say(f"{', '.join(limits)}: {bytes_text(most.bytes)} needed ({most.name}), recomputation plans {found.step.plans}")
+    return {name: value for name, value in found.settings.items() if budget is not None or name == "packing"}
 
 
 COMMAND = Command(
@@ -160,7 +198,8 @@ COMMAND = Command(
     options=OPTIONS,
     examples=EXAMPLES,
     run=run,
-    details="A training step is traced, tensor by tensor, without a GPU and without weights; on a GPU one real step of "
-    "each candidate runs under a hard memory cap. Exit code 3: nothing fits; the last line says what is missing.",
+    details="Every phase of the run is traced, tensor by tensor, without a GPU and without weights; on a GPU one real "
+    "step of each candidate runs under a hard memory cap. On a CPU the figures are of the whole process. Exit code 3: "
+    "nothing fits; the last line says what is missing.",
     translate=MODEL_TRANSLATE,
 )

@@ -126,7 +126,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     first = join()[0] == 0
     options.quiet, options.tensorboard = options.quiet or not first, options.tensorboard and first
     model = open_model(options)
-    if options.budget:
+    if options.budget or options.ram:
         chosen |= within_budget(options, model, chosen)
     images = options.photos[0] if len(options.photos) == 1 else options.photos
     events: list[Any] = []
@@ -136,13 +136,12 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         if note := slow_note(model.unet.conv_in.weight.device.type):
             progress.say(note)
 
+        begin = Beginning(options, folder)
+
         def on_event(event: Any) -> None:
             if event.kind != "step":
                 events.append(event)
-            if event.kind == "start":  # nothing of an earlier run is lost to one that could not begin
-                if options.overwrite:
-                    forget_checkpoints(folder)
-                write_config(folder / "run.toml", COMMAND, options, without=ONCE, out=str(folder))
+            begin(event)
             progress(event)
             also(event)
 
@@ -153,17 +152,37 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         say(f"stopped and saved after {concept.meta.get('steps')} steps; continue with: {again(folder)}")
         return INTERRUPTED
     if not options.no_report:
+        from pcs_kernels import packing
+
         from ...report.run_report import write_run_report
 
         seconds = time.monotonic() - started
         say("drawing images for the report; --no-report leaves it out, and the concept is saved already")
-        with Progress("report", quiet=options.quiet) as shown:
+        with packing(trainer.settings.packing), Progress("report", quiet=options.quiet) as shown:
             page = write_run_report(folder, model, trainer, concept, events, seconds, shown.count)
         say(f"report: {page}")
     way = "pcs upscale PICTURE" if model.upscales else 'pcs sample "a photo of {}"'
     say(f"use it: {way} --concept {shlex.quote(str(folder))}{model_flag(options)}")
     print(folder / CONCEPT_FILE)
     return DONE
+
+
+class Beginning:
+    """Takes events: at the first that shows that the run could begin, an earlier run's files give way to this one's."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder, self.done = options, folder, False
+
+    def __call__(self, event: Any) -> None:
+        if self.done or event.kind not in ("proof", "step", "checkpoint"):
+            return
+        self.done = True
+        options, file = self.options, self.folder / "run.toml"
+        if options.overwrite and event.kind != "checkpoint":  # a run that was stopped before step 1 has written one
+            forget_checkpoints(self.folder)
+        # A bare --resume takes up what the run began with: its own few flags would not repeat it.
+        if not (options.resume and file.is_file() and not options.config):
+            write_config(file, COMMAND, options, without=ONCE, out=str(self.folder))
 
 
 def forget_checkpoints(folder: Path) -> None:
@@ -217,7 +236,7 @@ def within_budget(options: argparse.Namespace, model: Model, chosen: dict[str, A
     """The settings of the fastest plan that fits; DoesNotFit says what is missing."""
     from .plan import chosen_plan
 
-    return chosen_plan(model, options.method, options.budget, chosen)
+    return chosen_plan(model, options.method, options.budget, options.ram, not options.no_report, chosen)
 
 
 def model_flag(options: argparse.Namespace) -> str:

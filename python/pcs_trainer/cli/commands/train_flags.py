@@ -12,7 +12,7 @@ from ...settings import Settings, literal_choices
 from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..setting_values import as_kind
-from .common import METHOD, MODEL_FLAGS, RESOLUTION, say
+from .common import METHOD, MODEL_FLAGS, RAM, RESOLUTION, say
 
 
 def further_subject(text: str) -> str:
@@ -104,6 +104,7 @@ OPTIONS = (
         "memory",
         Option("--budget", "memory limit, e.g. 6GB; picks the fastest recomputation plan that fits", byte_size,
                metavar="SIZE", otherwise="no limit"),
+        RAM,
         Option("--plan", "recomputation plan, from most memory to least: " +
                ", ".join(f"{long} ({short})" for short, long in PLAN_NAMES.items()),
                one_of("recomputation plan", (*PLAN_NAMES.values(), *PLAN_NAMES)), metavar="PLAN",

@@ -1,0 +1,252 @@
+"""What each phase of a run holds, from loading to the report: bytes on the device, and bytes of the machine's memory.
+
+Weights are those of the configurations, activations are counted as a step's are. On the CPU both are one figure, with
+the interpreter and its libraries in it; mapped files count, as they do in the process's resident memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pcs_kernels import packing
+
+from ..methods import method_named
+from ..model.autoencoder import at_once
+from ..model.weights import GROUP
+from ..training.proof import PROOF_SIDE
+from .blank import filled, text_encoder
+from .counts import Counted, counted_once
+from .ledger import Ledger
+
+# Resident after importing torch, transformers, diffusers and the trainer (torch 2.13, CPU build): 0.49 GB, and 0.04 GB
+# of tokenizers and configurations. A CUDA build's libraries are larger; how much was not measured.
+LIBRARIES = 550_000_000
+DRAWN = 8  # images drawn together at most
+REPORT = 4  # images in one column of the report
+PROOF_LATENTS = 16  # a side, of the predictions that prove the file
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run: its bytes by component, and the bytes of the machine's memory."""
+
+    name: str
+    parts: dict[str, int]
+    ram: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the device; on the CPU they are `ram` too."""
+        return sum(self.parts.values())
+
+
+class Phases:
+    """The phases of one run, counted for a step's plan.
+
+    Args:
+        step: the step's count: networks, settings, dtype, device.
+        assignment: the recomputation plan that was chosen for it.
+        size: pixels a side of the photos.
+        context: what the driver takes beside everything, or the libraries on the CPU.
+        report: whether the run ends with a report.
+    """
+
+    def __init__(self, step: Counted, assignment: dict[str, str], size: int, context: int, report: bool) -> None:
+        self.step, self.assignment, self.size, self.context, self.report = step, assignment, size, context, report
+        request = step.request
+        self.request, self.networks, self.s = request, request.networks, request.settings
+        self.cpu = request.device == "cpu"
+        self.unet = sum(p.numel() for p in step.rehearsal.unet.parameters()) * request.dtype.itemsize
+        self.text = sum(weights(text_encoder(config)) for config in self.networks.text) * request.dtype.itemsize
+        self.vae = Autoencoder(self.networks.vae, request.dtype)
+        lasting = step.lasting()
+        self.packed = lasting.pop("packed copies of weights", 0)
+        self.kernels = lasting.pop("kernels for upsampling", 0) + self._joined()
+        lasting.pop("gradients", None)
+        self.lasting = lasting  # what is there from the method's setup on to the last step
+        self.whole = step.rehearsal.learner.trains_whole_network
+        self.concept = sum(p.nbytes for p in (*step.rehearsal.trained, *step.rehearsal.learner.fixed.values()))
+        self.pictures = 3 * size * size * self._images()  # as uint8
+
+    def _joined(self) -> int:
+        """Matrices of which frozen weights become views, beside the mapped pages that they were read from."""
+        stacks = (self.step.rehearsal.unet._time_stack, self.step.rehearsal.unet._kv_stack)
+        frozen = [s for s in stacks if not any(p.requires_grad for layer in s.layers for p in layer.parameters())]
+        return sum(layer.weight.nbytes for s in frozen for layer in s.layers) if self.cpu else 0
+
+    def _images(self) -> int:
+        augmentation = method_named(self.s.method).augment(self.s)
+        return (augmentation.count if augmentation else 8) + (self.s.prior_images if self.s.prior_weight else 0)
+
+    def all(self) -> list[Phase]:
+        """Those that the settings ask for, in their order."""
+        s = self.s
+        found = [self.loading(), self.photos()]
+        if s.prior_weight and not s.prior_folder:
+            found.append(self.class_images())
+        if not self.step.rehearsal.uses_text:
+            found.append(self.text_states())
+        if s.check_backend:
+            found.append(self.gradient_check())
+        found.append(self.training_step())
+        if s.probe_every:
+            found.append(self.probe())
+        if s.preview_every and s.preview_prompts:
+            found.append(self.preview())
+        return [*found, self.checkpoint(), self.finish(), *([self.run_report()] if self.report else [])]
+
+    def _phase(self, name: str, parts: dict[str, int], ram: int = 0) -> Phase:
+        parts = {part: size for part, size in parts.items() if size}
+        where = "interpreter and libraries" if self.cpu else "CUDA context"
+        parts |= {where: self.context}
+        return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + ram)
+
+    def _drawing(self, images: int, size: int) -> dict[str, int]:
+        """A guided forward of some images, or their decoding: whichever is more."""
+        images = max(1, min(images, at_once(size * size // 2, DRAWN)))
+        with self.step.fake or nullcontext(), packing(self.s.packing):
+            count = self.step.rehearsal.prediction(2 * images, size // self.networks.pixels)
+        decoded = self.vae.decoding(at_once(size * size, images), size)
+        made = {"kernels for upsampling": self.kernels} if self.cpu else {}
+        made |= {"packed copies of weights": count.packed} if self.cpu else {}
+        return made | {"working memory": max(count.peak, decoded)}
+
+    def loading(self) -> Phase:
+        """The UNet, and the part of its file that is open."""
+        sizes = [p.nbytes for _, p in sorted(self.step.rehearsal.unet.named_parameters())]
+        groups = [sum(sizes[i : i + GROUP]) for i in range(0, len(sizes), GROUP)]
+        opened = 0 if self.cpu else max(groups)
+        return self._phase("loading", {"UNet weights": self.unet}, opened)
+
+    def photos(self) -> Phase:
+        """Photos to latents, the UNet loaded."""
+        images = at_once(self.size * self.size, DRAWN)
+        parts = {"UNet weights": self.unet, "autoencoder weights": self._vae()}
+        parts |= {"working memory": self.vae.encoding(images, self.size)}
+        return self._phase("photos to latents", parts | self._host(self.pictures), self.pictures)
+
+    def _vae(self) -> int:
+        """On the CPU its convolutions are copies, channels-last, beside the mapped file."""
+        return self.vae.bytes * (2 if self.cpu else 1)
+
+    def _host(self, size: int) -> dict[str, int]:
+        return {"images": size} if self.cpu else {}
+
+    def class_images(self) -> Phase:
+        """Class images drawn by the frozen model."""
+        parts = {"UNet weights": self.unet, "text encoder weights": self.text, "autoencoder weights": self._vae()}
+        parts |= self._drawing(self.s.prior_images, self.size) | self._host(2 * self.pictures)
+        return self._phase("class images", parts, 2 * self.pictures)
+
+    def text_states(self) -> Phase:
+        """Frozen prompts encoded, one by one; then the encoders leave memory."""
+        set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
+        return self._phase("text states", set_up | {"text encoder weights": self.text})
+
+    def gradient_check(self) -> Phase:
+        """The gradients of both backends on a crop, beside what was packed for it."""
+        latent = min(PROOF_SIDE, self.request.size[1])
+        images = 2 if self.s.prior_weight else 1
+        small = self.request.resized((images, latent))
+        counted = counted_once(small)
+        with counted.fake or nullcontext():
+            counted.rehearsal.unet.set_plan(self.assignment)
+            made = counted.rehearsal.comparison()
+        set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
+        parts = set_up | {"packed copies of weights": self.packed, "kernels for upsampling": self.kernels}
+        return self._phase("gradient check", parts | {"both gradients, working memory": made})
+
+    def training_step(self) -> Phase:
+        """What the planner counts of a step."""
+        parts = self.step.components(self.assignment)
+        parts |= {"kernels for upsampling": self.kernels} if self.cpu else {}
+        return self._phase("training step", parts)
+
+    def _standing(self) -> dict[str, int]:
+        """What is there between two steps."""
+        return self.lasting | {"kernels for upsampling": self.kernels}
+
+    def probe(self) -> Phase:
+        """Predictions on held-out noise, between two steps."""
+        with self.step.fake or nullcontext(), packing("none"):
+            count = self.step.rehearsal.prediction(self.s.batch, self.request.size[1])
+        parts = self._standing() | {"packed copies of weights": self.packed, "working memory": count.peak}
+        return self._phase("validation", parts)
+
+    def preview(self) -> Phase:
+        """Images drawn between two steps."""
+        parts = self._standing() | {"text encoder weights": self.text, "autoencoder weights": self._vae()}
+        return self._phase("preview", parts | self._drawing(len(self.s.preview_prompts), self.size))
+
+    def checkpoint(self) -> Phase:
+        """Everything that trains written to disk, a tensor at a time."""
+        largest = max(p.nbytes for p in self.step.rehearsal.trained)
+        parts = self._standing() | {"packed copies of weights": self.packed} | self._host(largest)
+        return self._phase("checkpoint", parts, largest)
+
+    def finish(self) -> Phase:
+        """The concept off the model, and its file proven against what the model in memory predicted."""
+        with self.step.fake or nullcontext(), packing("none"):
+            count = self.step.rehearsal.prediction(1, PROOF_LATENTS)
+        parts = {"UNet weights": self.unet, "text encoder weights": self.text, "working memory": count.peak}
+        if self.whole:  # the base's UNet and the file's, of which a GPU holds one at a time
+            parts |= {"concept": self.unet if self.cpu else 0}
+            return self._phase("finish", parts, self.concept)
+        own = {n: b for n, b in self.lasting.items() if n in ("trained in float32", "kept beside what trains")}
+        return self._phase("finish", parts | own | self._host(2 * self.concept), 2 * self.concept)
+
+    def run_report(self) -> Phase:
+        """Images of the base model and of the concept, at the model's own size."""
+        parts = {"UNet weights": self.unet, "text encoder weights": self.text, "autoencoder weights": self._vae()}
+        parts |= {"concept": self.concept} | self._drawing(REPORT, self.networks.resolution)
+        return self._phase("report", parts, self.concept)
+
+
+LATER = ("optimizer state", "copy of the last good state")  # made by the first steps
+
+
+class Autoencoder:
+    """An autoencoder without contents, and what its work on some images makes."""
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
+        from diffusers import AutoencoderKL
+
+        self.fake = FakeTensorMode()
+        with torch.device("meta"):
+            network: Any = AutoencoderKL.from_config({"_class_name": "AutoencoderKL"} | config)
+        with self.fake:
+            self.network: Any = filled(network, dtype, "cpu")
+        self.dtype, self.latent = dtype, self.network.config.latent_channels
+        self.factor = 2 ** (len(self.network.config.block_out_channels) - 1)
+        self.bytes = weights(self.network) * dtype.itemsize
+        self._found: dict[tuple[str, int, int], int] = {}
+
+    def encoding(self, images: int, size: int) -> int:
+        """Bytes that encoding images of size x size makes at most."""
+        return self._count("encode", images, (3, size))
+
+    def decoding(self, images: int, size: int) -> int:
+        """Bytes that decoding images of size x size makes at most."""
+        return self._count("decode", images, (self.latent, size // self.factor))
+
+    def _count(self, what: str, images: int, shape: tuple[int, int]) -> int:
+        key = (what, images, shape[1])
+        if key not in self._found:
+            owned: list[Tensor] = [*self.network.parameters(), *self.network.buffers()]
+            with torch.no_grad(), self.fake, Ledger(owned) as ledger:
+                x = torch.zeros(images, shape[0], shape[1], shape[1], dtype=self.dtype)
+                made = getattr(self.network, what)(x)
+                made.sample.float() if what == "decode" else made.latent_dist.std
+            self._found[key] = ledger.result().peak
+        return self._found[key]
+
+
+def weights(network: nn.Module) -> int:
+    """The number of a network's parameters."""
+    return sum(p.numel() for p in network.parameters())

@@ -1,0 +1,128 @@
+"""plan_run(): every phase of a run within a budget, not its step alone; on the CPU with the packed copies that fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from .phases import LIBRARIES, Phase, Phases
+from .planner import Plan, bytes_of, counted_for, plan
+
+Packing = Literal["both", "forward", "none"]  # from the fastest to the smallest
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run's step, and what each of its phases holds; `str(plan)` is both tables."""
+
+    step: Plan
+    phases: list[Phase]
+    packing: Packing
+    budget: int | None
+    ram: int | None
+    missing: str = ""  # empty where the run fits, else what is missing
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase is within the budget, and within the machine's memory."""
+        return not self.missing
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that holds the most on the device."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The trainer's settings that this plan stands for."""
+        return self.step.settings | {"packing": self.packing}
+
+    def __str__(self) -> str:
+        cpu = self.step.device == "cpu"
+        lines = [str(self.step).removesuffix("It fits.").rstrip(), "", "phases of the run:"]
+        if not cpu:
+            lines[-1] += "                GPU        RAM"
+        for phase in self.phases:
+            ram = "" if cpu else f"{phase.ram / 1e9:8.3f} GB"
+            most = "  (largest)" if phase is self.largest else ""
+            lines += [f"  {phase.name:<18}{phase.bytes / 1e9:8.3f} GB{ram}{most}"]
+        if cpu:
+            lines += [f"packed copies of frozen weights: {PACKED[self.packing]}"]
+        lines += [f"RAM limit: {self.ram / 1e9:.3f} GB"] if self.ram is not None else []
+        given = self.budget is not None or self.ram is not None
+        return "\n".join([*lines, self.missing or ("It fits." if given else "")]).rstrip()
+
+
+PACKED = {"both": "for both directions", "forward": "for the forward alone", "none": "none"}
+
+
+def plan_run(
+    model: Any,
+    method: str,
+    resolution: int | None = None,
+    batch: int | None = None,
+    budget: str | float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    measure: bool = False,
+    ram: str | float | None = None,
+    report: bool = True,
+    **settings: Any,
+) -> RunPlan:
+    """`plan`, and every other phase of the run: class images, the gradient check, previews, the end, the report.
+
+    Args:
+        model, method, resolution, batch, budget, dtype, device, measure, settings: as `plan` takes them; the budget
+            is of every phase.
+        ram: a limit of the machine's memory; on the CPU the smaller of it and the budget counts.
+        report: whether the run ends with a report.
+
+    Returns:
+        the first that fits of packed copies for both directions, for the forward, and none (CPU); where none fits, the
+        last, which says what is missing.
+    """
+    allowed = None if budget is None else bytes_of(budget, "budget")
+    memory = None if ram is None else bytes_of(ram, "RAM limit")
+    cpu = device == "cpu"
+    limit = min((x for x in (allowed, memory) if x is not None), default=None) if cpu else allowed
+    asked = settings.pop("packing", None)
+    choices: tuple[Packing, ...] = (asked,) if asked else get_args(Packing) if cpu and limit is not None else ("both",)
+    for packing in choices:
+        beside = LIBRARIES if cpu else 0
+        step = plan(
+            model, method, resolution, batch, limit, dtype, device, measure, beside, packing=packing, **settings
+        )
+        counted, size = counted_for(model, step, dtype, packing=packing, **settings)
+        phases = Phases(counted, step.assignment, size, step.context, report).all()
+        missing = step.missing or _missing(phases, limit, memory)
+        found = RunPlan(step, phases, packing, allowed, memory, missing)
+        if found.fits:
+            break
+    return found
+
+
+def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:
+    """One sentence: which phase needs how much of what, and what would help; "" where all fit."""
+    figures = [("", limit, [(p.bytes, p) for p in phases]), (" RAM", ram, [(p.ram, p) for p in phases])]
+    for what, most, needs in figures:
+        needed, phase = max(needs, key=lambda pair: pair[0])
+        if most is not None and needed > most:
+            largest = max(phase.parts, key=lambda name: phase.parts[name])
+            return (
+                f"{(needed - most) / 1e9:.2f} GB{what} are missing: the phase '{phase.name}' needs {needed / 1e9:.2f} "
+                f"GB of the {most / 1e9:.2f} GB allowed, and {phase.parts[largest] / 1e9:.2f} GB of it are {largest}"
+                + HELPS.get(phase.name, "")
+                + "."
+            )
+    return ""
+
+
+HELPS = {  # what leaves a phase out
+    "report": "; --no-report leaves it out",
+    "preview": "; without --preview it is left out",
+    "class images": "; --prior-folder gives real ones instead",
+    "gradient check": "; --set check_backend=false leaves it out",
+    "validation": "; --probe-every 0 leaves it out",
+}
