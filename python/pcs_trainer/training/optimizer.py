@@ -62,7 +62,7 @@ class Masters:
 
     @torch.no_grad()
     def load_state_dict(self, saved: list[Tensor] | None) -> None:
-        """The saved copies; of a checkpoint without them (an older one, a float32 model's) the parameters as they are."""
+        """The saved copies; where a checkpoint has none (an old one, a float32 model's), the parameters as they are."""
         whole = saved is not None and len(saved) == len(self._copies)
         for i, (p, master) in enumerate(self._copies):
             master.copy_(saved[i] if whole and saved is not None else p)
