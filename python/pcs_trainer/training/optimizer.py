@@ -60,9 +60,9 @@ class Masters:
 
     @torch.no_grad()
     def load_state_dict(self, saved: list[Tensor] | None) -> None:
-        """The saved copies; of an older checkpoint, which has none, the parameters as they are now."""
+        """The saved copies; where there are none (an older checkpoint, a run in float32), the parameters' values."""
         for i, (p, master) in enumerate(self._copies):
-            master.copy_(p if saved is None else saved[i])
+            master.copy_(saved[i] if saved else p)
 
 
 class Stepper:
