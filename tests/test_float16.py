@@ -213,6 +213,18 @@ def test_torchs_adamw_resumes_with_its_float32_copies(models, tmp_path):
     assert all(m.dtype == torch.float32 for m in torch.load(state, weights_only=True)["masters"])
 
 
+def test_copies_that_a_checkpoint_lacks_are_the_parameters():
+    """One of version 0.1.0, or of the same run in float32."""
+    p = torch.nn.Parameter(torch.ones(3).half())
+    masters = Masters([p])
+    for saved in (None, []):
+        masters.of[p].zero_()
+        masters.load_state_dict(saved)
+        assert torch.equal(masters.of[p], torch.ones(3))
+    masters.load_state_dict([torch.full((3,), 1 + 1e-5)])
+    assert torch.equal(masters.state_dict()[0], torch.full((3,), 1 + 1e-5))
+
+
 def test_an_autoencoder_that_overflows_float16_runs_in_float32(tmp_path):
     """SDXL's configuration says so (force_upcast), and the embedded model's; one that does not stays in float16."""
     source = Path(load_model("tiny").source.path)

@@ -9,12 +9,15 @@ from pcs_kernels.optim import AdamW8bit, step_in_backward
 
 @pytest.mark.parametrize("clip", ("two_pass", "previous"))
 @pytest.mark.parametrize("max_norm", (None, 0.05))
-def test_step_in_backward_equals_the_ordinary_step(clip, max_norm):
+@pytest.mark.parametrize("scale", (1.0, 2.0**10))
+def test_step_in_backward_equals_the_ordinary_step(clip, max_norm, scale):
+    """Whatever the loss scale is, and when it changes from step to step."""
     ours, theirs = network(), network()
     a, b = AdamW8bit(ours.parameters(), lr=1e-3), AdamW8bit(theirs.parameters(), lr=1e-3)
     handle = step_in_backward(a, max_norm=max_norm, clip=clip)
     previous = None
     for x, y in batches(6):
+        handle.loss_scale, scale = scale, 2 * scale if scale > 1 else scale
         loss = handle.backward(lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y))
         assert all(p.grad is None for p in ours.parameters())
         expected = torch.nn.functional.mse_loss(theirs(x), y)
@@ -32,18 +35,23 @@ def test_step_in_backward_equals_the_ordinary_step(clip, max_norm):
     assert all(p.grad is not None for p in ours.parameters())
 
 
-def test_step_in_backward_accumulates():
+@pytest.mark.parametrize("clip", ("two_pass", "previous"))
+def test_step_in_backward_accumulates(clip):
     ours, theirs = network(), network()
     a, b = AdamW8bit(ours.parameters()), AdamW8bit(theirs.parameters())
-    handle = step_in_backward(a, accumulate=3, max_norm=0.05, clip="two_pass")
-    for _ in range(2):
+    handle = step_in_backward(a, accumulate=3, max_norm=0.05, clip=clip)
+    previous = None
+    for scale in (1.0, 2.0**10):
+        handle.loss_scale = scale
         micro = list(batches(3))
         handle.backward(*[lambda x=x, y=y: torch.nn.functional.mse_loss(ours(x), y) / 3 for x, y in micro])
         b.zero_grad()
         for x, y in micro:
             (torch.nn.functional.mse_loss(theirs(x), y) / 3).backward()
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()]))
-        b.step(grad_scale=min(1.0, 0.05 / (norm + 1e-6)))
+        used = previous if clip == "previous" and previous is not None else norm
+        previous = norm
+        b.step(grad_scale=min(1.0, 0.05 / (used + 1e-6)))
         assert handle.norm == pytest.approx(norm, rel=1e-5)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

@@ -62,10 +62,9 @@ class Masters:
 
     @torch.no_grad()
     def load_state_dict(self, saved: list[Tensor] | None) -> None:
-        """The saved copies; where a checkpoint has none (an old one, a float32 model's), the parameters as they are."""
-        whole = saved is not None and len(saved) == len(self._copies)
+        """The saved copies; where there are none (an older checkpoint, a run in float32), the parameters' values."""
         for i, (p, master) in enumerate(self._copies):
-            master.copy_(saved[i] if whole and saved is not None else p)
+            master.copy_(saved[i] if saved else p)
 
 
 class Stepper:
