@@ -156,9 +156,9 @@ def test_several_subjects_train_in_bfloat16_with_the_step_in_the_backward(halved
     settings = small_for(method, **RUN | INSIDE)
     del settings["token"]
     events = []
-    run = Trainer(halved, method, concepts=together(method), **settings | dict(steps=3), check_backend=False)
+    run = Trainer(halved, method, concepts=together(method), **settings | dict(batch=2), check_backend=False)
     of_cpu(run.train(on_event=events.append))
-    assert [e.kind for e in events if e.kind in ("step", "done")] == ["step"] * 3 + ["done"]
+    assert [e.kind for e in events if e.kind in ("step", "done")] == ["step", "done"]
 
 
 @pytest.mark.slow
