@@ -31,6 +31,9 @@ except ImportError:
 
 NAME = "second"
 register(NAME)
+# Other tests of the process save and restore the random state of every device that torch knows.
+torch.second.get_rng_state = lambda *_: torch.get_rng_state()
+torch.second.set_rng_state = lambda *_: None
 DEVICE = torch.device(NAME, 0)
 CPU = torch.device("cpu")
 PRIVATE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)

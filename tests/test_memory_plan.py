@@ -132,7 +132,7 @@ def test_what_trains_is_what_the_trainer_trains(method):
 
 
 # (method, GB without the CUDA context): one picture of the subject in a forward, 512 x 512, bfloat16
-TARGETS = {"dreambooth": 4.1, "custom_diffusion": 2.5, "personalized_residuals": 1.9, "textboost": 2.2}
+TARGETS = {"dreambooth": 4.1, "custom_diffusion": 2.55, "personalized_residuals": 1.9, "textboost": 2.2}
 
 
 @pytest.mark.slow

@@ -97,7 +97,10 @@ def test_compressed_and_blended_on_the_device_is_as_on_the_cpu(model, twin, kind
 def test_concepts_merge_on_the_device_as_on_the_cpu(model, twin):
     concepts = [concept_cases.custom_diffusion(twin), concept_cases.custom_diffusion(twin, 7).renamed("<other>")]
     ours, theirs = (merge(concepts, m, ["a dog on a hill", "a red car in the snow"]) for m in (model, twin))
-    same(ours, theirs)
+    of_cpu(ours)
+    # Two captions leave most directions of the text to the ridge: what rounding moves there is large in single weights.
+    for name, tensor in theirs.tensors.items():
+        assert (ours.tensors[name] - tensor).norm() < 0.02 * tensor.norm(), name
     assert ours.constraint_residual < 1e-6
 
 

@@ -117,7 +117,7 @@ class Bench:
 
         if job.section not in ("main", "entangled"):
             return
-        name = " ".join((concept.token, concept.class_word))
+        name = concept.subject_words
         pictures = [seen[p] for p in (concept.instance_prompt, *(s.replace("{}", name) for s in SHOWN))]
         path = self.folder / "pictures" / f"{job.section}-{setting.replace(' ', '')}-{job.subject}.png"
         Image.fromarray(np.concatenate(pictures, axis=1)).save(path)
@@ -145,10 +145,9 @@ class Bench:
             alone.append(concept.renamed(f"<{s}>"))
         merged = merge(alone, self.model)
         for setting, concept, seconds in (("joint", joint, took), ("merged", merged, {})):
-            for s in pair:
-                kind = subject(s).kind
-                named = {"token": f"<{s}>", "class_word": kind, "instance_prompt": f"photo of a <{s}> {kind}"}
-                shown = replace(concept, meta=concept.meta | named)
+            for number, s in enumerate(pair):
+                kind, own = subject(s).kind, concept.of_subject(number)
+                shown = replace(own, meta=own.meta | {"instance_prompt": f"photo of a <{s}> {kind}"})
                 facts = {"section": job.section, "setting": setting, "subject": s, "method": job.method, "class": kind}
                 yield facts | {"photos": job.photos} | seconds | self.measure(job, shown, setting, seed=s)
 

@@ -203,7 +203,7 @@ def prior_bank(
     s: Settings,
     size: int,
     report: Callable[[str], Any],
-    count: Count,
+    count: Count | None = None,
     upscaler: bool = False,
 ) -> Bank | None:
     """Class images with their captions, or None where there is no such loss.

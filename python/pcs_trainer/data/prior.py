@@ -23,7 +23,7 @@ Count = Callable[[int, int], Any]  # (done, total)
 ATTEMPTS = 5  # rounds of drawing blank class images again
 
 
-def prior_pictures(model: Model, prompt: str, s: Settings, report: Any, count: Count) -> list[Picture]:
+def prior_pictures(model: Model, prompt: str, s: Settings, report: Any, count: Count | None = None) -> list[Picture]:
     """From the folder that was given (captions beside its pictures), else drawn and kept by what decides them.
 
     Args:

@@ -110,7 +110,8 @@ class Vocabulary:
         """The token embeddings that the subject's learned word starts from; their number is as in `word_size`."""
         start = starting_word(s) or self.rare(s.seed)
         rows = self.rows(start)
-        return self.rows(start, s.token_vectors) if rows and len(rows[0]) < s.token_vectors else rows
+        fewer = any(len(own) < s.token_vectors for own in rows)
+        return self.rows(start, s.token_vectors) if fewer else rows
 
 
 def starting_word(s: Settings) -> str:
