@@ -61,12 +61,13 @@ def implementation(op: Any) -> Callable[..., Any]:
 def packed_weight(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The weight of this call that the op's CPU kernel packs, once for each direction; None where it packs none."""
     name = _packed_names().get(packet)
-    if name is None or not argument_or(packet, "pack", args, kwargs, may_pack(_direction(packet))):
+    if name is None or not argument_or(packet, "pack", args, kwargs, may_pack(direction(packet))):
         return None
     return argument(packet, name, args, kwargs)
 
 
-def _direction(packet: Any) -> Literal["forward", "backward"]:
+def direction(packet: Any) -> Literal["forward", "backward"]:
+    """Whether an op is a forward or the backward of one."""
     return "backward" if packet.__name__.endswith("backward") else "forward"
 
 

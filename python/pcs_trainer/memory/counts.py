@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from contextlib import nullcontext
@@ -9,8 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pcs_kernels import packing
 
 from ..settings import Settings
 from ..unet.plans import PLANS
@@ -53,11 +52,13 @@ class Counted:
         with self.fake or nullcontext():
             self.rehearsal = request.rehearsal("cpu" if self.fake else "meta")
         self._counts: dict[str, StepCount] = {}
+        self._compared: dict[str, int] = {}
+        self._predictions: dict[tuple[int, int], StepCount] = {}
 
     def count(self, assignment: str | dict[str, str]) -> StepCount:
         key = assignment if isinstance(assignment, str) else json.dumps(assignment)
         if key not in self._counts:
-            with self.fake or nullcontext(), packing(self.request.settings.packing):
+            with self.fake or nullcontext():
                 self.rehearsal.unet.set_plan(assignment)
                 self._counts[key] = self.rehearsal.count()
         return self._counts[key]
@@ -68,7 +69,7 @@ class Counted:
         if self.rehearsal.accumulate:
             found["gradients"] = sum(p.nbytes for p in self.rehearsal.trained)
         if self.fake:
-            found["packed copies of weights"] = self.count("eager").packed
+            found["packed copies of weights"] = packed_bytes(self.count("eager"), self.request.settings.packing)
             found["kernels for upsampling"] = sum(t.nbytes for t in self.rehearsal.unet.derived())
         return found
 
@@ -84,8 +85,35 @@ class Counted:
     def table(self) -> Table:
         return Table({plan: self.count(plan) for plan in PLANS}, sum(self.lasting().values()))
 
+    def comparison(self, assignment: dict[str, str]) -> int:
+        """Bytes that comparing this step's gradients with the reference's makes."""
+        key = json.dumps(assignment)
+        if key not in self._compared:
+            with self.fake or nullcontext():
+                self.rehearsal.unet.set_plan(assignment)
+                self._compared[key] = self.rehearsal.comparison()
+        return self._compared[key]
+
+    def prediction(self, images: int, latent: int) -> StepCount:
+        """A prediction for so many images, without a backward."""
+        if (images, latent) not in self._predictions:
+            with self.fake or nullcontext():
+                self._predictions[images, latent] = self.rehearsal.prediction(images, latent)
+        return self._predictions[images, latent]
+
+
+def packed_bytes(count: StepCount, packing: str) -> int:
+    """Bytes of the packed copies that a count's calls make where `packing` allows them."""
+    return sum(size for way, size in count.packed.items() if packing in ("both", way))
+
 
 @functools.lru_cache(maxsize=8)  # a budget is tried with a few batch sizes; a count holds the networks' shapes
-def counted_once(request: Request) -> Counted:
-    """The count of a request; asked again, the same object."""
+def _counted(request: Request) -> Counted:
     return Counted(request)
+
+
+def counted_once(request: Request) -> Counted:
+    """The count of a request; asked again, the same tracing, whatever is packed."""
+    found = copy.copy(_counted(replace(request, settings=replace(request.settings, packing="both"))))
+    found.request = request
+    return found

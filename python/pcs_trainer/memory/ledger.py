@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pcs_kernels import costs
-from pcs_kernels.costs import implementation
+from pcs_kernels.costs import direction, implementation
 
 FLOPS_A_BYTE = 100  # what a byte written costs beside a FLOP: consumer and server GPUs lie between 70 and 170
 KINDS = ("kept activations", "gradients", "working memory")
@@ -61,7 +61,7 @@ class StepCount:
     work: float
     layers: dict[str, LayerCount] = field(default_factory=dict)  # in the order in which they run
     head: int = 0  # the most before the backward reaches a layer, over what was kept then
-    packed: int = 0  # frozen weights packed for the CPU's kernels, once for each direction, beside the weights
+    packed: dict[str, int] = field(default_factory=dict)  # frozen weights packed for the CPU's kernels, by direction
 
 
 class Ledger(TorchDispatchMode):
@@ -190,5 +190,7 @@ class Ledger(TorchDispatchMode):
         for name, layer in self._layers.items():
             layer.inside = self._high.get(name, 0) - self._marks[name]
         head = max(self._high.get("", 0), self._kept) - self._before
-        packed = sum(self._packed.values())
+        packed = {"forward": 0, "backward": 0}
+        for (packet, *_), size in self._packed.items():
+            packed[direction(packet)] += size
         return StepCount(self._kept, sum(peak.values()), peak, gradients, self._work, self._layers, head, packed)

@@ -6,7 +6,8 @@ the interpreter and its libraries in it; mapped files count, as they do in the p
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import functools
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pcs_kernels import packing
-
 from ..methods import method_named
 from ..model.autoencoder import at_once
 from ..model.weights import GROUP
 from ..training.proof import PROOF_SIDE
 from .blank import filled, text_encoder
-from .counts import Counted, counted_once
+from .counts import Counted, counted_once, packed_bytes
 from .ledger import Ledger
 
 # Resident after importing torch, transformers, diffusers and the trainer (torch 2.13, CPU build): 0.49 GB, and 0.04 GB
@@ -63,8 +62,8 @@ class Phases:
         self.request, self.networks, self.s = request, request.networks, request.settings
         self.cpu = request.device == "cpu"
         self.unet = sum(p.numel() for p in step.rehearsal.unet.parameters()) * request.dtype.itemsize
-        self.text = sum(weights(text_encoder(config)) for config in self.networks.text) * request.dtype.itemsize
-        self.vae = Autoencoder(self.networks.vae, request.dtype)
+        self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
+        self.vae = autoencoder(json.dumps(self.networks.vae), request.dtype)
         lasting = step.lasting()
         self.packed = lasting.pop("packed copies of weights", 0)
         self.kernels = lasting.pop("kernels for upsampling", 0) + self._joined()
@@ -110,11 +109,10 @@ class Phases:
     def _drawing(self, images: int, size: int) -> dict[str, int]:
         """A guided forward of some images, or their decoding: whichever is more."""
         images = max(1, min(images, at_once(size * size // 2, DRAWN)))
-        with self.step.fake or nullcontext(), packing(self.s.packing):
-            count = self.step.rehearsal.prediction(2 * images, size // self.networks.pixels)
+        count = self.step.prediction(2 * images, size // self.networks.pixels)
         decoded = self.vae.decoding(at_once(size * size, images), size)
         made = {"kernels for upsampling": self.kernels} if self.cpu else {}
-        made |= {"packed copies of weights": count.packed} if self.cpu else {}
+        made |= {"packed copies of weights": packed_bytes(count, self.s.packing)} if self.cpu else {}
         return made | {"working memory": max(count.peak, decoded)}
 
     def loading(self) -> Phase:
@@ -155,9 +153,7 @@ class Phases:
         images = 2 if self.s.prior_weight else 1
         small = self.request.resized((images, latent))
         counted = counted_once(small)
-        with counted.fake or nullcontext():
-            counted.rehearsal.unet.set_plan(self.assignment)
-            made = counted.rehearsal.comparison()
+        made = counted.comparison(self.assignment)
         set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
         parts = set_up | {"packed copies of weights": self.packed, "kernels for upsampling": self.kernels}
         return self._phase("gradient check", parts | {"both gradients, working memory": made})
@@ -174,8 +170,7 @@ class Phases:
 
     def probe(self) -> Phase:
         """Predictions on held-out noise, between two steps."""
-        with self.step.fake or nullcontext(), packing("none"):
-            count = self.step.rehearsal.prediction(self.s.batch, self.request.size[1])
+        count = self.step.prediction(self.s.batch, self.request.size[1])
         parts = self._standing() | {"packed copies of weights": self.packed, "working memory": count.peak}
         return self._phase("validation", parts)
 
@@ -192,8 +187,7 @@ class Phases:
 
     def finish(self) -> Phase:
         """The concept off the model, and its file proven against what the model in memory predicted."""
-        with self.step.fake or nullcontext(), packing("none"):
-            count = self.step.rehearsal.prediction(1, PROOF_LATENTS)
+        count = self.step.prediction(1, PROOF_LATENTS)
         parts = {"UNet weights": self.unet, "text encoder weights": self.text, "working memory": count.peak}
         if self.whole:  # the base's UNet and the file's, of which a GPU holds one at a time
             parts |= {"concept": self.unet if self.cpu else 0}
@@ -245,6 +239,18 @@ class Autoencoder:
                 made.sample.float() if what == "decode" else made.latent_dist.std
             self._found[key] = ledger.result().peak
         return self._found[key]
+
+
+@functools.lru_cache(maxsize=4)
+def autoencoder(config: str, dtype: torch.dtype) -> Autoencoder:
+    """The one of a configuration in JSON; asked again, the same, with what it has counted."""
+    return Autoencoder(json.loads(config), dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def text_weights(config: str) -> int:
+    """The number of a text encoder's parameters, by its configuration in JSON."""
+    return weights(text_encoder(json.loads(config)))
 
 
 def weights(network: nn.Module) -> int:

@@ -1,0 +1,142 @@
+"""Every phase of a run is planned, and the budget is the run's: what fits, what is packed, what a refusal names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from pcs_trainer import cli
+from pcs_trainer.memory.counts import Request, counted_once
+from pcs_trainer.memory.networks import Networks, networks_of
+from pcs_trainer.memory.phases import LIBRARIES, Phases
+from pcs_trainer.memory.whole_run import plan_run
+from pcs_trainer.methods import settings_for
+from test_memory_plan import TEXT
+from unet_families import SMALL
+
+VAE = {
+    "block_out_channels": [8, 16, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+MODEL = {"unet": SMALL, "text_encoder": TEXT, "vae": VAE}
+EVERYTHING = dict(preview_every=1, preview_prompts=("a {}",))
+
+
+def phases(method, device="cpu", size=128, report=True, **settings):
+    s = settings_for(None, method, **settings)
+    pictures = s.batch * (2 if s.prior_weight else 1)
+    step = counted_once(Request(networks_of(MODEL), s, (pictures, size // 8), torch.bfloat16, device, False))
+    names = {phase.name: phase for phase in Phases(step, {"": "A"}, size, LIBRARIES, report).all()}
+    return names, step
+
+
+def test_the_settings_decide_which_phases_there_are():
+    names, _ = phases("dreambooth", **EVERYTHING)
+    before = ["loading", "photos to latents", "class images", "text states", "gradient check"]
+    after = ["training step", "validation", "preview", "checkpoint", "finish", "report"]
+    assert list(names) == before + after
+    fewer, _ = phases("personalized_residuals", report=False, check_backend=False, probe_every=0)
+    assert list(fewer) == ["loading", "photos to latents", "text states", "training step", "checkpoint", "finish"]
+
+
+def test_the_step_s_phase_is_the_planner_s_count_and_what_the_process_has():
+    names, step = phases("personalized_residuals")
+    assert names["training step"].parts["working memory"] == step.components({"": "A"})["working memory"]
+    assert names["training step"].parts["interpreter and libraries"] == LIBRARIES
+    assert names["training step"].ram == names["training step"].bytes
+    on_gpu, _ = phases("personalized_residuals", device="cuda")
+    assert "packed copies of weights" not in on_gpu["training step"].parts
+    assert on_gpu["finish"].ram < on_gpu["finish"].bytes + LIBRARIES
+
+
+def test_the_gradient_check_counts_the_scores_of_the_reference():
+    """At 32 latents a side, whatever the photos' size: so many positions squared, in every head."""
+    names, _ = phases("personalized_residuals", size=512)
+    made = names["gradient check"].parts["both gradients, working memory"]
+    heads = SMALL["block_out_channels"][0] // (SMALL["block_out_channels"][0] // SMALL["attention_head_dim"])
+    scores = heads * 1024 * 1024 * 4
+    assert 2 * scores < made < 8 * scores
+    assert phases("personalized_residuals", size=256)[0]["gradient check"].parts == names["gradient check"].parts
+
+
+def test_what_is_kept_beside_what_trains_is_counted():
+    lora = phases("lora_fa", rank=8)[1].lasting()
+    assert (
+        lora["kept beside what trains"]
+        == sum(t.nbytes for t in phases("lora_fa", rank=8)[1].rehearsal.learner.fixed.values())
+        > 0
+    )
+    custom = phases("custom_diffusion")[1]
+    masters = [p for n, p in custom.rehearsal.learner.parameters.items() if "attn2" in n]
+    assert custom.lasting()["kept beside what trains"] == sum(2 * p.numel() for p in masters)
+
+
+def test_a_counted_step_holds_the_text_as_a_real_one_does():
+    """Custom Diffusion's keys and values with a constant first token are made anew from the projections' own."""
+    rehearsal, held = phases("custom_diffusion", device="cuda")[1].rehearsal, []
+    method = rehearsal.method
+
+    def hold(kv):
+        held.append(kv)
+        return method.hold_text(kv)
+
+    rehearsal.method = replace(method, hold_text=hold)
+    try:
+        rehearsal.count()
+    finally:
+        rehearsal.method = method
+    assert held and all(set(kv) == set(rehearsal.unet.attention_names()) for kv in held)
+
+
+def test_packed_copies_follow_the_budget():
+    arguments = dict(model=MODEL, method="personalized_residuals", resolution=128, batch=1, device="cpu", report=False)
+    free = plan_run(**arguments)
+    assert free.fits and free.packing == "both" and free.missing == ""
+    packed = free.phases[3].parts["packed copies of weights"]
+    needed, found = free.largest.bytes, []
+    for budget in (needed, needed - packed // 8, needed - packed):
+        found.append(plan_run(**arguments, budget=budget))
+    assert found[0].packing == "both" and found[-1].packing != "both"
+    for run in found:
+        assert run.fits == (run.largest.bytes <= run.budget)
+        assert run.settings["packing"] == run.packing
+    assert plan_run(**arguments, packing="none").packing == "none"
+
+
+def test_a_refusal_names_the_phase_and_what_leaves_it_out():
+    arguments = dict(model=MODEL, method="personalized_residuals", resolution=32, batch=1, device="cuda")
+    free = plan_run(**arguments)
+    assert free.largest.name == "report"  # at the model's own 128 pixels
+    found = plan_run(**arguments, budget=free.largest.bytes - 1_000)
+    assert not found.fits and "'report'" in found.missing and "--no-report" in found.missing
+    assert found.missing.count(". ") == 0 and found.missing in str(found)
+    assert plan_run(**arguments, budget=free.largest.bytes - 1_000, report=False).fits
+    ram = plan_run(**arguments, ram="300MB")
+    assert not ram.fits and "GB RAM are missing" in ram.missing
+
+
+def test_the_command_prints_every_phase(capsys, tmp_path):
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps(MODEL))
+    words = ["plan", "--model-config", str(file), "--resolution", "64", "--batch", "1", "--device", "cpu"]
+    assert cli.main([*words, "--ram", "8GB"]) == 0
+    text = capsys.readouterr().out
+    assert "training step" in text and "(largest)" in text and "RAM limit: 8.000 GB" in text and "It fits." in text
+    assert cli.main([*words, "--ram", "100MB"]) == 3
+    assert "are missing" in capsys.readouterr().out
+    file.write_text("[1]")
+    assert cli.main(words) == 2
+    assert "--model-config" in capsys.readouterr().err
+
+
+def test_a_network_without_an_autoencoder_is_planned_with_the_families_own():
+    assert networks_of(SMALL).vae["block_out_channels"] == [128, 256, 512, 512]
+    assert networks_of(MODEL).vae == VAE and isinstance(networks_of(MODEL), Networks)
+    with pytest.raises(ValueError, match="the RAM limit"):
+        plan_run(MODEL, "personalized_residuals", 64, ram="much")
