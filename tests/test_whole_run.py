@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pcs_trainer import cli
+from pcs_trainer.cli import entry as cli
 from pcs_trainer.memory.counts import Request, counted_once
 from pcs_trainer.memory.networks import Networks, networks_of
 from pcs_trainer.memory.phases import LIBRARIES, Phases
