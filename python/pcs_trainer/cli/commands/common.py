@@ -13,6 +13,7 @@ from ...errors import UsageError
 from ...files import read_header
 from ...methods import TITLES
 from ...sampling.names import LAG_UNCOND
+from ...sampling.names import NAMES as SAMPLERS
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..progress import quiet_libraries
 
@@ -79,6 +80,37 @@ GUIDANCE = Option(
     also=("--guidance_scale", "--cfg_scale"),
     otherwise="the model's own",
 )
+
+
+STRENGTH = Option(
+    "--strength",
+    "strength of each concept, in their order",
+    number(example="0.8"),
+    metavar="X",
+    many=True,
+    otherwise="1 each",
+)
+FORCE = Option("--force", "use a concept that was trained on another model", None, False)
+NEGATIVE = Option("--negative", "negative prompt", metavar="TEXT", default="", also=("--negative_prompt",))
+SAMPLER = Option("--sampler", ", ".join(SAMPLERS), one_of("sampler", SAMPLERS), SAMPLERS[0], "NAME")
+ETA = Option("--eta", "eta of ddim: 0 is deterministic, 1 adds noise as DDPM does", number(0, 1, "0"), 0.0, "X")
+
+
+def check_drawing(options: argparse.Namespace, prompts: Sequence[str]) -> None:
+    """UsageError where the flags of a command that draws do not fit together: concepts, prompts, sampler, folder."""
+    concepts, strengths = options.concept or [], options.strength or []
+    for where in concepts:
+        concept_file(where)
+    if not concepts and any("{}" in p or "{subject}" in p for p in prompts):
+        raise UsageError("{} in a prompt stands for a concept's subject; name one with --concept")
+    if strengths and len(strengths) != len(concepts):
+        raise UsageError(
+            f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept"
+        )
+    if options.eta and options.sampler != "ddim":
+        raise UsageError(f"--eta is only for ddim, not for {options.sampler}")
+    if Path(options.out).is_file():
+        raise UsageError(f"--out: {options.out} is a file; name a folder")
 
 
 def lag_of(options: argparse.Namespace) -> bool | Lag:

@@ -10,21 +10,25 @@ from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ...files import written
-from ...sampling.names import NAMES as SAMPLERS
 from ...sampling.names import PRESETS
 from ..config import write_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
-from ..options import Command, Option, grouped, integer, number, one_of
+from ..options import Command, Option, grouped, integer, one_of
 from ..progress import Progress
 from . import COMMANDS
 from .common import (
+    ETA,
+    FORCE,
     GUIDANCE,
     LAG_OPTIONS,
     MODEL_FLAGS,
+    NEGATIVE,
+    SAMPLER,
     SEED,
     STEPS,
-    concept_file,
+    STRENGTH,
+    check_drawing,
     filled,
     free_name,
     lag_of,
@@ -53,27 +57,24 @@ OPTIONS = (
         "concepts",
         Option("--concept", "a run's folder, a concept file, or another program's LoRA or embedding; may be repeated",
                metavar="PATH", many=True, also=("--lora", "--network_weights", "--embedding")),
-        Option("--strength", "strength of each concept, in their order", number(example="0.8"), metavar="X", many=True,
-               also=("--network_mul", "--lora_scale"), otherwise="1 each"),
+        replace(STRENGTH, also=("--network_mul", "--lora_scale")),
         Option("--lag", "restrict each concept to the pixels that attend to its words (LAG sampling)", None, False),
         *LAG_OPTIONS,
-        Option("--force", "use a concept that was trained on another model", None, False),
+        FORCE,
     ),
     *MODEL_FLAGS,
     *grouped(
         "images",
         Option("--count", "images per prompt", integer(1, "4"), 1, "N",
                also=("--num_images_per_prompt", "--images_per_prompt", "--num_validation_images")),
-        Option("--negative", "negative prompt", metavar="TEXT", default="", also=("--negative_prompt",)),
+        NEGATIVE,
         Option("--preset", f"sampling as a method's authors do it: {', '.join(PRESETS)}; flags given beside it win",
                one_of("preset", tuple(PRESETS)), metavar="NAME"),
         replace(STEPS, default=None, otherwise=str(STEPS.default)),
         GUIDANCE,
-        Option("--sampler", ", ".join(SAMPLERS), one_of("sampler", SAMPLERS), metavar="NAME", otherwise=SAMPLERS[0],
-               also=("--sample_sampler", "--scheduler")),
+        replace(SAMPLER, default=None, otherwise=str(SAMPLER.default), also=("--sample_sampler", "--scheduler")),
         SEED,
-        Option("--eta", "eta of ddim: 0 is deterministic, 1 adds noise as DDPM does", number(0, 1, "0"), metavar="X",
-               otherwise="0", also=("--ddim_eta",)),
+        replace(ETA, default=None, otherwise="0", also=("--ddim_eta",)),
         Option("--size", "image size in pixels", integer(8, "512"), metavar="N",
                also=("--height", "--width", "--resolution"), otherwise="the model's native size"),
         Option("--batch", "images per batch", integer(1, "8"), 8, "N", also=("--batch_size",)),
@@ -106,7 +107,7 @@ def fill_in(options: argparse.Namespace) -> None:
     preset = PRESETS.get(options.preset or "", {})
     if options.sampler not in (None, preset.get("sampler")):
         preset = {**preset, "eta": 0.0}  # it is of the preset's own sampler
-    for name, value in {"steps": STEPS.default, "sampler": SAMPLERS[0], "eta": 0.0, **preset}.items():
+    for name, value in {"steps": STEPS.default, "sampler": SAMPLER.default, "eta": ETA.default, **preset}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
 
@@ -120,21 +121,10 @@ def check(options: argparse.Namespace) -> None:
     if any(not p.strip() for p in options.prompts) and not options.concept:
         raise UsageError("the prompt is empty; describe what to sample")
     concepts, strengths = options.concept or [], options.strength or []
-    for where in concepts:
-        concept_file(where)
     if not concepts and (strengths or options.lag):
         raise UsageError("--strength and --lag apply to concepts; name one with --concept")
-    if not concepts and any("{}" in p or "{subject}" in p for p in options.prompts):
-        raise UsageError("{} in a prompt stands for a concept's subject; name one with --concept")
-    if strengths and len(strengths) != len(concepts):
-        raise UsageError(
-            f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept"
-        )
+    check_drawing(options, options.prompts)
     lag_of(options)
-    if options.eta and options.sampler != "ddim":
-        raise UsageError(f"--eta is only for ddim, not for {options.sampler}")
-    if Path(options.out).is_file():
-        raise UsageError(f"--out: {options.out} is a file; name a folder")
 
 
 def run(options: argparse.Namespace) -> int:

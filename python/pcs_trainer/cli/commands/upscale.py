@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from ...sampling import NAMES as SAMPLERS
 from ..config import write_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
-from ..options import Command, Option, grouped, integer, number, one_of
+from ..options import Command, Option, grouped, integer, number
 from ..progress import Progress
 from . import COMMANDS
 from .common import (
+    ETA,
+    FORCE,
     GUIDANCE,
     MODEL_FLAGS,
+    NEGATIVE,
+    SAMPLER,
     SEED,
     STEPS,
+    STRENGTH,
     UPSCALER_EXAMPLE,
-    concept_file,
+    check_drawing,
     filled,
     free_name,
     open_concept,
@@ -52,15 +56,8 @@ OPTIONS = (
             metavar="PATH",
             many=True,
         ),
-        Option(
-            "--strength",
-            "strength of each concept, in their order",
-            number(example="0.8"),
-            metavar="X",
-            many=True,
-            otherwise="1 each",
-        ),
-        Option("--force", "use a concept that was trained on another model", None, False),
+        STRENGTH,
+        FORCE,
     ),
     *MODEL_FLAGS,
     *grouped(
@@ -71,12 +68,12 @@ OPTIONS = (
             metavar="TEXT",
             otherwise="the concept's own prompt",
         ),
-        Option("--negative", "negative prompt", metavar="TEXT", default="", also=("--negative_prompt",)),
+        NEGATIVE,
         STEPS,
         GUIDANCE,
-        Option("--sampler", ", ".join(SAMPLERS), one_of("sampler", SAMPLERS), SAMPLERS[0], "NAME"),
+        SAMPLER,
         SEED,
-        Option("--eta", "eta of ddim: 0 is deterministic, 1 adds noise as DDPM does", number(0, 1, "0"), 0.0, "X"),
+        ETA,
         Option(
             "--noise-level",
             "variance of the noise on the small picture",
@@ -122,19 +119,7 @@ def check(options: argparse.Namespace) -> None:
             raise UsageError(f"{name} does not exist; give a picture, or a folder of them")
     if options.model is None:
         raise UsageError(f"the embedded model enlarges nothing. Fix: give an up-scaler, --model {UPSCALER_EXAMPLE}")
-    concepts, strengths = options.concept or [], options.strength or []
-    for where in concepts:
-        concept_file(where)
-    if not concepts and any(place in (options.prompt or "") for place in ("{}", "{subject}")):
-        raise UsageError("{} in a prompt stands for a concept's subject; name one with --concept")
-    if strengths and len(strengths) != len(concepts):
-        raise UsageError(
-            f"{len(strengths)} strengths and {len(concepts)} concepts: give one --strength for each --concept"
-        )
-    if options.eta and options.sampler != "ddim":
-        raise UsageError(f"--eta is only for ddim, not for {options.sampler}")
-    if Path(options.out).is_file():
-        raise UsageError(f"--out: {options.out} is a file; name a folder")
+    check_drawing(options, [options.prompt or ""])
 
 
 def run(options: argparse.Namespace) -> int:
