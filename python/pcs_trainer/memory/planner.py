@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..unet.plans import PLAN_NAMES, PLANS
 from ..units import parse_bytes
 from .assign import fastest, fastest_within, smallest
 from .counts import Counted, Request, counted_once
-from .networks import networks_of
+from .networks import Networks, networks_of
 from .rehearsal import FROZEN_COPY, Rehearsal
 
 CUDA_CONTEXT = 500_000_000  # allowed for what the driver takes before the first tensor; not measured here
@@ -125,11 +125,8 @@ def plan(
     Returns:
         the plan; `plan.fits` says whether it is within the budget, `plan.missing` what is missing.
     """
-    model = load_model(model) if isinstance(model, str) and model == "tiny" else model
-    given = {name: value for name, value in settings.items() if value is not None}
-    s = settings_for(model if isinstance(model, Model) else None, method, **given)
+    s, networks = asked_for(model, method, settings)
     allowed = None if budget is None else bytes_of(budget, "budget")
-    networks = networks_of(model)
     resolution = resolution or s.resolution or networks.resolution
     _check(resolution, batch, dtype, device, networks.pixels, measure)
     context = CUDA_CONTEXT if device == "cuda" else beside
@@ -195,12 +192,21 @@ def _halved_until_it_fits(counted: Callable[[int], Counted], pictures: int, limi
 
 def counted_for(model: Any, found: Plan, dtype: torch.dtype, **settings: Any) -> tuple[Counted, int]:
     """The count that a plan was chosen from, and the pixels a side of its pictures; the arguments are the plan's."""
-    model = load_model(model) if isinstance(model, str) and model == "tiny" else model
-    given = {name: value for name, value in settings.items() if value is not None}
-    s = settings_for(model if isinstance(model, Model) else None, found.method, **given)
-    networks = networks_of(model)
+    s, networks = asked_for(model, found.method, settings)
     size = found.batch + found.prior, found.resolution // networks.pixels
     return counted_once(Request(networks, s, size, dtype, found.device, found.accumulate > 1)), found.resolution
+
+
+def opened(model: Any) -> Any:
+    """What is planned for; the embedded model, of which settings depend, in place of its name."""
+    return load_model(model) if isinstance(model, str) and model == "tiny" else model
+
+
+def asked_for(model: Any, method: str, settings: Mapping[str, Any]) -> tuple[Settings, Networks]:
+    """A run's settings, those that are None left to the method, and its networks' configurations."""
+    model = opened(model)
+    given = {name: value for name, value in settings.items() if value is not None}
+    return settings_for(model if isinstance(model, Model) else None, method, **given), networks_of(model)
 
 
 def bytes_of(amount: str | float, what: str) -> int:

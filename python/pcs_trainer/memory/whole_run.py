@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from .phases import LIBRARIES, Phase, Phases
-from .planner import Plan, bytes_of, counted_for, plan
+from .planner import Plan, bytes_of, counted_for, opened, plan
 
 Packing = Literal["both", "forward", "none"]  # from the fastest to the smallest
 
@@ -83,6 +83,7 @@ def plan_run(
         the first that fits of packed copies for both directions, for the forward, and none (CPU); where none fits, the
         last, which says what is missing.
     """
+    model = opened(model)  # once for all packings
     allowed = None if budget is None else bytes_of(budget, "budget")
     memory = None if ram is None else bytes_of(ram, "RAM limit")
     cpu = device == "cpu"
