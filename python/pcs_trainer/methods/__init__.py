@@ -57,14 +57,13 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
     if preset is not None and preset not in chosen.presets:
         has = f"it has {', '.join(chosen.presets)}" if chosen.presets else "it has none"
         raise ValueError(f"{method} has no preset {preset!r}; {has}")
-    known = {field.name: field.default for field in fields(chosen.settings)}
+    known = {field.name for field in fields(chosen.settings)}
     for name in overrides:
         if name not in known:
             raise ValueError(why_unknown(method, name))
-    given = dict(chosen.presets[preset] if preset else {}) | overrides
     adapted = dict(chosen.tiny if model is not None and model.embedded else {})
-    variant = (adapted | given).get("variant", known.get("variant"))
-    values = dict(chosen.by_variant.get(str(variant), {})) | adapted | chosen.implied(given) | given
+    given = adapted | dict(chosen.presets[preset] if preset else {}) | overrides
+    values = chosen.implied(given) | given
     if "plan" in values:
         plan = values["plan"]
         many = isinstance(plan, Mapping)

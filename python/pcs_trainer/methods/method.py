@@ -44,7 +44,6 @@ class Method:
     choose: str  # when to choose it
 
     tiny: Mapping[str, Any] = field(default_factory=dict)  # other defaults on the embedded model, 1000 times smaller
-    by_variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other defaults with a `variant`
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> settings that are given together
     augment: Callable[[Any], Augmentation | None] = _nothing  # (s): how photos are varied before training
     hold_text: Callable[[TextKV], TextKV] = _unchanged  # such as no gradient through the first token

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ LAYERS = {  # by variant: the layers of each transformer block that get a residu
     "causal++": ("mlp.fc2",),
 }
 CAUSAL_RANK = 1
-STEPS = {"causal": {"steps": 100}, "causal++": {"steps": 80}}  # the second version's schedules; the first's is below
+STEPS = {"causal": 100, "causal++": 80}  # the second version's schedules; the first's is below
 CAPTIONS = 200  # general captions that the preservation loss draws from
 
 
@@ -195,6 +195,12 @@ def several_subjects(s: TextBoost) -> str | None:
     )
 
 
+def schedule(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The steps of the second version, where its variants are chosen."""
+    variant = str(given.get("variant"))
+    return {"steps": STEPS[variant]} if variant in STEPS else {}
+
+
 METHOD = Method(
     settings=TextBoost,
     setup=setup,
@@ -215,7 +221,7 @@ METHOD = Method(
     augment=augmentation,
     side_loss=preservation,
     reads_more_text=preserves,
-    by_variant=STEPS,
+    implied=schedule,
     after_step=lambda model, learner: limit_norms(model, learner.rows),
     one_subject=several_subjects,
 )
