@@ -24,7 +24,7 @@ from .lag import Lag, attention_of
 from .maps import Maps
 from .predictor import Predictor
 from .samplers import SAMPLERS, OnStep, Sampler, unit_noise
-from .scene import Scene, make_scene
+from .scene import Scene, make_scene, negative_read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -251,7 +251,7 @@ def sample(
         on_step=on_step,
         progress=progress,
     )
-    without = None if guidance == 1 else negative or ""  # no guidance reads no negative prompt, right or wrong
+    without = negative_read(negative, guidance)
     drawn = draw(make_scene(model, prompts, concepts, strengths, without, index, words, hold_first), how)
     asked = [drawn.images, *([drawn.maps] if return_maps else []), *([drawn.latents] if return_latents else [])]
     return drawn.images if len(asked) == 1 else tuple(asked)

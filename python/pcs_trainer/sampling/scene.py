@@ -135,6 +135,11 @@ def _any_states(text: Text) -> Tensor:
     return next(iter(text.states.values())) if isinstance(text.states, dict) else text.states
 
 
+def negative_read(negative: str | Sequence[str] | None, guidance: float | None) -> str | Sequence[str] | None:
+    """The negative prompt as `make_scene` takes it: without guidance none is read, right or wrong."""
+    return None if guidance == 1 else negative or ""
+
+
 def make_scene(
     model: Model,
     prompts: str | Sequence[str],

@@ -18,7 +18,7 @@ from ..model.text import Words
 from ..model.upscaler import check_upscaler, variance_at
 from .drawing import SampleOptions, draw
 from .samplers import OnStep
-from .scene import make_scene
+from .scene import make_scene, negative_read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,7 +90,7 @@ def upscale(
         small=small,
         small_noise=variance,
     )
-    without = None if guidance == 1 else negative or ""  # no guidance reads no negative prompt, right or wrong
+    without = negative_read(negative, guidance)
     return draw(make_scene(model, texts, concepts, strengths, without, None, words, hold_first), how).images
 
 

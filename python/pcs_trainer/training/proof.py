@@ -165,11 +165,11 @@ def _steps_of_bits(p: Tensor) -> float:
     values = full_value(p.detach())
     if values.dtype == torch.float32:
         return float("inf")  # any step of an optimizer shows in float32
-    nothing = torch.finfo(values.dtype)
+    numbers = torch.finfo(values.dtype)
     total = 0.0
     for part in values.flatten().split(MARKED):
-        exponent = torch.frexp(part.float().abs().clamp(min=nothing.tiny))[1]  # |x| < 2^exponent
-        total += float(torch.ldexp(torch.full_like(exponent, 2.0 / nothing.eps, dtype=torch.float32), -exponent).sum())
+        exponent = torch.frexp(part.float().abs().clamp(min=numbers.tiny))[1]  # |x| < 2^exponent
+        total += float(torch.ldexp(torch.full_like(exponent, 2.0 / numbers.eps, dtype=torch.float32), -exponent).sum())
     return total
 
 
