@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from ._heap import SMALL, pages_of_their_own, trim_heap
+
 MOST_VARIANTS = 2  # two input shapes may alternate (a batch and its last, smaller one) without packing anew each time
 
 Directions = Literal["both", "forward", "none"]
@@ -52,7 +54,11 @@ def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], varian
     if variant not in variants:
         if len(variants) == MOST_VARIANTS:
             variants.pop(next(iter(variants)))
-        variants[variant] = pack(weight.detach())
+        if weight.nbytes < SMALL:  # an adapter's, packed anew in each step
+            variants[variant] = pack(weight.detach())
+        else:
+            with pages_of_their_own():
+                variants[variant] = pack(weight.detach())
     return variants[variant]
 
 
@@ -80,5 +86,9 @@ def may_pack(direction: Literal["forward", "backward"]) -> bool:
 
 
 def forget_packed_weights() -> None:
-    """Drop every packed copy, so that the next call packs anew: needed after writes through `weight.data`."""
+    """Drop every packed copy, so that the next call packs anew: needed after writes through `weight.data`.
+
+    Their memory goes back to the system, and with it what else was freed.
+    """
     _cache.clear()
+    trim_heap()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from pcs_trainer.memory.counts import Counted, Request
@@ -53,3 +56,34 @@ def test_the_planner_counts_the_directions_that_the_settings_allow():
         found.append(counted.lasting()["packed copies of weights"])
     both, forward, none = found
     assert none == 0 < forward < both <= 2 * forward
+
+
+FORGOTTEN = """
+import re, torch, pcs_kernels
+from pcs_kernels import _heap
+assert _heap._libc() is not None
+def resident():
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+weights = [torch.randn(1024, 1024) for _ in range(16)]  # 4 MB each
+x = torch.randn(8, 1024, requires_grad=True)
+def product():
+    pcs_kernels.frozen_linear(x, weights[0]).sum().backward()
+    pcs_kernels.forget_packed_weights()
+product()
+before, kept = resident(), []
+for weight in weights:  # as a step does: what stays between the copies is small
+    pcs_kernels.frozen_linear(x, weight).sum().backward()
+    kept.append(torch.zeros(20_000))
+packed = resident() - before
+pcs_kernels.forget_packed_weights()
+print(packed, resident() - before)
+"""
+
+
+@needs.native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_forgotten_copies_leave_the_process():
+    done = subprocess.run([sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, check=True)
+    packed, left = map(int, done.stdout.split())
+    assert packed > 100e6  # 16 weights of 4 MB in two directions
+    assert left < packed / 8
