@@ -75,6 +75,9 @@ def test_what_is_kept_beside_what_trains_is_counted():
     custom = phases("custom_diffusion")[1]
     masters = [p for n, p in custom.rehearsal.learner.parameters.items() if "attn2" in n]
     assert custom.lasting()["kept beside what trains"] == sum(2 * p.numel() for p in masters)
+    names, on_gpu = phases("custom_diffusion", device="cuda")
+    assert on_gpu.lasting()["kept beside what trains"] == 0
+    assert names["training step"].ram == LIBRARIES + sum(2 * p.numel() for p in masters)
 
 
 def test_a_counted_step_holds_the_text_as_a_real_one_does():

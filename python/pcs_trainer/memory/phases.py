@@ -71,6 +71,8 @@ class Phases:
         self.lasting = lasting  # what is there from the method's setup on to the last step
         self.whole = step.rehearsal.learner.trains_whole_network
         self.concept = sum(p.nbytes for p in (*step.rehearsal.trained, *step.rehearsal.learner.fixed.values()))
+        originals = step.rehearsal.learner.originals  # on the CPU they are among what lasts
+        self.host = 0 if self.cpu else sum(t.nbytes for t in originals)
         self.pictures = 3 * size * size * self._images()  # as uint8
 
     def _joined(self) -> int:
@@ -104,7 +106,7 @@ class Phases:
         parts = {part: size for part, size in parts.items() if size}
         where = "interpreter and libraries" if self.cpu else "CUDA context"
         parts |= {where: self.context}
-        return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + ram)
+        return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + self.host + ram)
 
     def _drawing(self, images: int, size: int) -> dict[str, int]:
         """A guided forward of some images, or their decoding: whichever is more."""
@@ -186,7 +188,11 @@ class Phases:
         return self._phase("checkpoint", parts, largest)
 
     def finish(self) -> Phase:
-        """The concept off the model, and its file proven against what the model in memory predicted."""
+        """What the last step left, then the concept off the model, its file proven by what the model predicted."""
+        left = self._phase("finish", self._standing() | {"packed copies of weights": self.packed})
+        return max(left, self._proof(), key=lambda phase: phase.bytes)
+
+    def _proof(self) -> Phase:
         count = self.step.prediction(1, PROOF_LATENTS)
         parts = {"UNet weights": self.unet, "text encoder weights": self.text, "working memory": count.peak}
         if self.whole:  # the base's UNet and the file's, of which a GPU holds one at a time

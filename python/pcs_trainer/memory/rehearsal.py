@@ -204,12 +204,16 @@ class Rehearsal:
         copied = sum(p.numel() for p in self.trained) <= LARGEST_COPY
         return found | {
             "trained in float32": masters,
-            "kept beside what trains": sum(t.nbytes for t in (*self.learner.fixed.values(), *self.learner.originals)),
+            "kept beside what trains": sum(t.nbytes for t in self._kept()),
             "copy of the last good state": sum(p.nbytes for p in self.trained) * copied,
             FROZEN_COPY: found["UNet weights"] * keeps_base,
             "cached text": text,
             "optimizer state": sum(state_bytes(p, self.settings.optimizer) for p in self.trained),
         }
+
+    def _kept(self) -> list[Tensor]:
+        """Frozen halves of what trains, and on the CPU the values that are put back in the end."""
+        return [*self.learner.fixed.values(), *(self.learner.originals if self.device == "cpu" else ())]
 
     def count(self) -> StepCount:
         """A step counted, after a forward that makes what lasts."""
@@ -238,7 +242,7 @@ class Rehearsal:
     def _lasting(self) -> list[Tensor]:
         networks = [self.unet, *self.encoders]
         tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())] + self.unet.derived() + self.trained
-        tensors += [*self.learner.fixed.values(), *self.learner.originals]
+        tensors += self._kept()
         tensors += [p.grad for p in self.trained if p.grad is not None]
         return tensors + [t for pair in (self.cached or {}).values() for t in pair]
 

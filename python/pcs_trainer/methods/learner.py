@@ -60,7 +60,7 @@ class Learner:
         self.words: dict[str, Word] = {}
         self.hold_first = False  # the first token, and the empty prompt, stay as the frozen text encoder makes them
         self.trains_whole_network = False  # several processes share it instead of each holding all
-        self.originals: list[Tensor] = []  # values of the model that are put back in the end
+        self.originals: list[Tensor] = []  # values of the model that are put back in the end; not on a GPU
         self._undo: list[Callable[[], Any]] = []
         self._sides: set[str] = set()  # where residuals have been attached
         self._base: dict[nn.Parameter, Tensor] = {}  # the values that trained parameters of the model had before
@@ -81,9 +81,10 @@ class Learner:
 
     def train_value(self, name: str, parameter: nn.Parameter, *, master: bool) -> None:
         """Train a parameter of the model itself; `master` holds it in float32 while it trains."""
-        original = parameter.data
+        device, value = parameter.device, parameter.data
+        original = on_host(value)
         self.originals.append(original)
-        replace_data(parameter, original.float().clone() if master else original.clone())
+        replace_data(parameter, value.float().clone() if master else value.clone())
         parameter.requires_grad_(True)
         self.weights[name] = parameter
         self._base[parameter] = original
@@ -91,7 +92,7 @@ class Learner:
         def undo() -> None:
             parameter.requires_grad_(False)
             parameter.grad = None
-            replace_data(parameter, original)
+            replace_data(parameter, original.to(device))
 
         self._undo.append(undo)
 
@@ -209,7 +210,7 @@ class Learner:
                 for layer in layers:
                     layer.residuals = [r for r in layer.residuals if r.key != KEY]
                 for parameter, value in self._base.items():
-                    replace_data(parameter, value.to(dtype))
+                    replace_data(parameter, value.to(parameter.device, dtype))
                 yield
             finally:
                 for parameter, value in now.items():
@@ -251,6 +252,11 @@ class Learner:
             self._undo.append(lambda: model.unet.detach(KEY))
         else:
             self._undo += [lambda e=encoder: detach_text(e, KEY) for encoder in model.text_encoders]
+
+
+def on_host(value: Tensor) -> Tensor:
+    """The value in the machine's memory; itself where it is there, or has no contents."""
+    return value if value.device.type in ("cpu", "meta") else value.cpu()
 
 
 def fresh_pair(

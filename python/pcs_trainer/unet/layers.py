@@ -183,6 +183,8 @@ class Stack:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Each layer's output for x [..., C_in], in the order of the layers."""
+        if any(trained(layer) for layer in self.layers):
+            self._seen, self._weight, self._bias = [], torch.empty(0), None  # those who train keep no values of before
         if any(trained(layer) or layer.residuals for layer in self.layers):
             return [layer(x) for layer in self.layers]
         self._refresh()
