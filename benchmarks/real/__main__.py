@@ -4,87 +4,50 @@
 
 A checkpoint of random weights is made once (2.1 GB in out/real/sd15). For each method: `pcs train` with its preset,
 `pcs train --resume`, `pcs sample`, and `pcs export` in each format. Every command must end with 0. Adds rows to
-benchmarks/results/real.csv: seconds, the largest resident memory, and what `pcs plan` said. About two hours on two
-cores; `--methods` takes some.
+benchmarks/results/real.csv: seconds and the largest resident memory, for each phase of a training too, beside what
+`plan_run`, which `pcs plan` prints, said of it. `--methods` takes some.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+from pcs_trainer.memory.whole_run import plan_run
 from pcs_trainer.methods import TITLES
 
 from benchmarks.real.checkpoint import make_checkpoint
+from benchmarks.real.commands import commands, few_class_images
+from benchmarks.real.meter import ROOT, Measured, measured
+from benchmarks.real.results import add_rows
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "real.csv"
-PHOTOS = ROOT / "examples" / "photos"
 
 
-@dataclass
-class Row:
-    """One command on one method."""
-
-    date: str
-    machine: str
-    method: str
-    command: str
-    code: int
-    seconds: float
-    peak_mb: int
+def planned(model: Path, method: str, steps: int, size: int) -> dict[str, int]:
+    """{phase: bytes} of the training, as `pcs plan` prints them."""
+    settings = {"steps": steps, **few_class_images(method)}
+    found = plan_run(model, method, size, None, None, torch.bfloat16, "cpu", report=False, **settings)
+    return {phase.name: phase.bytes for phase in found.phases}
 
 
-def run(words: list[str], log: Path) -> tuple[int, float, int]:
-    """(exit code, seconds, largest resident memory in MB) of a `pcs` command, its output in a log."""
-    started = time.monotonic()
-    with log.open("a") as out:
-        out.write(f"$ pcs {' '.join(words)}\n")
-        out.flush()
-        child = subprocess.Popen([sys.executable, "-m", "pcs_trainer", *words], stdout=out, stderr=out, cwd=ROOT)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    return child.returncode, time.monotonic() - started, usage.ru_maxrss // 1024
+def rows_of(command: str, run: Measured, plan: dict[str, int]) -> list[dict[str, object]]:
+    """A row for the command, and one for each phase that was planned."""
+    whole: dict[str, object] = {"command": command, "phase": "", "exit": run.code, "seconds": round(run.seconds, 1)}
+    made = [whole | figures(run.peak, max(plan.values(), default=0))]
+    for phase, expected in plan.items():
+        peak, seconds = run.phases.get(phase, (0, 0.0))
+        made.append({"command": command, "phase": phase, "seconds": seconds, **figures(peak, expected)})
+    return made
 
 
-def commands(method: str, model: Path, out: Path, steps: int, size: int) -> Iterator[tuple[str, list[str]]]:
-    """What a person does with a method: (what the row says, the words after `pcs`)."""
-    concept = str(out / "run")
-    model_flags = ["--model", str(model)]
-    learn = ["train", str(PHOTOS), "--class", "mug", "--method", method, *model_flags, "--out", concept]
-    learn += ["--resolution", str(size), "--no-report", "--dtype", "bfloat16"]
-    yield "train", [*learn, "--steps", str(steps), *_little_prior(method)]
-    yield "resume", [*learn, "--steps", str(steps + 5), *_little_prior(method), "--resume"]
-    drawing = ["--steps", "4", "--height", str(size), "--width", str(size), "--out", str(out / "picture.png")]
-    yield "sample", ["sample", "a photo of {} on the beach", "--concept", concept, *model_flags, *drawing]
-    for name in ("diffusers", "kohya", "pipeline"):
-        target = str(out / f"export-{name}")
-        yield f"export {name}", ["export", concept, "--format", name, *model_flags, "--out", target]
-    files = sorted((out / "export-kohya").glob("*.safetensors"))
-    if files:
-        target = str(out / "imported")
-        yield "import kohya", ["export", str(files[0]), "--format", "concept", *model_flags, "--out", target]
-
-
-def _little_prior(method: str) -> list[str]:
-    """Two class images of two steps where a preset draws a hundred: hours on a CPU, and the same code."""
-    from dataclasses import fields as names
-
-    from pcs_trainer.methods import method_named
-
-    settings = method_named(method).settings
-    weight = next(field.default for field in names(settings) if field.name == "prior_weight")
-    return ["--prior-images", "2", "--set", "prior_steps=2"] if weight else []
+def figures(peak: int, expected: int) -> dict[str, object]:
+    """GB found and planned, and how far the first is from the second."""
+    found = {"resident_gb": f"{peak / 1e9:.3f}", "planned_gb": f"{expected / 1e9:.3f}" if expected else ""}
+    return found | {"off": f"{peak / expected - 1:+.1%}" if expected and peak else ""}
 
 
 def main() -> int:
@@ -102,31 +65,18 @@ def main() -> int:
         out = given.folder / method
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
+        plan = planned(model, method, given.steps, given.size)
         for name, words in commands(method, model, out, given.steps, given.size):
-            code, seconds, peak = run(words, out / "log.txt")
-            failed += code != 0
-            row = Row(f"{datetime.now(timezone.utc):%Y-%m-%d}", machine(), method, name, code, round(seconds, 1), peak)
-            write(row)
-            print(f"{method:24} {name:18} exit {code}  {seconds:7.1f} s  {peak:6} MB", flush=True)
+            run = measured(words, out / "log.txt", out)
+            failed += run.code != 0
+            made = rows_of(name, run, plan if name == "train" else {})
+            add_rows(RESULTS, [{"method": method, "steps": given.steps, "resolution": given.size, **r} for r in made])
+            for row in made:
+                print(f"{method:23}", *(f"{row.get(column, '')!s:>{w}}" for column, w in SHOWN.items()), flush=True)
     return failed
 
 
-def machine() -> str:
-    """This machine, in a few words."""
-    with open("/proc/cpuinfo") as info:
-        names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
-
-
-def write(row: Row) -> None:
-    """Add a row to the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow([field.name for field in fields(Row)])
-        writer.writerow(astuple(row))
-
+SHOWN = {"command": 17, "phase": 18, "exit": 3, "seconds": 8, "resident_gb": 8, "planned_gb": 8, "off": 8}
 
 if __name__ == "__main__":
     sys.exit(main())
