@@ -17,6 +17,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>: M_TRIM_THRESHOLD, M_
 SMALL = 128 << 10  # malloc's own first threshold: larger blocks get pages of their own
 LARGEST = 32 << 20  # where malloc's threshold ends by itself, once a block of that size was freed
 
+_threshold = LARGEST  # which blocks get pages of their own; malloc's own until the first `with`
+
 
 @functools.cache
 def _libc() -> Any | None:
@@ -31,15 +33,20 @@ def _libc() -> Any | None:
 @contextmanager
 def pages_of_their_own() -> Iterator[None]:
     """Blocks of over 128 KB that are allocated inside the `with` leave the process when they are freed."""
-    libc = _libc()
-    if libc is None:
-        yield
-        return
-    libc.mallopt(_MMAP_THRESHOLD, SMALL)
+    before = _threshold
+    _set_threshold(SMALL)
     try:
         yield
-    finally:  # setting a threshold ends malloc's own moving of both, so both are set to where they would end
-        libc.mallopt(_MMAP_THRESHOLD, LARGEST)
+    finally:
+        _set_threshold(before)
+
+
+def _set_threshold(size: int) -> None:
+    global _threshold
+    _threshold = size
+    libc = _libc()
+    if libc is not None:  # setting one ends malloc's own moving of both, so both are set to where they would end
+        libc.mallopt(_MMAP_THRESHOLD, size)
         libc.mallopt(_TRIM_THRESHOLD, 2 * LARGEST)
 
 

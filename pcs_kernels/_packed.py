@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -66,8 +66,9 @@ def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], varian
 def packing(directions: Directions) -> Iterator[None]:
     """Keep packed copies of frozen weights (CPU) for both directions, the forward alone or none, inside the `with`.
 
-    A copy is as large as the weight. It holds for the whole process, as autograd runs backwards on other threads;
-    copies that were made before are used where their direction is allowed, and stay until they are forgotten.
+    A copy is as large as the weight. With none, every large block leaves the process as soon as it is freed: the least
+    memory, at the price of new pages in each call. It holds for the whole process, as autograd runs backwards on other
+    threads; copies that were made before are used where their direction is allowed, and stay until they are forgotten.
     """
     global _directions
     if directions not in get_args(Directions):
@@ -75,7 +76,8 @@ def packing(directions: Directions) -> Iterator[None]:
     before = _directions
     _directions = directions
     try:
-        yield
+        with pages_of_their_own() if directions == "none" else nullcontext():
+            yield
     finally:
         _directions = before
 

@@ -53,7 +53,7 @@ class Counted:
             self.rehearsal = request.rehearsal("cpu" if self.fake else "meta")
         self._counts: dict[str, StepCount] = {}
         self._compared: dict[str, int] = {}
-        self._predictions: dict[tuple[int, int], StepCount] = {}
+        self._predictions: dict[tuple[int, int, bool], StepCount] = {}
 
     def count(self, assignment: str | dict[str, str]) -> StepCount:
         key = assignment if isinstance(assignment, str) else json.dumps(assignment)
@@ -94,12 +94,14 @@ class Counted:
                 self._compared[key] = self.rehearsal.comparison()
         return self._compared[key]
 
-    def prediction(self, images: int, latent: int) -> StepCount:
-        """A prediction for so many images, without a backward."""
-        if (images, latent) not in self._predictions:
+    def prediction(self, images: int, latent: int, frozen: bool = False) -> StepCount:
+        """A prediction for so many images, without a backward; `frozen`: by a network whole that does not train yet."""
+        key = images, latent, frozen
+        if key not in self._predictions:
+            made = self.rehearsal.frozen_prediction if frozen else self.rehearsal.prediction
             with self.fake or nullcontext():
-                self._predictions[images, latent] = self.rehearsal.prediction(images, latent)
-        return self._predictions[images, latent]
+                self._predictions[key] = made(images, latent)
+        return self._predictions[key]
 
 
 def packed_bytes(count: StepCount, packing: str) -> int:

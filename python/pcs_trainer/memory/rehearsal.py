@@ -154,6 +154,17 @@ class Rehearsal:
         pooled = self._zeros(images, wide) if pooled is None else pooled
         return {"text_embeds": pooled, "time_ids": self._zeros(images, 6)}
 
+    def frozen_prediction(self, images: int, latent: int) -> StepCount:
+        """A prediction counted before a network that trains whole has begun to: its weights are packed like any."""
+        for p in self.trained:
+            p.requires_grad_(False)
+        try:
+            return self.prediction(images, latent)
+        finally:
+            for p in self.trained:
+                p.requires_grad_(True)
+            self.unet.forget_derived()
+
     @torch.no_grad()
     def prediction(self, images: int, latent: int) -> StepCount:
         """A prediction counted that keeps nothing, as sampling makes it."""

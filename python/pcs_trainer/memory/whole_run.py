@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from .phases import LIBRARIES, Phase, Phases
 from .planner import Plan, bytes_of, counted_for, opened, plan
 
 Packing = Literal["both", "forward", "none"]  # from the fastest to the smallest
+TRIES = 4  # plans of a step, each within less, until what surrounds it on the CPU fits too
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,19 @@ def plan_run(
     asked = settings.pop("packing", None)
     choices: tuple[Packing, ...] = (asked,) if asked else get_args(Packing) if cpu and limit is not None else ("both",)
     for packing in choices:
-        beside = LIBRARIES if cpu else 0
-        step = plan(
-            model, method, resolution, batch, limit, dtype, device, measure, beside, packing=packing, **settings
-        )
-        counted, size = counted_for(model, step, dtype, packing=packing, **settings)
-        phases = Phases(counted, step.assignment, size, step.context, report).all()
+        within = limit
+        for _ in range(TRIES):
+            beside = LIBRARIES if cpu else 0
+            step = plan(
+                model, method, resolution, batch, within, dtype, device, measure, beside, packing=packing, **settings
+            )
+            counted, size = counted_for(model, step, dtype, packing=packing, **settings)
+            phases = Phases(counted, step.assignment, size, step.context, report).all()
+            over = 0 if limit is None else next(p.bytes for p in phases if p.name == "training step") - limit
+            if within is None or over <= 0 or not step.fits:
+                break
+            within -= over  # what lies between the step's blocks is known once its plan is
+        step = replace(step, budget=limit, missing=step.missing if within == limit else "")
         missing = step.missing or _missing(phases, limit, memory)
         found = RunPlan(step, phases, packing, allowed, memory, missing)
         if found.fits:

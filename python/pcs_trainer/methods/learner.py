@@ -103,6 +103,7 @@ class Learner:
             parameter.requires_grad_(True)
         self.weights |= whole
         self.trains_whole_network = True
+        self.model.unet.forget_derived()
 
         def undo() -> None:
             self.model.release("unet")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..concept.attach import in_place, predict
 from ..concept.concept import Concept
-from ..concept.loading import load_concept
 from ..data.prompts import own_words
 from ..distributed import is_part
 from ..methods.learner import Learner
@@ -63,10 +62,9 @@ def memory_predicts(task: Task, learner: Learner) -> Tensor:
     return predict(task.model, [], task.prompt, words=learner.rows, hold_first=learner.hold_first)
 
 
-def file_proof(task: Task, in_memory: Tensor, concept: Concept, path: Path | None) -> str:
-    """That the saved file (path None: the concept itself) predicts what memory predicted; NotTrained if it does not."""
+def file_proof(task: Task, in_memory: Tensor, again: Concept, path: Path | None) -> str:
+    """That what was read from the file (path None: what was learned) predicts what memory did; NotTrained if not."""
     model, prompt = task.model, task.prompt
-    again = concept if path is None else load_concept(path)
     base = predict(model, [replace(again, words={})], prompt, strength=0.0)
     with in_place(model, again) as rest:
         from_file = predict(model, [rest], prompt)

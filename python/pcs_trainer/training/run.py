@@ -279,13 +279,17 @@ class Run:
         in_memory = memory_predicts(self.task, self.learner)
         concept = learned(self.task, self.objective.data, self.learner, self.step, not self.stopped)
         self.learner.restore()
+        pcs_kernels.forget_packed_weights()  # with it go the pages of what has trained
         path = None
         if self.out is not None:
             path = concept.save(self.out / "concept.safetensors")
             self.say("saved", path=str(path))
-            if whole:
-                concept = load_concept(path)  # its tensors are pages of the file, not a second network in memory
+        if whole and path is not None:  # its tensors are pages of the file, not a second network in memory
+            concept = again = load_concept(path)
+        else:
+            again = concept if path is None else load_concept(path)
+        pcs_kernels.forget_packed_weights()
         if self.step > 0:
-            self.say("proof", text=file_proof(self.task, in_memory, concept, path))
+            self.say("proof", text=file_proof(self.task, in_memory, again, path))
         self.say("stopped" if self.stopped else "done", text=f"{self.step} steps of {self.s.method}")
         return concept

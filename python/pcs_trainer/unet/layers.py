@@ -136,6 +136,10 @@ class Conv2d(nn.Conv2d):
             self._matrix = (seen, weight.detach().flatten(1))
         return self._matrix[1]
 
+    def forget(self) -> None:
+        """Drop the weight that `matrix` keeps."""
+        self._matrix = None
+
     def forward(self, x: Tensor) -> Tensor:
         if trained(self):
             weight, bias = _cast(self, x)
@@ -181,10 +185,14 @@ class Stack:
         self._bias = None if self.layers[0].bias is None else _joined([layer.bias for layer in self.layers])
         self._seen = [pcs_kernels.weight_version(p) for p in tensors]
 
+    def forget(self) -> None:
+        """Drop the matrix; layers that still are views of it keep it."""
+        self._seen, self._weight, self._bias = [], torch.empty(0), None
+
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Each layer's output for x [..., C_in], in the order of the layers."""
         if any(trained(layer) for layer in self.layers):
-            self._seen, self._weight, self._bias = [], torch.empty(0), None  # those who train keep no values of before
+            self.forget()
         if any(trained(layer) or layer.residuals for layer in self.layers):
             return [layer(x) for layer in self.layers]
         self._refresh()

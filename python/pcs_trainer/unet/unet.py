@@ -153,6 +153,16 @@ class UNet(nn.Module):
         kernels = [m.upsampled.kernels for m in self.modules() if isinstance(m, Resample)]
         return [k for k in kernels if k is not None]
 
+    def forget_derived(self) -> None:
+        """Drop what was made from frozen weights that now train: it would keep their values of before in memory."""
+        for module in self.modules():
+            if isinstance(module, Resample):
+                module.upsampled.forget()
+            elif isinstance(module, Conv2d):
+                module.forget()
+        self._time_stack.forget()
+        self._kv_stack.forget()
+
     def projection(self, name: str) -> Linear | Conv2d:
         """The layer `name` that a low-rank residual may go on; ValueError where it is another kind of layer."""
         layer = self.get_submodule(name)

@@ -61,6 +61,10 @@ class UpsampledConv:
         self.seen: tuple[int, int] | None = None
         self.kernels: Tensor | None = None
 
+    def forget(self) -> None:
+        """Drop the kernels."""
+        self.seen, self.kernels = None, None
+
     def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> the convolution's output [B, O, 2 H, 2 W] for the upsampled x."""
         weight = conv.weight
