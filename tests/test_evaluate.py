@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from encoder_cases import write_clip
 from pcs_trainer import load_model
 from pcs_trainer.cli.commands.evaluate import photos_of
 from pcs_trainer.concept.concept import Concept
@@ -197,18 +198,7 @@ def test_a_folder_of_the_subjects_pictures_is_measured_by_the_judge(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    from pcs_trainer.tiny.common import WEIGHTS
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
-    text = small | dict(vocab_size=len(tokenizer), max_position_embeddings=20, eos_token_id=tokenizer.eos_token_id)
-    torch.manual_seed(3)
-    vision = small | dict(image_size=32, patch_size=8)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
