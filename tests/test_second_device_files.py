@@ -28,6 +28,7 @@ MAKERS = {
     "custom_diffusion": concept_cases.custom_diffusion,
 }
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+UP_SCALED = ("dreambooth", "dreambooth_lora", "lora_fa")
 STEM = f"lora_unet_{LAYER.replace('.', '_')}"
 
 
@@ -99,7 +100,7 @@ def test_a_folder_of_pefts(model, twin, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dreambooth", "dreambooth_lora", "lora_fa"])
+@pytest.mark.parametrize("method", UP_SCALED)
 def test_an_up_scaler_trains_on_the_device_and_enlarges(tmp_path, method):
     """DreamBooth's super-resolution stage: the run, its file, and a picture drawn with it."""
     large = load_model(write_upscaler(tmp_path / "x4"), torch.float32, device=NAME)

@@ -154,7 +154,7 @@ def _usable(path: Path, seen: dict[bytes, Path]) -> tuple[np.ndarray, str | None
     """Pixels and caption; ValueError where training would not use the picture, or `seen` holds the same one."""
     name = str(path)
     if len(name.splitlines()) > 1 or name.encode(errors="replace").decode() != name:
-        raise ValueError(f"{name!r} is no line of text, and a list of paths holds one a line: rename it")
+        raise ValueError(f"{name!r} must be one line of text, for a list of paths holds one a line: rename it")
     picture, _ = read_picture(path)
     if is_blank(picture.pixels):
         raise ValueError(f"{path} is blank")
