@@ -231,8 +231,12 @@ def test_what_div_lacks_is_one_sentence_before_anything_is_drawn(tiny, monkeypat
     def draw(*_, **__):
         raise AssertionError("nothing is to be drawn")
 
+    def of_another_torch(**_):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
     for module, says in (
         (None, "pip install lpips"),
+        (SimpleNamespace(LPIPS=of_another_torch), "cannot be imported .*nms does not exist"),
         (SimpleNamespace(LPIPS=broken), "could not be fetched .*no network"),
     ):
         monkeypatch.setitem(sys.modules, "lpips", module)

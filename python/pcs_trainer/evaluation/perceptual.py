@@ -27,7 +27,7 @@ def load_lpips() -> Distance:
             from lpips import LPIPS
 
             network: Distance = LPIPS(net="alex", verbose=False)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # a torchvision of another torch ends in a RuntimeError
         raise ValueError(MISSING.format(error)) from None
     except OSError as error:  # urllib's and the files'
         raise ValueError(
