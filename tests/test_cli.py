@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from encoder_cases import write_clip
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands import COMMANDS, command
 from pcs_trainer.cli.commands.common import HUB_EXAMPLE, UPSCALER_EXAMPLE
@@ -124,6 +125,13 @@ WRONG = [
     ("plan --method dreambooth --rank 4", "--rank: dreambooth has no setting 'rank'"),
     ("plan --device tpu", "unknown device 'tpu'"),
     ("plan --resolution 65", "multiple of"),
+    ("retrieve", "needs a folder of pictures"),
+    ("retrieve nowhere --prompt x --judge", "nowhere does not exist"),
+    ("retrieve PHOTOS --judge", "--prompt is missing"),
+    ("retrieve PHOTOS --prompt x", "--clip FOLDER, or --judge"),
+    ("retrieve PHOTOS --prompt x --clip a --judge", "one of the two"),
+    ("retrieve PHOTOS --prompt x --clip nowhere", "--clip: nowhere does not exist"),
+    ("retrieve PHOTOS --prompt x --judge --out FILE", "--out: FILE is there already"),
     ("evaluate", "needs one concept"),
     ("evaluate a", "--photos is missing"),
     ("evaluate a --photos PHOTOS --clip nowhere", "--clip: nowhere does not exist"),
@@ -291,7 +299,7 @@ def examples() -> list[str]:
         line for line in re.findall(r"^(pcs .+)$", text, re.MULTILINE) if "COMMAND" not in line and "--help" not in line
     ]
     lines = [line for line in dict.fromkeys(lines) if line != "pcs --version"]
-    order = ["train examples/photos --class mug", "train", "export", ""]
+    order = ["train examples/photos --class mug", "retrieve", "train", "export", ""]
     return sorted(lines, key=lambda line: next(i for i, start in enumerate(order) if line.startswith(f"pcs {start}")))
 
 
@@ -323,6 +331,8 @@ def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, cap
     for name in ("examples", "my-photos", "my-dog", "my-cat"):
         os.symlink(ROOT / "examples" if name == "examples" else PHOTOS, name)
     up_scaler = str(write_upscaler(tmp_path / "up-scaler"))
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    write_clip(tmp_path / "path" / "to" / "clip")
     Path("captions.txt").write_text("a blue boat by the sea\na red house in the snow\n" * 40)
     for word in ("cat", "dog"):
         made = f"train my-photos --class {word} --method custom_diffusion --out out/{word}"

@@ -1,15 +1,22 @@
 """Measuring: the arithmetic on known answers, the judge on drawn concepts, CLIP and DINO from local folders."""
 
+import sys
+from types import SimpleNamespace
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 import torch
+from encoder_cases import write_clip
 from pcs_trainer import load_model
+from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands.evaluate import photos_of
 from pcs_trainer.concept.concept import Concept
 from pcs_trainer.errors import UsageError
+from pcs_trainer.evaluation.comparisons import accuracy, similarities
 from pcs_trainer.evaluation.image_encoders import ClipDinoEncoder, JudgeEncoder, kid
 from pcs_trainer.evaluation.prompts import ASKS, Ask, filled
-from pcs_trainer.evaluation.scores import accuracy, base_of, evaluate, evaluate_folder, similarities
+from pcs_trainer.evaluation.scores import base_of, evaluate, evaluate_folder
 from pcs_trainer.model.fingerprint import fingerprint
 from pcs_trainer.tiny import world
 from pcs_trainer.tiny.captions import PLACES, WHERE
@@ -175,6 +182,72 @@ def test_a_prompt_without_a_place_for_the_subject_is_one_sentence(tiny):
         evaluate(tiny, nothing_learned(tiny), pictures_of(21, 2), prompts=["a photo of a dog"])
 
 
+def test_pres_is_the_class_compared_with_the_subject_and_div_the_mean_distance_of_pairs(tiny, eyes, monkeypatch):
+    """DreamBooth's table 3, by pictures that are known and an LPIPS that counts brightness."""
+    real = pictures_of(21, 3, first=100, kind="mug")
+    kept, before = pictures_of(22, 3, kind="mug"), pictures_of(23, 3, kind="mug")
+    shades = [np.full((64, 64, 3), level, np.uint8) for level in (0, 51, 255)]
+
+    class LPIPS:
+        def __init__(self, net, verbose):
+            assert net == "alex" and not verbose
+
+        def __call__(self, a, b):
+            assert a.shape == b.shape == (1, 3, 64, 64) and float(a.min()) >= -1 and float(a.max()) <= 1
+            return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    def draw(prompts, concepts, **options):
+        if "<mug>" in prompts[0]:
+            return shades[: len(prompts)]
+        return (kept if concepts else before)[: len(prompts)]
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
+    options = dict(prompts=["a {} at night"], count=3, draw=draw)
+    found = evaluate(tiny, nothing_learned(tiny), real, lpips=True, **options)
+    assert found["pres"] == pytest.approx(float((eyes.subject(kept) @ eyes.subject(real).T).mean()))
+    assert found["pres_base"] == pytest.approx(float((eyes.subject(before) @ eyes.subject(real).T).mean()))
+    assert found["div"] == pytest.approx((0.4 + 2 + 1.6) / 3) and 0 < found["div_class"] != found["div_class_base"] > 0
+    plain = evaluate(tiny, nothing_learned(tiny), real, **options)
+    assert plain["pres"] == found["pres"] and not any(name.startswith("div_") or name == "div" for name in plain)
+
+
+def test_a_class_that_became_the_subject_has_a_higher_pres(tiny):
+    """By the judge: with pictures of the subject in place of the class's."""
+    real = pictures_of(21, 4, first=100, kind="mug")
+
+    def drawn(of_class):
+        return lambda prompts, concepts, **_: pictures_of(of_class if concepts else 40, len(prompts), kind="mug")
+
+    low, high = (
+        evaluate(tiny, nothing_learned(tiny), real, prompts=["a {}"], count=4, draw=drawn(seed)) for seed in (40, 21)
+    )
+    assert low["pres"] == low["pres_base"] == high["pres_base"] < high["pres"] - 0.2
+
+
+def test_what_div_lacks_is_one_sentence_before_anything_is_drawn(tiny, monkeypatch, tmp_path, capsys):
+    def broken(**_):
+        raise URLError("no network")
+
+    def draw(*_, **__):
+        raise AssertionError("nothing is to be drawn")
+
+    def of_another_torch(**_):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    for module, says in (
+        (None, "pip install lpips"),
+        (SimpleNamespace(LPIPS=of_another_torch), "cannot be imported .*nms does not exist"),
+        (SimpleNamespace(LPIPS=broken), "could not be fetched .*no network"),
+    ):
+        monkeypatch.setitem(sys.modules, "lpips", module)
+        with pytest.raises(ValueError, match=says) as error:
+            evaluate(tiny, nothing_learned(tiny), pictures_of(21, 2), lpips=True, draw=draw)
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert cli.main(["evaluate", str(tmp_path), "--photos", str(tmp_path), "--lpips"]) == 2
+    assert "--lpips: the package lpips is not installed. Fix: pip install lpips" in capsys.readouterr().err
+
+
 # ---- folders, by the judge
 
 
@@ -197,18 +270,7 @@ def test_a_folder_of_the_subjects_pictures_is_measured_by_the_judge(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    from pcs_trainer.tiny.common import WEIGHTS
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
-    text = small | dict(vocab_size=len(tokenizer), max_position_embeddings=20, eos_token_id=tokenizer.eos_token_id)
-    torch.manual_seed(3)
-    vision = small | dict(image_size=32, patch_size=8)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

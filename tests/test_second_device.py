@@ -55,7 +55,7 @@ def variants(method):
     common = {field.name for field in fields(Settings)}
     hints = get_type_hints(settings)
     return [
-        {field.name: choice}
+        {field.name: choice} | ({"train_text_encoder": True} if field.name == "text_encoder_form" else {})
         for field in fields(settings)
         if field.name not in common | {"stage"} | INSIDE.keys()
         for choice in literal_choices(hints[field.name]) or ((not field.default,) if hints[field.name] is bool else ())

@@ -37,6 +37,7 @@ _HOME = {
     "Plan": "memory",
     "evaluate": "evaluation",
     "Scores": "evaluation",
+    "retrieve": "evaluation",
 }
 __all__ = sorted(_HOME)  # type: ignore[reportUnsupportedDunderAll]  # __init__.pyi spells them for editors
 

@@ -13,6 +13,7 @@ from .errors import TrainingStopped as TrainingStopped
 from .errors import UnsupportedModel as UnsupportedModel
 from .evaluation import Scores as Scores
 from .evaluation import evaluate as evaluate
+from .evaluation import retrieve as retrieve
 from .memory import Plan as Plan
 from .memory import plan as plan
 from .model import Model as Model

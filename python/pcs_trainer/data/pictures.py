@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +41,20 @@ class Loaded:
     notes: list[str]
 
 
-def load_pictures(source: Any, masks: str | Path | None = None) -> Loaded:
-    """Pictures from a folder, a file, or a list of files, PIL pictures and uint8 arrays; at least one must be good."""
+def load_pictures(source: Any, masks: str | Path | None = None, captions: Sequence[str] | None = None) -> Loaded:
+    """Pictures from a folder, a file, or a list of files, PIL pictures and uint8 arrays; at least one must be good.
+
+    captions: of a list, one a picture; a blank one leaves what stands beside the picture.
+    """
     result = Loaded([], [], [])
-    for item in _items(source):
+    items = _items(source)
+    for item, caption in zip(items, captions or [""] * len(items), strict=True):
         try:
-            picture, notes = _read(item, masks)
+            picture, notes = read_picture(item, masks)
         except ValueError as error:
             result.skipped.append(str(error))
         else:
+            picture.caption = " ".join(caption.split()) or picture.caption
             result.pictures.append(picture)
             result.notes += notes
     if not result.pictures:
@@ -61,12 +67,24 @@ def _called(source: Any) -> str:
     return str(source) if isinstance(source, (str, Path)) else "the list of images"
 
 
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.stem.endswith("-mask")
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and the folders in it, masks and hidden ones left out, in the order of their paths."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in files if not name.startswith(".") and _is_picture(Path(name))]
+    return sorted(found)
+
+
 def _items(source: Any) -> Sequence[Any]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.stem.endswith("-mask"))
-            return files
+            return sorted(file for file in path.iterdir() if _is_picture(file))
         if not path.exists():
             raise ValueError(f"{path} does not exist; give a folder of pictures, a picture, or a list of them")
         return [path]
@@ -77,7 +95,8 @@ def _items(source: Any) -> Sequence[Any]:
     return list(source)
 
 
-def _read(item: Any, masks: str | Path | None) -> tuple[Picture, list[str]]:
+def read_picture(item: Any, masks: str | Path | None = None) -> tuple[Picture, list[str]]:
+    """One picture with its caption and mask, and what was done to its pixels; ValueError says why it is unusable."""
     from PIL import Image
 
     if isinstance(item, np.ndarray):

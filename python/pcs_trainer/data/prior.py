@@ -67,11 +67,7 @@ def _listed(folder: Path) -> Loaded | None:
     said = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else [""] * len(paths)
     if len(said) != len(paths):
         raise ValueError(f"{captions} has {len(said)} lines and {names} {len(paths)}: each image needs one caption")
-    found = load_pictures([folder / p if (folder / p).is_file() else p for p in paths])
-    by_name = {path.name: " ".join(text.split()) for path, text in zip(paths, said, strict=True)}
-    for picture in found.pictures:
-        picture.caption = by_name.get(Path(picture.name).name) or picture.caption
-    return found
+    return load_pictures([folder / p if (folder / p).is_file() else p for p in paths], captions=said)
 
 
 def draw_prior(model: Model, prompt: str, s: Settings, count: Count | None = None) -> list[Picture]:

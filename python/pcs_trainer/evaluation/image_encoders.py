@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.pictures import fitted
+
 Pictures: TypeAlias = Sequence[np.ndarray]
+CLIP_EXAMPLE = "openai/clip-vit-large-patch14"
 # Means and deviations that the networks were trained with, where their folder does not say.
 CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -41,6 +44,22 @@ class ImageEncoder(Protocol):
         """What the pictures show, field by field."""
 
 
+class TextImageEncoder(Protocol):
+    """What compares pictures with text one picture at a time: of many that are compared none but one is held whole."""
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """Unit rows [N, C] of prompts."""
+        raise NotImplementedError
+
+    def pixels(self, picture: np.ndarray) -> Tensor:
+        """What the network reads of one picture of any size, [1, 3, S, S]."""
+        raise NotImplementedError
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """Unit rows [N, C] of a batch of `pixels`."""
+        raise NotImplementedError
+
+
 class JudgeEncoder:
     """The small networks that ship with the embedded model; they read 64 x 64 pictures of its world."""
 
@@ -54,6 +73,16 @@ class JudgeEncoder:
 
     def image(self, pictures: Pictures) -> Tensor:
         return self.judge.image_embedding(np.stack(pictures))
+
+    def pixels(self, picture: np.ndarray) -> Tensor:
+        """Its middle as 64 x 64 pixels in [-1, 1]."""
+        from ..tiny.common import to_tensor
+        from ..tiny.world import SIZE
+
+        return to_tensor(np.stack([fitted(picture, SIZE)]))
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        return self.judge.image_embedding(pixels)
 
     def subject(self, pictures: Pictures) -> Tensor:
         return self.judge.subject_embedding(np.stack(pictures))
@@ -78,7 +107,7 @@ class ClipDinoEncoder:
             raise ValueError(
                 "to measure pictures of this model, name a CLIP or DINO model on this machine: clip=FOLDER, dino=FOLDER"
             )
-        self.clip = None if clip is None else _Clip(_folder(clip, "CLIP", "openai/clip-vit-large-patch14"))
+        self.clip = None if clip is None else _Clip(_folder(clip, "CLIP", CLIP_EXAMPLE))
         self.dino = None if dino is None else _Dino(_folder(dino, "DINO", "facebook/dino-vits16"))
         self.batch = batch
 
@@ -107,6 +136,24 @@ class ClipDinoEncoder:
         return torch.cat([F.normalize(function(part).float(), dim=1) for part in parts])
 
 
+class ClipEncoder:
+    """CLIP alone, from a folder, for pictures that are compared with text one at a time."""
+
+    def __init__(self, clip: str | Path) -> None:
+        self.clip = _Clip(_folder(clip, "CLIP", CLIP_EXAMPLE))
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        return F.normalize(self.clip.text(list(prompts)).float(), dim=1)
+
+    def pixels(self, picture: np.ndarray) -> Tensor:
+        return self.clip.preprocess([picture])
+
+    @torch.no_grad()
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self.clip.of_pixels(pixels).float(), dim=1)
+
+
 class _Clip:
     def __init__(self, folder: Path) -> None:
         from transformers import CLIPModel, CLIPTokenizer
@@ -122,7 +169,10 @@ class _Clip:
         return self.net.text_projection(pooled)
 
     def image(self, pictures: list[np.ndarray]) -> Tensor:
-        return self.net.visual_projection(self.net.vision_model(self.preprocess(pictures)).pooler_output)
+        return self.of_pixels(self.preprocess(pictures))
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        return self.net.visual_projection(self.net.vision_model(pixels).pooler_output)
 
 
 class _Dino:

@@ -6,6 +6,12 @@
 For real checkpoints the image encoders are CLIP and DINO from folders on this machine: CLIP-T is `text_similarity`,
 CLIP-I is `image_similarity`, DINO is `subject_similarity`, and `kid` is the kernel distance on DINO's (or CLIP's)
 features.
+
+`pres` and `div` are DreamBooth's (arXiv 2208.12242, section 4.4, table 3). PRES: the mean DINO similarity between
+generated pictures of the class, asked for without the subject's word, and real pictures of the subject; high where the
+class has collapsed into the subject. DIV: the mean LPIPS between generated pictures of the subject with one prompt. The
+paper calls that LPIPS a "cosine similarity", but counts more as better: it is the distance, on a network that the paper
+does not name.
 """
 
 from __future__ import annotations
@@ -21,22 +27,14 @@ import numpy as np
 
 from ..data.pictures import load_pictures
 from ..sampling.lag import Lag
-from .image_encoders import (
-    ClipDinoEncoder,
-    ImageEncoder,
-    JudgeEncoder,
-    Pictures,
-    kid,
-    mean_cosine,
-    mean_other_cosine,
-)
+from .comparisons import SMALLEST_GAP, accuracy, diversity, gap_closed, similarities, text_similarity
+from .image_encoders import ClipDinoEncoder, ImageEncoder, JudgeEncoder, Pictures, kid, mean_cosine
+from .perceptual import Distance, load_lpips, mean_distance
 from .prompts import ASKS, Ask, asks_for, filled, photo_of_class
 
 if TYPE_CHECKING:
     from ..concept.concept import Concept
     from ..model.model import Model
-
-SMALLEST_GAP = 1e-6  # keeps the shares finite where the base model is as good as the photos, or finds nothing
 
 
 class Scores(dict[str, float]):
@@ -83,6 +81,7 @@ def evaluate(
     lag: bool | Lag = False,
     clip: str | Path | None = None,
     dino: str | Path | None = None,
+    lpips: bool = False,
     base: Base | None = None,
     eyes: ImageEncoder | None = None,
     draw: Callable[..., list[np.ndarray]] | None = None,
@@ -98,6 +97,7 @@ def evaluate(
         count: number of pictures of the subject prompt, and of the class.
         steps, guidance, seed, lag: as `sample` takes them; `lag` has no effect on the class images.
         clip, dino: folders of image encoders; needed for every model but the embedded one, which has its judge.
+        lpips: measure DIV too, by the package lpips.
         base: result of `base_of`, to sample the base model once for several concepts.
         eyes: image encoder; default: the embedded model's judge, or CLIP and DINO.
         draw: (prompts, concepts, **options) -> pictures, in place of `sample`.
@@ -115,6 +115,9 @@ def evaluate(
         prompt_kept             prompt_accuracy over the base model's
         text_similarity         pictures to their prompts without the subject's own word; beside it _base
         diversity               mean distance between pictures of the subject prompt
+        div                     the same by LPIPS; beside it that of class images, _class, and before training,
+                                _class_base
+        pres                    class images after training to the photos: less is better; beside it _base
         drift_to_subject        class drift: how far "a photo of a [class]" has moved towards the subject, as a share of
                                 the same gap
         drift_distance          kernel distance between class images before and after training
@@ -125,6 +128,7 @@ def evaluate(
     """
     shared: dict[str, Any] = {"prompts": prompts, "count": count, "steps": steps, "guidance": guidance, "seed": seed}
     shared |= {"lag": lag, "eyes": eyes or _encoder_of(model, clip, dino), "draw": draw}
+    shared["distance"] = load_lpips() if lpips else None
     if not isinstance(photos, Mapping) and len(concept.subjects) == 1:
         return _of_one(model, concept, photos, base=base, **shared)
     each = {}
@@ -174,6 +178,7 @@ def _of_one(
     lag: bool | Lag,
     base: Base | None,
     eyes: ImageEncoder,
+    distance: Distance | None,
     draw: Callable[..., list[np.ndarray]] | None,
 ) -> Scores:
     """`evaluate` for a concept of one subject."""
@@ -190,7 +195,10 @@ def _of_one(
     plain = draw([photo_of_class(base.class_word)] * count, [concept])  # without LAG: its words are not in this prompt
     found = similarities(encoder, subject, real, base.plain) | _in_prompts(encoder, asks, asked, real, base)
     found |= _drift(encoder, plain, real, base)
-    found["diversity"] = _diversity(encoder, subject)
+    found["diversity"] = diversity(encoder, subject)
+    if distance is not None:
+        for name, pictures in (("div", subject), ("div_class", plain), ("div_class_base", base.plain)):
+            found[name] = mean_distance(distance, pictures)
     found["parameters"] = concept.parameters
     found["seconds"] = round(time.monotonic() - started, 2)
     return _known(found)
@@ -225,7 +233,7 @@ def evaluate_folder(
         real = [p.pixels for p in load_pictures(photos).pictures]
         found |= similarities(encoder, drawn, real)
     if all(said):
-        found["text_similarity"] = _text_similarity(encoder, [str(s) for s in said], drawn)
+        found["text_similarity"] = text_similarity(encoder, [str(s) for s in said], drawn)
     elif photos is None:
         raise ValueError("there is nothing to measure against: give photos, or a prompt for each picture")
     return _known(found)
@@ -248,68 +256,11 @@ def base_of(
     return Base(class_word, draw([photo_of_class(class_word)] * count, []), draw(prompts, []), prompts)
 
 
-def similarities(
-    encoder: ImageEncoder, drawn: Pictures, real: Pictures, base: Pictures | None = None
-) -> dict[str, float | None]:
-    """Compare sampled pictures with real ones, and those among themselves and with the base model's.
-
-    Args:
-        encoder: what compares them.
-        drawn: sampled pictures.
-        real: photos of the subject.
-        base: pictures of its class by the base model.
-
-    Returns:
-        subject_similarity and image_similarity with their _real and _base, kid, gap_closed; None where unknown.
-    """
-    found: dict[str, float | None] = {}
-    for name, rows_of in (("subject", encoder.subject), ("image", encoder.image)):
-        of_real, of_drawn = rows_of(real), rows_of(drawn)
-        if of_real is None or of_drawn is None:
-            continue
-        found[f"{name}_similarity"] = mean_cosine(of_drawn, of_real)
-        if len(real) > 1:
-            found[f"{name}_similarity_real"] = mean_other_cosine(of_real)
-        of_base = None if base is None else rows_of(base)
-        if of_base is not None:
-            found[f"{name}_similarity_base"] = mean_cosine(of_base, of_real)
-    found["kid"] = kid(encoder.features(drawn), encoder.features(real)) if min(len(drawn), len(real)) > 1 else None
-    found["gap_closed"] = gap_closed(found)
-    return found
-
-
-def gap_closed(found: dict[str, float | None]) -> float | None:
-    """How much of the way from the base model's class to the real photos, by DINO or the judge, else by CLIP."""
-    for name in ("subject", "image"):
-        at, low, high = (found.get(f"{name}_similarity{end}") for end in ("", "_base", "_real"))
-        if at is not None and low is not None and high is not None:
-            return (at - low) / max(high - low, SMALLEST_GAP)
-    return None
-
-
-def accuracy(encoder: ImageEncoder, asks: Sequence[Ask], pictures: Pictures) -> dict[str, float]:
-    """The share of what the prompts ask for that the judge finds.
-
-    Returns:
-        Over all ("all"), by kind of prompt, and of backgrounds; empty for encoders that cannot read pictures, and where
-        no prompt says what it shows.
-    """
-    read = encoder.read(pictures) if any(a.shows for a in asks) else None
-    if read is None:
-        return {}
-    right: dict[str, list[bool]] = {}
-    for i, ask in enumerate(asks):
-        for what, wanted in ask.shows:
-            for group in {"all", ask.kind, *(["background"] if what == "background" else [])}:
-                right.setdefault(group, []).append(read[what][i] == wanted)
-    return {group: float(np.mean(hits)) for group, hits in right.items()}
-
-
 def _in_prompts(
     encoder: ImageEncoder, asks: Sequence[Ask], asked: Pictures, real: Pictures, base: Base
 ) -> dict[str, float | None]:
-    found: dict[str, float | None] = {"text_similarity": _text_similarity(encoder, base.prompts, asked)}
-    found["text_similarity_base"] = _text_similarity(encoder, base.prompts, base.asked)
+    found: dict[str, float | None] = {"text_similarity": text_similarity(encoder, base.prompts, asked)}
+    found["text_similarity_base"] = text_similarity(encoder, base.prompts, base.asked)
     of_asked, of_real = encoder.subject(asked), encoder.subject(real)
     if of_asked is not None and of_real is not None:
         found["prompted_similarity"] = mean_cosine(of_asked, of_real)
@@ -324,8 +275,9 @@ def _in_prompts(
 
 
 def _drift(encoder: ImageEncoder, plain: Pictures, real: Pictures, base: Base) -> dict[str, float | None]:
-    moved = gap_closed(similarities(encoder, plain, real, base.plain))
-    found: dict[str, float | None] = {"drift_to_subject": moved}
+    moved = similarities(encoder, plain, real, base.plain)
+    found: dict[str, float | None] = {"drift_to_subject": gap_closed(moved)}
+    found |= {f"pres{end}": moved.get(f"subject_similarity{end}") for end in ("", "_base")}
     if len(plain) > 1:
         found["drift_distance"] = kid(encoder.features(plain), encoder.features(base.plain))
     for name, pictures in (("class_accuracy", plain), ("class_accuracy_base", base.plain)):
@@ -333,17 +285,6 @@ def _drift(encoder: ImageEncoder, plain: Pictures, real: Pictures, base: Base) -
         if read is not None:
             found[name] = float(np.mean([kind == base.class_word for kind in read["kind"]]))
     return found
-
-
-def _diversity(encoder: ImageEncoder, pictures: Pictures) -> float | None:
-    rows = encoder.image(pictures)
-    rows = encoder.subject(pictures) if rows is None else rows
-    return None if rows is None or len(rows) < 2 else 1 - mean_other_cosine(rows)
-
-
-def _text_similarity(encoder: ImageEncoder, prompts: Sequence[str], pictures: Pictures) -> float | None:
-    text, image = encoder.text(prompts), encoder.image(pictures)
-    return None if text is None or image is None else float((text * image).sum(1).mean())
 
 
 def _encoder_of(model: Model, clip: str | Path | None, dino: str | Path | None) -> ImageEncoder:

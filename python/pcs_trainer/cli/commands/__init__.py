@@ -10,6 +10,7 @@ from ..options import Command, meant
 COMMANDS = {
     "demo": "learn the example subject by several methods and write a report",
     "train": "learn a subject from a few photos",
+    "retrieve": "class images for training out of your own pictures, by their similarity to a prompt",
     "sample": "sample images with learned concepts",
     "upscale": "enlarge pictures by an up-scaler and what it has learned of a subject",
     "merge": "merge several concepts into one, without training",

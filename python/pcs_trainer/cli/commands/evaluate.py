@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ OPTIONS = (
         ),
         Option("--clip", "folder of a CLIP model, for real checkpoints", metavar="FOLDER"),
         Option("--dino", "folder of a DINO model, for real checkpoints", metavar="FOLDER"),
+        Option("--lpips", "DreamBooth's DIV too, for which the package lpips is needed", None, False),
         Option("--count", "images of the subject's training prompt, and of its class", integer(2, "8"), 8, "N"),
         STEPS,
         GUIDANCE,
@@ -103,6 +105,8 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value and not Path(value).exists():
             raise UsageError(f"--{flag}: {value} does not exist")
+    if options.lpips and find_spec("lpips") is None:
+        raise UsageError("--lpips: the package lpips is not installed. Fix: pip install lpips")
     concept_file(options.concept[0])
     lag_of(options)
 
@@ -155,6 +159,7 @@ def measure(options: argparse.Namespace, stop: Stop) -> int:
             lag=lag_of(options),
             clip=options.clip,
             dino=options.dino,
+            lpips=options.lpips,
             draw=sampler_for(model, options, progress, stop),
         )
     print(found)
@@ -201,6 +206,7 @@ COMMAND = Command(
     run=run,
     details="The embedded model is evaluated by its judge, a small network that was trained apart and knows only that "
     "world; real checkpoints by CLIP and DINO, from folders on this machine: CLIP-T is the text similarity, CLIP-I the "
-    "image similarity, DINO the subject similarity.",
+    "image similarity, DINO the subject similarity. pres and div are DreamBooth's PRES (class images compared with the "
+    "photos, less is better) and DIV (LPIPS between images of one prompt).",
     translate=MODEL_TRANSLATE,
 )

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from ...evaluation.scores import accuracy, similarities
+from ...evaluation.comparisons import accuracy, similarities
 from ...files import written_text
 from ...methods import method_named
 from ...report.page import write_report

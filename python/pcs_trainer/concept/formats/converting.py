@@ -59,7 +59,7 @@ def _layer(part: Part, module: str, own: Layer, base: BaseWeights, scale_of: Sca
         raise ValueError(_misfit(path, own, weight))
     change = product.reshape(weight.shape) * _scale(path, own, rank, scale_of(part, module, rank))
     if own.keys() & set(MAGNITUDES):
-        change = _decomposed(path, weight.float(), change, own)
+        change = _decomposed(path, base.value(f"{path}.weight").float(), change, own)
     name = difference_name(part, f"{module}.weight")
     before = tensors.get(name)
     if before is not None and before.numel() == change.numel():

@@ -19,6 +19,7 @@ from ..grammar import OWN_WORD, TEXT_PARTS, parse
 from .diffusers import needs_pipeline, write_diffusers
 from .kohya import write_kohya
 from .pipeline import write_pipeline
+from .readers import readers_of
 from .report import Report as Report
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def export(
         write_diffusers(concept, folder, model, metadata, report)
     else:
         write_kohya(concept, folder, model, metadata, bundle, same_rank, report)
+    report.notes.append(str(readers_of(concept, format, own_rows=bool(concept.words) and not word_files)))
     return report
 
 
