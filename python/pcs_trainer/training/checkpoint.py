@@ -95,7 +95,9 @@ def begun_with(out: Path | None) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], settings: type) -> None:
+def check_same_run(
+    folder: Path, was: dict[str, Any], now: dict[str, Any], settings: type, older_data: str = ""
+) -> None:
     """Refuse to go on with other settings, pictures or another base model, and say what differs.
 
     Args:
@@ -103,10 +105,11 @@ def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], setti
         was: the checkpoint's identity; one of version 0.1.0 also holds the settings of every other method.
         now: the run's.
         settings: the method's settings class.
+        older_data: the digest of the run's data as an older version wrote it.
     """
     if was["base"].partition(":")[0] != now["base"].partition(":")[0]:
         raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
-    if was["data"] != now["data"]:
+    if was["data"] not in (now["data"], older_data):
         raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
     new = now["settings"]
     old = unset_then(settings, was["settings"]) | with_none_for_unset(settings, was["settings"])

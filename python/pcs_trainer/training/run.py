@@ -257,7 +257,7 @@ class Run:
             raise ValueError(f"there is nothing to resume: {where}")
         tensors, state = read_checkpoint(found[-1])
         now = json.loads(json.dumps(self.identity(), default=str))
-        check_same_run(found[-1], state, now, type(self.s))
+        check_same_run(found[-1], state, now, type(self.s), self.objective.data.older_digest)
         for name, p in self.learner.parameters.items():
             if grammar.is_word(name) and p.shape != tensors[name].shape:  # an older version gave the word other rows
                 replace_data(p, torch.empty_like(tensors[name], dtype=p.dtype, device=p.device))
