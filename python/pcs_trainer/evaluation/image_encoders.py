@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.quiet import quiet
+
 Pictures: TypeAlias = Sequence[np.ndarray]
 # Means and deviations that the networks were trained with, where their folder does not say.
 CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -108,6 +110,7 @@ class ClipDinoEncoder:
 
 
 class _Clip:
+    @quiet("transformers")
     def __init__(self, folder: Path) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -126,6 +129,7 @@ class _Clip:
 
 
 class _Dino:
+    @quiet("transformers")
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel
 
