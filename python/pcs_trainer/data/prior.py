@@ -13,7 +13,7 @@ import numpy as np
 
 from ..model.fingerprint import fingerprint, weights_mark
 from .latents import cache_folder
-from .pictures import Loaded, Picture, is_blank, load_pictures
+from .pictures import LONGEST_CAPTION, Loaded, Picture, is_blank, load_pictures
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -71,6 +71,9 @@ def _listed(folder: Path) -> Loaded | None:
     said = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else [""] * len(paths)
     if len(said) != len(paths):
         raise ValueError(f"{captions} has {len(said)} lines and {names} {len(paths)}: each image needs one caption")
+    long = next((text for text in said if len(text) > LONGEST_CAPTION), None)
+    if long is not None:
+        raise ValueError(f"{captions} has a line of {len(long):,} characters: a caption is a few sentences")
     found = load_pictures([folder / p if (folder / p).is_file() else p for p in paths])
     by_name = {path.name: " ".join(text.split()) for path, text in zip(paths, said, strict=True)}
     for picture in found.pictures:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.batches import Bank, Subject, length_notes, prior_bank, subject_bank
 from ..data.identity import data_digest, older_digest
+from ..data.pictures import size_notes
 from ..data.prompts import class_prompt, subject_prompt
 from ..distributed import first_alone
 from ..methods import method_named
@@ -90,6 +91,8 @@ def prepare(task: Task, say: Say) -> Prepared:
     size = s.resolution or min(own_size(model))
     for subject in task.subjects:
         for text in [*(f"skipped: {reason}" for reason in subject.loaded.skipped), *subject.loaded.notes]:
+            say("warning", text=text)
+        for text in size_notes(subject.pictures, size):
             say("warning", text=text)
     for text in length_notes(model, task.subjects, method.augment(s) is not None):
         say("warning", text=text)
