@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..settings import with_none_for_unset
 
+BEGUN = "begun.json"  # what a run began with, until its first checkpoint says it
 # What may change between a run and its resume.
 FREE = (
     *("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts"),
@@ -85,11 +86,32 @@ def unset_then(settings: type, was: dict[str, Any]) -> dict[str, Any]:
     return then
 
 
+def begins_anew(out: Path | None) -> bool:
+    """Whether a run that is to go on has to begin anew: it was ended before its first checkpoint.
+
+    Raises ValueError where there is nothing to resume: no folder, or one whose run is finished.
+    """
+    if out is None:
+        raise ValueError("there is nothing to resume: no out folder was given")
+    if checkpoints(out):
+        return False
+    if (out / "concept.safetensors").exists():
+        raise ValueError(
+            f"there is nothing to resume: {out} has a concept and no whole checkpoint; give another out folder, or "
+            "train without resume"
+        )
+    return True
+
+
 def begun_with(out: Path | None) -> dict[str, Any]:
-    """What the last checkpoint of a run says that it began with; {} where there is none, or none that can be read."""
+    """What the last checkpoint of a run, or else its beginning, says that it began with.
+
+    {} where there is neither, or none that can be read.
+    """
     found = checkpoints(out) if out is not None else []
+    file = found[-1] / "state.json" if found else (out or Path()) / BEGUN
     try:
-        state = json.loads((found[-1] / "state.json").read_text()) if found else {}
+        state = json.loads(file.read_text()) if file.is_file() else {}
     except (OSError, ValueError):
         return {}  # `read_checkpoint` says what is wrong with it
     return state if isinstance(state, dict) else {}
