@@ -31,9 +31,11 @@ def test_bad_ones_among_good_ones_are_named_and_skipped(folder):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     Image.new("RGB", (3, 3)).save(folder / "small.png")
     (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:400])
+    (folder / "raw.DNG").write_bytes(b"II*")
     found = load_pictures(folder)
     assert [p.name for p in found.pictures] == ["good.png"]
-    assert len(found.skipped) == 3
+    assert len(found.skipped) == 4
+    assert any("raw.DNG is of a kind that is not read" in s for s in found.skipped)
     assert any("broken.jpg" in s and "cannot be decoded" in s for s in found.skipped)
     assert any("small.png" in s and "3 x 3" in s for s in found.skipped)
     assert (folder / "broken.jpg").exists()

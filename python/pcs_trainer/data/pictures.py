@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic")
+UNREAD = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".psd", ".svg")  # pictures for people
 SMALLEST = 16  # pixels a side: two latent pixels, below which there is nothing to learn from
 # Pixels of a picture that is decoded whole, 8192 x 8192; a JPEG of more is decoded at a half, a quarter or an eighth.
 LARGEST = 1 << 26
@@ -49,7 +50,7 @@ class Loaded:
 
 def load_pictures(source: Any, masks: str | Path | None = None) -> Loaded:
     """Pictures from a folder, a file, or a list of files, PIL pictures and uint8 arrays; at least one must be good."""
-    result = Loaded([], [], [])
+    result = Loaded([], _unread(source), [])
     for item in _items(source):
         try:
             picture, notes = _read(item, masks)
@@ -63,6 +64,15 @@ def load_pictures(source: Any, masks: str | Path | None = None) -> Loaded:
         reasons = "; ".join(result.skipped) or f"looked for {', '.join(SUFFIXES)}"
         raise ValueError(f"{_called(source)} holds no picture that can be used: {reasons}")
     return result
+
+
+def _unread(source: Any) -> list[str]:
+    """A sentence for each picture in a folder that is of a kind which is not read."""
+    folder = Path(source) if isinstance(source, (str, Path)) else None
+    if folder is None or not folder.is_dir():
+        return []
+    names = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in UNREAD)
+    return [f"{name} is of a kind that is not read; save it as JPEG or PNG" for name in names]
 
 
 def _called(source: Any) -> str:
