@@ -98,7 +98,7 @@ def test_pixels_that_are_no_numbers_are_named(folder):
 
 def test_a_caption_that_is_a_book_is_refused_before_it_is_read(folder):
     (folder / "good.txt").write_text("mug " * 2_500_000)
-    with pytest.raises(ValueError, match=r"good\.txt has 10,000,000 bytes, which is no caption of good\.png"):
+    with pytest.raises(ValueError, match=r"good\.txt has 10,000,000 bytes, too many for the caption of good\.png"):
         load_pictures(folder)
 
 

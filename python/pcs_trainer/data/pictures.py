@@ -147,21 +147,21 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _caption_of(path: Path) -> tuple[str | None, list[str]]:
-    """The caption in the .txt file beside a picture, and a note where it is no plain text."""
+    """The caption in the .txt file beside a picture, and a note where it is not plain text."""
     file = path.with_suffix(".txt")
     if not file.is_file():
         return None, []
     size = file.stat().st_size
     if size > LONGEST_CAPTION:
         raise ValueError(
-            f"{file} has {size:,} bytes, which is no caption of {path.name}: write one of a few sentences, as a text "
+            f"{file} has {size:,} bytes, too many for the caption of {path.name}. Fix: a few sentences, as a text "
             "encoder reads 77 tokens"
         )
     text = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
     if not text:
         raise ValueError(f"{file} is empty: write the caption of {path.name} in it, or remove it")
     odd = "\ufffd" in text or not text.isprintable()
-    return text, [f"{file.name} is not plain UTF-8 text: its caption may not be what you wrote"] if odd else []
+    return text, [f"{file.name} is not plain UTF-8 text: the caption may differ from what was written"] if odd else []
 
 
 def _remarks(pictures: Sequence[Picture]) -> list[str]:
