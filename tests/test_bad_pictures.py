@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from pcs_trainer.data.pictures import fitted, load_pictures
+from pcs_trainer.data.pictures import Picture, fitted, load_pictures, size_notes
 from pcs_trainer.tiny.subjects import photos
 from pcs_trainer.training.trainer import Trainer
 from PIL import Image
@@ -31,9 +31,11 @@ def test_bad_ones_among_good_ones_are_named_and_skipped(folder):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     Image.new("RGB", (3, 3)).save(folder / "small.png")
     (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:400])
+    (folder / "raw.DNG").write_bytes(b"II*")
     found = load_pictures(folder)
     assert [p.name for p in found.pictures] == ["good.png"]
-    assert len(found.skipped) == 3
+    assert len(found.skipped) == 4
+    assert any("raw.DNG is of a kind that is not read" in s for s in found.skipped)
     assert any("broken.jpg" in s and "cannot be decoded" in s for s in found.skipped)
     assert any("small.png" in s and "3 x 3" in s for s in found.skipped)
     assert (folder / "broken.jpg").exists()
@@ -61,6 +63,72 @@ def test_unusual_pictures_are_used_and_noted(folder):
     assert np.abs(by_name["cmyk.jpg"].astype(int) - rgb).mean() < 12
     assert np.abs(by_name["deep.png"][..., 0].astype(int) - rgb[..., 0]).max() <= 1
     assert (by_name["clear.png"] == 255).all()
+
+
+def test_pictures_that_teach_less_than_they_seem_to_are_named(folder):
+    good = Image.open(folder / "good.png")
+    Image.new("RGB", (64, 64), (10, 200, 30)).save(folder / "green.png")
+    good.save(folder / "same.png", optimize=True)
+    good.resize((250, 64)).save(folder / "wide.png")
+    good.save(folder / "pages.tiff", save_all=True, append_images=[good.rotate(90)])
+    good.save(folder / "phone.jpg", "MPO", save_all=True, append_images=[good.resize((32, 32))])
+    (folder / "phone.txt").write_bytes(b"a mug\xff\xfe on a table")
+    good.resize((40, 20)).save(folder / "good-mask.png")
+    found = load_pictures(folder)
+    assert len(found.pictures) == 6 and not found.skipped
+    for said in (
+        "green.png is all of one colour",
+        "same.png is the same picture as good.png",
+        "wide.png is 250 x 64: most of it lies outside",
+        "pages.tiff has 2 pages: the first is used",
+        "phone.txt is not plain UTF-8 text",
+        "the mask good-mask.png is 40 x 20 and good.png 64 x 64: stretched",
+    ):
+        assert sum(said in note for note in found.notes) == 1, said
+    # pages.tiff, the same picture once more, is the seventh note; what a phone writes as MPO is none
+    assert len(found.notes) == 7
+
+
+def test_pixels_that_are_no_numbers_are_named(folder):
+    Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(folder / "nan.tiff")
+    assert load_pictures(folder).skipped == [
+        "nan.tiff holds NaN or infinity among its pixels; save it as an 8-bit picture"
+    ]
+
+
+def test_a_caption_that_is_a_book_is_refused_before_it_is_read(folder):
+    (folder / "good.txt").write_text("mug " * 2_500_000)
+    with pytest.raises(ValueError, match=r"good\.txt has 10,000,000 bytes, too many for the caption of good\.png"):
+        load_pictures(folder)
+
+
+def test_a_picture_of_very_many_pixels_is_decoded_smaller_or_refused(folder, monkeypatch):
+    """A JPEG can be decoded at a half, a quarter or an eighth; at most 4,096 pixels here stand for 67 million."""
+    monkeypatch.setattr("pcs_trainer.data.pictures.LARGEST", 64 * 64)
+    good = Image.open(folder / "good.png")
+    good.resize((200, 120)).save(folder / "large.jpg", quality=95)
+    good.resize((2000, 1200)).save(folder / "larger.jpg")
+    good.resize((200, 120)).save(folder / "large.png")
+    found = load_pictures(folder)
+    assert {p.name: p.pixels.shape for p in found.pictures} == {"good.png": (64, 64, 3), "large.jpg": (30, 50, 3)}
+    assert "large.jpg has 200 x 120 pixels: read at 50 x 30" in found.notes
+    assert len(found.skipped) == 2
+    assert any("large.png has 200 x 120 pixels" in s and "save it smaller" in s for s in found.skipped)
+    shrunk = np.asarray(good.resize((50, 30)), int)
+    assert np.abs(found.pictures[1].pixels.astype(int) - shrunk).mean() < 8
+
+
+def test_more_pixels_than_pillow_opens_are_one_sentence(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"good\.png has too many pixels \(Image size \(4096 pixels\)"):
+        load_pictures(folder)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # Pillow would warn
+    assert len(load_pictures(folder).pictures) == 1
+
+
+def test_a_picture_that_is_enlarged_much_is_named():
+    small, large = (Picture(np.zeros((n, 2 * n, 3), np.uint8), f"{n}.png") for n in (20, 300))
+    assert size_notes([small, large], 512) == ["20.png has 40 x 20 pixels: enlarged to 512"]
 
 
 def test_captions_and_masks(folder):

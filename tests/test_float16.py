@@ -11,7 +11,7 @@ import pytest
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.errors import NotTrained, TrainingStopped
-from pcs_trainer.training import optimizer, proof
+from pcs_trainer.training import float16, optimizer, proof
 from pcs_trainer.training.checkpoint import checkpoints
 from pcs_trainer.training.objective import Objective
 from pcs_trainer.training.optimizer import Masters, Stepper
@@ -54,6 +54,19 @@ def apart(found, exact) -> float:
     """The difference of all gradients together, relative to them."""
     difference = torch.stack([(found[n] - exact[n]).norm() for n in exact]).norm()
     return float(difference / torch.stack([g.norm() for g in exact.values()]).norm())
+
+
+@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16])
+def test_a_run_in_float16_says_what_suits_the_device_better(models, monkeypatch, own):
+    """A file's float16 is kept on a GPU where nobody asks for another dtype; text methods train in it as well."""
+    monkeypatch.setattr(float16, "training_dtype", lambda kind: (own, f"this {kind} is made for it"))
+    said = []
+    settings = dict(steps=2, variant="v1", check_backend=True)
+    trainer(models[torch.float16], "textboost", **settings).train(on_event=lambda e: said.append(str(e)))
+    (scaled,) = [text for text in said if "the loss is scaled" in text]
+    better = "; this cpu is made for it: load_model(..., dtype=torch.bfloat16) suits it"
+    assert scaled.endswith("overflows" if own == torch.float16 else better)
+    assert not any("skipped" in text for text in said)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -95,6 +95,13 @@ def test_what_makes_no_sense_is_one_sentence(model):
         settings_for(model, "personalized_residuals", prior="own")
     with pytest.raises(ValueError, match="uses no class images; leave out prior_folder"):
         settings_for(model, "dreambooth", prior="own", prior_folder="dogs")
+    for variant in ("causal", "causal++"):
+        for held in (OWN, dict(prior_weight=1.0)):
+            with pytest.raises(ValueError, match="has no gradient in textboost's variant 'causal"):
+                settings_for(None, "textboost", variant=variant, **held)
+    with pytest.raises(ValueError, match="has no gradient in textual_inversion"):
+        settings_for(None, "textual_inversion", **OWN)
+    assert settings_for(None, "textboost", variant="v1", **OWN).prior == "own"
     with pytest.raises(ValueError, match="prior must be one of drawn, own"):
         settings_for(model, "dreambooth", prior="mine")
 

@@ -28,9 +28,11 @@ sys.path[:0] = {path!r}
 torch.set_num_threads(1)
 from pcs_trainer import Trainer, load_model
 from pcs_trainer.tiny.subjects import photos
+from pcs_trainer.training import Stop
 t = Trainer(load_model("tiny"), "personalized_residuals", [p.picture for p in photos(51, 2)], class_word="mug",
             out={out!r}, steps=100000, checkpoint_every=3, keep=2, batch=1, check_backend=False)
-t.train(on_event=lambda e: print(e.kind, e.step, flush=True), resume={resume})
+with Stop() as stop:
+    t.train(on_event=lambda e: print(e.kind, e.step, flush=True), should_stop=stop, resume={resume})
 """
 
 
@@ -95,11 +97,12 @@ def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_an_interrupt_saves_and_ends(model, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_ends(model, tmp_path, number):
     process = start(tmp_path, resume=False)
     for line in process.stdout:
         if line.startswith("step 4"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "stopped" in rest and "saved" in rest

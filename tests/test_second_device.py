@@ -154,6 +154,8 @@ def together(method):
 def test_several_subjects_train_in_bfloat16_with_the_step_in_the_backward(halved, method):
     """With class images, a clip of two passes, learned words and, where it can be, the text encoder."""
     settings = small_for(method, **RUN | INSIDE)
+    if method == "textual_inversion":  # its word stands in no prompt of the class: it refuses the prior loss
+        settings["prior_weight"] = 0.0
     del settings["token"]
     events = []
     run = Trainer(halved, method, concepts=together(method), **settings | dict(batch=2), check_backend=False)

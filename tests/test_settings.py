@@ -112,6 +112,8 @@ def test_every_setting_of_every_method_can_be_set_by_its_text():
         (dict(init_word="  "), "init_word must be a word"),
         (dict(token_learning_rate=float("inf")), "token_learning_rate must be a finite number"),
         (dict(prior_weight=float("nan")), "prior_weight must be a finite number"),
+        (dict(batch=2**31), "batch must be at most 10,000, not 2,147,483,648"),
+        (dict(resolution=2**31), "resolution must be at most 16,384, not 2,147,483,648"),
     ],
 )
 def test_numbers_and_words_that_no_run_can_use_are_one_sentence(model, wrong, said):

@@ -18,6 +18,7 @@ _HOME = {
     "Trainer": "training",
     "Event": "training",
     "trainable": "training",
+    "NotSaved": "errors",
     "NotTrained": "errors",
     "PcsError": "errors",
     "TrainingStopped": "errors",

@@ -7,6 +7,7 @@ from .concept import load_concept as load_concept
 from .concept import merge as merge
 from .concept.formats import export as export
 from .concept.formats import import_concept as import_concept
+from .errors import NotSaved as NotSaved
 from .errors import NotTrained as NotTrained
 from .errors import PcsError as PcsError
 from .errors import TrainingStopped as TrainingStopped

@@ -8,7 +8,8 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .errors import TrainingStopped
+
 BUCKET = 16_000_000  # numbers whose gradients travel in one message
+# How long the others wait for the first process: hundreds of class images may take hours, and torch's own limits for a
+# message are 10 minutes (NCCL) and 30 (gloo).
+WAIT = timedelta(hours=24)
 ALONE = 1_000_000  # a convolution of so many weights is gathered by itself; all the rest together
 
 
@@ -41,14 +47,45 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process does what is inside before the others: they find what it has kept."""
+def first_alone(doing: str) -> Iterator[None]:
+    """The first process does what is inside before the others: they find what it has kept.
+
+    Args:
+        doing: what is inside, for the others' sentence where the first one fails.
+
+    Raises:
+        TrainingStopped: in the others, where the first process fails; in that one the failure itself goes on.
+    """
     rank, world = rank_and_world()
-    if world > 1 and rank:
-        dist.barrier()
-    yield
-    if world > 1 and not rank:
-        dist.barrier()
+    if world == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=WAIT)
+    try:
+        if rank:
+            _hear_of_the_first(group, doing)
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # another process is gone already: what failed here is what counts
+                dist.broadcast(torch.zeros(1), 0, group)
+            raise
+        dist.broadcast(torch.ones(1), 0, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _hear_of_the_first(group: Any, doing: str) -> None:
+    """Wait until the first process has done its part."""
+    done = torch.zeros(1)
+    try:
+        dist.broadcast(done, 0, group)
+    except RuntimeError as error:  # it was killed, and its connection is closed
+        raise TrainingStopped(f"the first process ended while {doing}; this one ends with it") from error
+    if not bool(done.item()):
+        raise TrainingStopped(f"the first process failed while {doing} and says why; this one ends with it")
 
 
 def any_process(wish: bool) -> bool:

@@ -25,6 +25,14 @@ class TrainingStopped(PcsError, RuntimeError):
         self.concept = concept  # a Concept or None; errors stand below every room and cannot import the type
 
 
+class NotSaved(PcsError, OSError):
+    """What was learned could not be written; `concept` holds it, and the message says what is kept on disk."""
+
+    def __init__(self, sentence: str, concept: Any) -> None:
+        super().__init__(sentence)
+        self.concept = concept
+
+
 class UsageError(PcsError):
     """A wrong flag, value or combination on the command line; exit code 2."""
 

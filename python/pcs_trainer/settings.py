@@ -27,6 +27,18 @@ AMOUNTS = (
     "resolution",
 )
 
+# Beyond these a number was mistyped: no run of that size would end, and it would be found out after hours or never.
+MOST = {
+    "steps": 10_000_000,
+    "batch": 10_000,
+    "accumulate": 10_000,
+    "bank": 100_000,
+    "prior_images": 100_000,
+    "prior_steps": 1000,
+    "rank": 100_000,
+    "token_vectors": 77,  # tokens that a text encoder reads
+    "resolution": 16_384,
+}
 SEEDS = 1 << 32  # as NumPy's; the optimizer multiplies a seed by a million and must stay below 2^63
 
 
@@ -97,6 +109,10 @@ class Settings:
         for name in (n for n in COUNTS if getattr(self, n, None) is not None):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {getattr(self, name)!r}")
+        for name, most in MOST.items():
+            value = getattr(self, name, None)
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {most:,}, not {value:,}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie between 0 and 1, not {self.learning_rate!r}")
         for name in (n for n in AMOUNTS if getattr(self, n, None) is not None):

@@ -1,4 +1,4 @@
-"""Ctrl-C on the command line: once stops at the next safe place, twice leaves at once."""
+"""Ctrl-C on the command line: once stops at the next safe place, twice leaves at once; a training takes SIGTERM too."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ class Stopped(Exception):
     """Ctrl-C was pressed: raised between two steps to end what is running."""
 
 
-def stop_on_ctrl_c(doing: str) -> Stop:
-    """A Stop to enter around a command's work; `doing` tells what happens after the first Ctrl-C."""
+def stop_on_ctrl_c(doing: str, *also: signal.Signals) -> Stop:
+    """A Stop to enter around a command's work.
+
+    Args:
+        doing: what happens after the first Ctrl-C.
+        also: further signals that mean the same.
+    """
     from ..training.stop import Stop  # the room loads torch, which `pcs --help` must not
 
     message = f"pcs: {doing}; press again to leave at once"
-    return Stop(signals=(signal.SIGINT,), take_over=True, message=message, leave=leave_at_once)
+    return Stop(signals=(signal.SIGINT, *also), take_over=True, message=message, leave=leave_at_once)
 
 
 def leave_at_once() -> NoReturn:

@@ -104,8 +104,8 @@ COMMON = grouped(
 )
 
 
-def integer(least: int = 0, example: str = "") -> Callable[[str], int]:
-    """A check of a flag's text: an integer from `least` on."""
+def integer(least: int = 0, example: str = "", most: int | None = None) -> Callable[[str], int]:
+    """A check of a flag's text: an integer from `least` to `most`, or without an end."""
 
     def check(text: str) -> int:
         try:
@@ -114,6 +114,8 @@ def integer(least: int = 0, example: str = "") -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected an integer{_such_as(example)}, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"expected an integer of at most {most:,}, got {value:,}")
         return value
 
     return check

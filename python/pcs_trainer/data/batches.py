@@ -46,6 +46,7 @@ class Bank:
     `others` are further prompts of each picture, one of all of which is drawn in each step; `owners` says whose each
     picture is.
     `small` [n, 3, h, w] are the pictures as an up-scaler reads them, where one is trained.
+    `given` are the digests of the user's own class images; what the model drew has none.
     """
 
     moments: Moments
@@ -54,6 +55,7 @@ class Bank:
     owners: Tensor | None = None
     others: list[tuple[str, ...]] | None = None
     small: Tensor | None = None
+    given: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -221,6 +223,7 @@ def prior_bank(
         return None
     pixels: list[np.ndarray] = []
     prompts: list[str] = []
+    given: list[str] = []
     sets = {(own.prior_folder, class_prompt(own)): own for own in (subject.settings for subject in subjects)}
     folders = {folder for folder, _ in sets}
     shared = len(sets) > 1 and len(folders) == 1 and s.prior_folder  # one folder for subjects of several classes
@@ -233,10 +236,12 @@ def prior_bank(
                 f"{bare[0]} in {folder} has no caption, and the subjects are of several classes; put a .txt with what "
                 "it shows beside each, give each subject a folder of its own, or none: the model draws each class"
             )
+        given += [p.digest for p in pictures] if folder else []
         pictures = views(pictures, own, seeded(s.seed, Stream.VIEWS, len(prompts)))
         pixels += [fitted(p.pixels, size) for p in pictures]
         prompts += [p.caption or prompt for p in pictures]
-    return Bank(cached_moments(model, pixels), prompts, small=_small(model, pixels) if upscaler else None)
+    small = _small(model, pixels) if upscaler else None
+    return Bank(cached_moments(model, pixels), prompts, small=small, given=given)
 
 
 def _small(model: Model, pixels: Sequence[np.ndarray]) -> Tensor:
@@ -309,15 +314,3 @@ def draw_batch(
         [said[i] for i in mine],
         None if small is None else small[keep],
     )
-
-
-def data_digest(subjects: Sequence[Subject], prior: Bank | None) -> str:
-    """What tells one data set from another."""
-    content = hashlib.sha256()
-    for subject in subjects:
-        for picture in subject.pictures:
-            content.update(picture.digest.encode())
-    if prior is not None:
-        content.update(np.ascontiguousarray(prior.moments.mean.numpy()).tobytes())
-        content.update("\n".join(prior.prompts).encode())
-    return content.hexdigest()[:32]

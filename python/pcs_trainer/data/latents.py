@@ -29,11 +29,11 @@ def cached_moments(model: Model, pictures: Sequence[np.ndarray]) -> Moments:
     from safetensors.torch import load_file
 
     from ..files import write_safetensors
-    from ..model.fingerprint import fingerprint
+    from ..model.fingerprint import fingerprint, weights_mark
 
     content = hashlib.sha256(fingerprint(model).encode())
     content.update(json.dumps({k: str(v) for k, v in sorted(model.vae.config.items())}).encode())
-    content.update(str(next(model.vae.parameters()).dtype).encode())
+    content.update(weights_mark(model.vae).encode())
     for picture in pictures:
         content.update(str(picture.shape).encode())
         content.update(np.ascontiguousarray(picture).tobytes())

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..model.fingerprint import fingerprint
+from ..model.fingerprint import fingerprint, weights_mark
 from .latents import cache_folder
-from .pictures import Loaded, Picture, is_blank, load_pictures
+from .pictures import LONGEST_CAPTION, Loaded, Picture, is_blank, load_pictures
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -41,9 +41,8 @@ def prior_pictures(model: Model, prompt: str, s: Settings, report: Any, count: C
         for reason in [*found.skipped, *(f"{name} is blank" for name in blank)]:
             report(f"skipped: {reason}")
         return [p for p in found.pictures if not is_blank(p.pixels)]
-    key = "|".join(
-        [fingerprint(model), prompt, str(s.prior_steps), str(s.seed), str(s.resolution), str(s.prior_images)]
-    )
+    numbers = [str(n) for n in (s.prior_steps, s.seed, s.resolution, s.prior_images)]
+    key = "|".join([_drawer(model), prompt, *numbers])
     folder = cache_folder() / "prior" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if folder.is_dir():
         kept = load_pictures(folder).pictures
@@ -53,6 +52,11 @@ def prior_pictures(model: Model, prompt: str, s: Settings, report: Any, count: C
     drawn = draw_prior(model, prompt, s, count)
     _keep(folder, drawn)
     return drawn
+
+
+def _drawer(model: Model) -> str:
+    """What tells apart the networks that a drawing goes through."""
+    return "|".join([fingerprint(model), *map(weights_mark, [*model.text_encoders, model.vae])])
 
 
 def _listed(folder: Path) -> Loaded | None:
@@ -67,6 +71,9 @@ def _listed(folder: Path) -> Loaded | None:
     said = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else [""] * len(paths)
     if len(said) != len(paths):
         raise ValueError(f"{captions} has {len(said)} lines and {names} {len(paths)}: each image needs one caption")
+    long = next((text for text in said if len(text) > LONGEST_CAPTION), None)
+    if long is not None:
+        raise ValueError(f"{captions} has a line of {len(long):,} characters: a caption is a few sentences")
     return load_pictures([folder / p if (folder / p).is_file() else p for p in paths], captions=said)
 
 

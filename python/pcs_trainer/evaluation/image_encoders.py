@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.pictures import fitted
+from ..model.quiet import quiet
 
 Pictures: TypeAlias = Sequence[np.ndarray]
 CLIP_EXAMPLE = "openai/clip-vit-large-patch14"
@@ -155,6 +156,7 @@ class ClipEncoder:
 
 
 class _Clip:
+    @quiet("transformers")
     def __init__(self, folder: Path) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -176,6 +178,7 @@ class _Clip:
 
 
 class _Dino:
+    @quiet("transformers")
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel
 

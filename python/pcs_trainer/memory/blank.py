@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.prompts import Vocabulary
+from ..model.quiet import quiet
 from ..unet.unet import UNet
 from .networks import Networks
 
@@ -77,6 +78,7 @@ def filled(network: Any, dtype: torch.dtype, device: str) -> Any:
     return network.eval()
 
 
+@quiet("transformers")
 def text_encoder(config: dict[str, Any]) -> nn.Module:
     """transformers' text model of a configuration, on the meta device."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..methods import method_named
 from ..model.autoencoder import at_once
+from ..model.quiet import quiet
 from ..model.weights import GROUP
 from ..training.proof import PROOF_SIDE
 from .blank import filled, text_encoder
@@ -223,6 +224,7 @@ LATER = ("optimizer state", "copy of the last good state")  # made by the first 
 class Autoencoder:
     """An autoencoder without contents, and what its work on some images makes."""
 
+    @quiet("diffusers", "transformers")
     def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
         from diffusers import AutoencoderKL
 

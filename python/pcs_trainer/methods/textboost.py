@@ -76,8 +76,13 @@ class TextBoost(Settings):
         return self.variant.startswith("causal")
 
     def check(self) -> None:
-        """As of every method; the subject's word is none of the augmentations' own."""
+        """As of every method; the subject's word is none of the augmentations' own, and every loss has a gradient."""
         super().check()
+        if self.causal and self.prior_weight:
+            raise ValueError(
+                f"the prior loss has no gradient in textboost's variant {self.variant!r}, which leaves prompts without "
+                "its word as they are. Fix: prior_weight=0 without prior, or variant='v1'"
+            )
         if self.augment and self.token in {augment.word(name) for name in augment.WORDS}:
             raise ValueError(f"token {self.token!r} is TextBoost's word for an augmentation; choose another")
 

@@ -35,6 +35,11 @@ class TextualInversion(Settings):
             raise ValueError(f"textual_inversion learns a word: identifier must be 'learned', not {self.identifier!r}")
         if not self.train_token:
             raise ValueError("textual_inversion trains its word and nothing else: train_token must be true")
+        if self.prior_weight:
+            raise ValueError(
+                "the prior loss has no gradient in textual_inversion, whose word stands in no prompt of the class. "
+                "Fix: leave out prior and prior_weight"
+            )
 
 
 def setup(_model: Model, s: TextualInversion, learner: Learner) -> None:

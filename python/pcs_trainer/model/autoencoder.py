@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,9 +81,9 @@ def _upcast(model: Model, halves: tuple[torch.dtype, ...]) -> Iterator[Autoencod
         return
     module: Any = vae
     try:
-        yield module.to(torch.float32)
+        yield nn.Module.to(module, torch.float32)  # diffusers' own `to` warns of it
     finally:
-        module.to(was)
+        nn.Module.to(module, was)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What tells base models apart."""
+"""What tells base models apart, and one state of a network's weights from another."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -36,6 +37,19 @@ def fingerprint(model: Model) -> str:
         digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
         _known[unet] = digest + ":" + ",".join(f"{v:.6g}" for v in values)
     return _known[unet]
+
+
+def weights_mark(network: nn.Module) -> str:
+    """A hash of four values of every tensor of a network as it is now: the key of what is kept of its output.
+
+    Unlike a fingerprint it is exact: what another precision gives has another key.
+    """
+    content = hashlib.sha256()
+    for name, p in sorted(network.named_parameters()):
+        at = torch.arange(min(VALUES, p.numel()), device=p.device) * max(1, p.numel() // VALUES)
+        values = p.detach()[torch.unravel_index(at, p.shape)].float().tolist()  # `flatten` would copy channels-last
+        content.update(f"{name} {list(p.shape)} {p.dtype} {values}".encode())
+    return content.hexdigest()[:16]
 
 
 def _hashed(settings: dict[str, Any]) -> dict[str, Any]:

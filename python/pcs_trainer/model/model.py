@@ -12,6 +12,7 @@ from ..errors import UnsupportedModel
 from ..machine import device_problem
 from ..unet.config import reads_small_picture
 from ..unet.unet import UNet
+from .quiet import quiet
 from .schedule import Schedule
 from .sources import TINY, Folder, SingleFile, find_source, read_json
 from .weights import load_weights, weight_files
@@ -111,7 +112,8 @@ class Model:
 
     def _settle(self, module: Network) -> Network:
         """The module frozen, on the model's device and in its dtype."""
-        module = module.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        # torch's own `to`: diffusers' warns of each cast of an autoencoder, and checks what is not so here.
+        module = nn.Module.to(module, device=self.device, dtype=self.dtype).requires_grad_(False).eval()
         half = self.dtype is None and any(p.dtype == torch.float16 for p in module.parameters())
         # CPUs have no fast float16 arithmetic: the files' half precision is for their size alone
         return module.float() if half and self.device == "cpu" else module
@@ -131,6 +133,7 @@ class Model:
         load_weights(unet, weight_files(folder, "diffusion_pytorch_model", self.dtype), self.dtype, self.device)
         return self._settle(unet)
 
+    @quiet("diffusers", "transformers")
     def _pipeline(self, source: SingleFile) -> Any:
         """diffusers' pipeline of a single file, for its text side alone."""
         if self._text_pipeline is None:
@@ -140,6 +143,7 @@ class Model:
             self._text_pipeline = source.converted(kind, None)
         return self._text_pipeline
 
+    @quiet("transformers")
     def _load_text_encoders(self) -> list[TextEncoder]:
         if isinstance(self.source, SingleFile):
             pipeline = self._pipeline(self.source)
@@ -167,6 +171,7 @@ class Model:
                 raise UnsupportedModel(f"{files[0]} {what} {min(info[key])!r}")
         return encoder
 
+    @quiet("transformers")
     def _load_tokenizers(self) -> list[Any]:
         if isinstance(self.source, SingleFile):
             pipeline = self._pipeline(self.source)
@@ -177,6 +182,7 @@ class Model:
         folders = _text_parts(self.source, "tokenizer")
         return [_through_peer(folder, CLIPTokenizer, {"local_files_only": True}) for folder in folders]
 
+    @quiet("diffusers", "transformers")
     def _load_vae(self) -> Autoencoder:
         from diffusers import AutoencoderKL
 
@@ -248,8 +254,9 @@ def load_model(
 
     Args:
         where: a diffusers folder, a checkpoint file, a hub name, or "tiny" (the embedded model).
-        dtype: of the networks; default: the files' own (float16 becomes float32 on a CPU). Training in float16 scales
-            its loss; `pcs doctor` says which dtype suits this machine best.
+        dtype: of the networks; default: the files' own (float16 becomes float32 on a CPU and stays float16 elsewhere).
+            Training in float16 scales its loss, and says so where another dtype suits the device better: bfloat16 on
+            GPUs since compute capability 8.0, which `pcs train` takes by itself.
         device: where the networks go: "cpu", "cuda", "cuda:1", and untested "xpu" and "mps", which have no kernels of
             ours; "meta" builds them without weights.
         config: for a checkpoint file, the folder or hub name of the configuration files diffusers converts it by.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedModel
+from .quiet import quiet
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -103,6 +104,7 @@ class SingleFile:
         self.file = self.path = file
         self.options = {"config": config, "local_files_only": True} if config else {}
 
+    @quiet("diffusers", "transformers")
     def converted(self, kind: Any, part: str | None) -> Any:
         """diffusers' own object of the class `kind` for a part, or for None its pipeline, which has the text side."""
         options = self.options | ({"subfolder": part} if part else {"unet": None, "vae": None, "safety_checker": None})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..settings import with_none_for_unset
 
+BEGUN = "begun.json"  # what a run began with, until its first checkpoint says it
 # What may change between a run and its resume.
 FREE = (
     *("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts"),
@@ -85,17 +86,40 @@ def unset_then(settings: type, was: dict[str, Any]) -> dict[str, Any]:
     return then
 
 
+def begins_anew(out: Path | None) -> bool:
+    """Whether a run that is to go on has to begin anew: it was ended before its first checkpoint.
+
+    Raises ValueError where there is nothing to resume: no folder, or one whose run is finished.
+    """
+    if out is None:
+        raise ValueError("there is nothing to resume: no out folder was given")
+    if checkpoints(out):
+        return False
+    if (out / "concept.safetensors").exists():
+        raise ValueError(
+            f"there is nothing to resume: {out} has a concept and no whole checkpoint; give another out folder, or "
+            "train without resume"
+        )
+    return True
+
+
 def begun_with(out: Path | None) -> dict[str, Any]:
-    """What the last checkpoint of a run says that it began with; {} where there is none, or none that can be read."""
+    """What the last checkpoint of a run, or else its beginning, says that it began with.
+
+    {} where there is neither, or none that can be read.
+    """
     found = checkpoints(out) if out is not None else []
+    file = found[-1] / "state.json" if found else (out or Path()) / BEGUN
     try:
-        state = json.loads((found[-1] / "state.json").read_text()) if found else {}
+        state = json.loads(file.read_text()) if file.is_file() else {}
     except (OSError, ValueError):
         return {}  # `read_checkpoint` says what is wrong with it
     return state if isinstance(state, dict) else {}
 
 
-def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], settings: type) -> None:
+def check_same_run(
+    folder: Path, was: dict[str, Any], now: dict[str, Any], settings: type, older_data: str = ""
+) -> None:
     """Refuse to go on with other settings, pictures or another base model, and say what differs.
 
     Args:
@@ -103,10 +127,11 @@ def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], setti
         was: the checkpoint's identity; one of version 0.1.0 also holds the settings of every other method.
         now: the run's.
         settings: the method's settings class.
+        older_data: the digest of the run's data as an older version wrote it.
     """
     if was["base"].partition(":")[0] != now["base"].partition(":")[0]:
         raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
-    if was["data"] != now["data"]:
+    if was["data"] not in (now["data"], older_data):
         raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
     new = now["settings"]
     old = unset_then(settings, was["settings"]) | with_none_for_unset(settings, was["settings"])

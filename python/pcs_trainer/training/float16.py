@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import NotTrained
+from ..machine import training_dtype
 from ..methods.learner import Learner
 from ..unet.layers import replace_data
 
@@ -18,6 +19,18 @@ def float16_networks(learner: Learner) -> list[nn.Module]:
     networks: list[nn.Module] = [learner.model.unet]
     networks += learner.model.text_encoders if learner.text_trains else []
     return [n for n in networks if any(p.dtype == torch.float16 for p in n.parameters())]
+
+
+def said_of_float16(scale: float, kind: str) -> str:
+    """What a run in float16 begins by saying: how its loss is scaled, and what suits the device where that is another.
+
+    `load_model` keeps a file's float16 on a GPU, as small as it is; the command line asks the machine instead.
+    """
+    text = f"float16: the loss is scaled by {scale:g}, by less where a gradient overflows"
+    dtype, reason = training_dtype(kind)
+    if dtype == torch.float16:
+        return text
+    return f"{text}; {reason}: load_model(..., dtype={dtype}) suits it"
 
 
 @contextmanager

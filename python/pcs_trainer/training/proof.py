@@ -95,7 +95,9 @@ def _scaled_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Te
         if all(bool(g.isfinite().all()) for g in found.values()):
             return {name: g.float() / scale.value for name, g in found.items()}
         if not scale.overflowed():
-            raise NotTrained("the loss or a gradient is not finite in float16. Fix: load the model in float32")
+            raise NotTrained(
+                "the loss or a gradient is not finite in float16. Fix: load the model in bfloat16 or float32"
+            )
 
 
 class Movement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,19 +16,28 @@ from ..concept import grammar
 from ..concept.concept import Concept
 from ..concept.loading import load_concept
 from ..distributed import any_process, fill, full_value, is_part, rank_and_world, shard
-from ..errors import TrainingStopped
+from ..errors import NotSaved, TrainingStopped
+from ..files import written_text
 from ..sampling.drawing import pictures_at_once, sample
 from ..sampling.upscaling import upscale
 from ..unet.layers import replace_data
-from .checkpoint import check_same_run, checkpoints, read_checkpoint, write_checkpoint
+from .checkpoint import (
+    BEGUN,
+    begins_anew,
+    begun_with,
+    check_same_run,
+    checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .events import Event
+from .float16 import said_of_float16
 from .log import Log
 from .objective import Objective
 from .optimizer import Stepper
 from .probe import Probe
 from .proof import Movement
 from .result import file_proof, learned, memory_predicts
-from .stop import Stop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +86,8 @@ class Run:
         try:
             if resume:
                 self.resume()
+            if self.step == 0 and self.out is not None:
+                self.begin(self.out)
             self.all_steps()
             if self.task.out is not None:
                 self.checkpoint()
@@ -87,15 +99,14 @@ class Run:
         """Step after step to the end or to a stop, with the proof that all of it trains as soon as that shows."""
         scale = self.stepper.scale
         if scale is not None:
-            text = f"float16: the loss is scaled by {scale.value:g}, by less where a gradient overflows"
-            self.say("start", text=text)
+            self.say("start", text=said_of_float16(scale.value, self.model.unet.conv_in.weight.device.type))
         # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
         # One step proves nothing: the first half of a residual has no gradient while the second is zero.
         first, left = self.step, self.s.steps - self.step
         if left >= PROOF_STEP or (first == 0 and left > 1):
             self.movement = Movement(self.stepper.values, self.objective.frozen())
-        with Stop(self.should_stop) as stop, Log(self.out, self.s, self.step, self.warn) as log:
-            while self.step < self.s.steps and not any_process(stop()):
+        with Log(self.out, self.s, self.step, self.warn) as log:
+            while self.step < self.s.steps and not any_process(bool(self.should_stop())):
                 self.one_step(log)
                 self.prove()
                 self.housekeeping(log)
@@ -232,6 +243,13 @@ class Run:
         starts = [x.settings.init_word for x in subjects]  # each subject's; the settings are the first one's
         return {"base": data.base, "base_name": self.model.name, "data": data.digest, "settings": s, "starts": starts}
 
+    def begin(self, out: Path) -> None:
+        """Write what the run begins with, for a resume before the first checkpoint."""
+        try:
+            written_text(out / BEGUN, json.dumps(self.identity(), indent=1, default=str))
+        except OSError as error:
+            self.warn(f"{out / BEGUN} could not be written ({error.strerror}); training goes on")
+
     def checkpoint(self) -> None:
         """Write where the run stands; a full disk is a warning, not the end."""
         tensors = {}
@@ -249,15 +267,24 @@ class Run:
             self.warn(f"{error}; training goes on")
 
     def resume(self) -> None:
-        """Take the state of the last checkpoint in `out`; ValueError where it is of another run."""
+        """Take the state of the last checkpoint in `out`; ValueError where it is of another run.
+
+        A run that was ended before its first checkpoint stays at step 0.
+        """
         out = self.task.out
-        found = checkpoints(out) if out is not None else []
-        if not found:
-            where = f"{out} has no whole checkpoint" if out is not None else "no out folder was given"
-            raise ValueError(f"there is nothing to resume: {where}")
-        tensors, state = read_checkpoint(found[-1])
         now = json.loads(json.dumps(self.identity(), default=str))
-        check_same_run(found[-1], state, now, type(self.s))
+        older = self.objective.data.older_digest
+        anew = begins_anew(out)
+        assert out is not None  # else it has said so
+        if anew:
+            was = begun_with(out)
+            if was:
+                check_same_run(out / BEGUN, was, now, type(self.s), older)
+            self.say("start", text=f"{out} has no checkpoint: its run ended before the first one and begins anew")
+            return
+        found = checkpoints(out)
+        tensors, state = read_checkpoint(found[-1])
+        check_same_run(found[-1], state, now, type(self.s), older)
         for name, p in self.learner.parameters.items():
             if grammar.is_word(name) and p.shape != tensors[name].shape:  # an older version gave the word other rows
                 replace_data(p, torch.empty_like(tensors[name], dtype=p.dtype, device=p.device))
@@ -282,7 +309,7 @@ class Run:
         pcs_kernels.forget_packed_weights()  # with it go the pages of what has trained
         path = None
         if self.out is not None:
-            path = concept.save(self.out / "concept.safetensors")
+            path = self.saved(concept, self.out / "concept.safetensors")
             self.say("saved", path=str(path))
         if whole and path is not None:  # its tensors are pages of the file, not a second network in memory
             concept = again = load_concept(path)
@@ -293,3 +320,16 @@ class Run:
             self.say("proof", text=file_proof(self.task, in_memory, again, path))
         self.say("stopped" if self.stopped else "done", text=f"{self.step} steps of {self.s.method}")
         return concept
+
+    def saved(self, concept: Concept, path: Path) -> Path:
+        """The concept's file; NotSaved says what is kept where it cannot be written."""
+        try:
+            return concept.save(path)
+        except OSError as error:
+            found = checkpoints(path.parent)
+            step = int(found[-1].name[11:]) if found else 0
+            if step == self.step:
+                kept = f"{found[-1].name} holds all {step} steps: --resume, train(resume=True), writes the concept then"
+            else:
+                kept = f"--resume, train(resume=True), goes on from step {step} then, the last that could be kept"
+            raise NotSaved(f"{error}; {kept}", concept) from error

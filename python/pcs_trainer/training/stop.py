@@ -1,4 +1,10 @@
-"""Stopping: a caller's question, Ctrl-C or a stop signal end a run after the running step; a second signal at once."""
+"""Stopping: a caller's question, Ctrl-C or a stop signal end a run after the running step; a second signal at once.
+
+The trainer takes no signal by itself: a program that embeds it keeps its own. Who wants Ctrl-C to save says so:
+
+    with Stop() as stop:
+        trainer.train(should_stop=stop)
+"""
 
 from __future__ import annotations
 

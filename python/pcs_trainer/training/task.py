@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.batches import Bank, Subject, data_digest, length_notes, prior_bank, subject_bank
+from ..data.batches import Bank, Subject, length_notes, prior_bank, subject_bank
+from ..data.identity import data_digest, older_digest
+from ..data.pictures import size_notes
 from ..data.prompts import class_prompt, subject_prompt
 from ..distributed import first_alone
 from ..methods import method_named
@@ -56,6 +58,7 @@ class Prepared:
     names: list[str]  # of the bank's pictures
     prior: Bank | None
     digest: str
+    older_digest: str  # of the same data, as version 0.1.0 wrote it
     base: str
 
     @property
@@ -89,6 +92,8 @@ def prepare(task: Task, say: Say) -> Prepared:
     for subject in task.subjects:
         for text in [*(f"skipped: {reason}" for reason in subject.loaded.skipped), *subject.loaded.notes]:
             say("warning", text=text)
+        for text in size_notes(subject.pictures, size):
+            say("warning", text=text)
     for text in length_notes(model, task.subjects, method.augment(s) is not None):
         say("warning", text=text)
     bank, names = subject_bank(model, task.subjects, size, method.augment(s), upscaler)
@@ -103,9 +108,10 @@ def prepare(task: Task, say: Say) -> Prepared:
             left = pace.seconds_left(done, total)
             say("progress", label="class images", done=done, total=total, seconds_left=left)
 
-    with first_alone():
+    with first_alone("making the class images ready"):
         prior = prior_bank(model, task.subjects, s, size, report, count, upscaler)
     model.release("vae")
     photos = sum(len(subject.pictures) for subject in task.subjects)
     say("start", text=f"{s.method}: {photos} pictures at {size} pixels, {task.prompt!r}, {s.steps} steps")
-    return Prepared(size, bank, names, prior, data_digest(task.subjects, prior), fingerprint(model))
+    digests = data_digest(task.subjects, prior), older_digest(task.subjects, prior)
+    return Prepared(size, bank, names, prior, *digests, fingerprint(model))

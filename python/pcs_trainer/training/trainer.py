@@ -28,7 +28,7 @@ from ..model.model import Model, load_model
 from ..settings import Settings
 from ..unet.layers import replace_data
 from .begun import as_it_began
-from .checkpoint import begun_with
+from .checkpoint import begins_anew, begun_with
 from .events import Event
 from .float16 import float16_networks
 from .objective import Objective, compute_dtype
@@ -144,8 +144,11 @@ class Trainer:
 
         Args:
             on_event: called with every Event: steps, warnings, proofs, previews, files.
-            should_stop: asked between steps; the run is saved and ends where it answers True.
-            resume: go on from the last checkpoint in `out`.
+            should_stop: asked between steps; the run is saved and ends where it answers True. No signal is taken here:
+                Ctrl-C raises KeyboardInterrupt at once, and the last checkpoint is what is kept. With
+                `pcs_trainer.training.Stop`, `with Stop() as stop: trainer.train(should_stop=stop)`, Ctrl-C and SIGTERM
+                end the run after the running step.
+            resume: go on from the last checkpoint in `out`; a run that ended before its first one begins anew.
 
         Returns:
             what was learned; also in `out`.
@@ -153,6 +156,7 @@ class Trainer:
         Raises:
             TrainingStopped: three steps in a row were not finite; the error holds the last good concept.
             NotTrained: a proof failed.
+            NotSaved: the concept could not be written (a full disk); the error holds it.
         """
         # Of several processes one tells.
         tell = _silent if on_event is None or rank_and_world()[0] != 0 else on_event
@@ -162,10 +166,11 @@ class Trainer:
 
         try:
             with pcs_kernels.packing(self.settings.packing):
+                anew = resume and begins_anew(self.out)
                 if resume:
                     self._take_up(say)
                 objective = self.objective(say)
-                if self.settings.check_backend and not resume:
+                if self.settings.check_backend and (anew or not resume):
                     self._check_gradients(objective, say)
                 return Run(objective, tell, _never if should_stop is None else should_stop).train(resume)
         finally:

@@ -36,7 +36,7 @@ OPTIONS = (
             many=True,
             otherwise="all methods",
         ),
-        Option("--steps", "timed training steps per method", integer(2, "10"), 10, "N"),
+        Option("--steps", "timed training steps per method", integer(2, "10", 10_000), 10, "N"),
         Option("--batch", "images per step", integer(1, "4"), metavar="N", otherwise="the method's"),
         RESOLUTION,
         Option("--ops", "time every op against PyTorch instead (needs a checkout of the repository)", None, False),

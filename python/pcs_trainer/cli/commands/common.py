@@ -32,8 +32,15 @@ HUB_EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 UPSCALER_EXAMPLE = "stabilityai/stable-diffusion-x4-upscaler"
 
 METHOD = Option("--method", ", ".join(METHODS), one_of("method", METHODS), METHODS[0], "NAME")
+MOST_IMAGES = 10_000  # of one call, hours on a GPU: more is a mistyped number, or several calls with seeds of their own
+MANY_IMAGES = 100  # from here on a line says how many there will be
+MOST_PIXELS = 16_384  # a side
 RESOLUTION = Option(
-    "--resolution", "image size in pixels", integer(8, "512"), metavar="N", otherwise="the model's native size"
+    "--resolution",
+    "image size in pixels",
+    integer(8, "512", MOST_PIXELS),
+    metavar="N",
+    otherwise="the model's native size",
 )
 SEED = Option("--seed", "random seed", integer(0, "0"), 0, "N")
 MODEL = Option(
@@ -125,6 +132,19 @@ def lag_of(options: argparse.Namespace) -> bool | Lag:
     from ...sampling.lag import Lag
 
     return Lag(uncond=options.lag_uncond, start=options.lag_start, stop=options.lag_stop, soft=options.lag_soft)
+
+
+def check_amount(prompts: int, count: int, steps: int) -> None:
+    """Say how many images a call draws where they are many; UsageError where they are absurdly many."""
+    total = prompts * count
+    if total > MOST_IMAGES:
+        each = f"{prompts:,} prompts x --count {count:,}"
+        raise UsageError(
+            f"{each} are {total:,} images, and one call draws at most {MOST_IMAGES:,}. Fix: a smaller --count, or "
+            "several calls, each with another --seed"
+        )
+    if total > MANY_IMAGES:
+        say(f"{total:,} images of {steps} steps each; Ctrl-C ends after the running batch and keeps what is drawn")
 
 
 def say(text: str) -> None:

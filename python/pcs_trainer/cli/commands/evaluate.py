@@ -17,7 +17,18 @@ from ..interrupt import Stopped, stop_on_ctrl_c
 from ..options import Command, Option, grouped, integer, one_of
 from ..progress import Progress
 from . import COMMANDS
-from .common import GUIDANCE, LAG_OPTIONS, MODEL_FLAGS, SEED, STEPS, concept_file, lag_of, open_concept, open_model
+from .common import (
+    GUIDANCE,
+    LAG_OPTIONS,
+    MODEL_FLAGS,
+    MOST_IMAGES,
+    SEED,
+    STEPS,
+    concept_file,
+    lag_of,
+    open_concept,
+    open_model,
+)
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
@@ -59,7 +70,9 @@ OPTIONS = (
         Option("--clip", "folder of a CLIP model, for real checkpoints", metavar="FOLDER"),
         Option("--dino", "folder of a DINO model, for real checkpoints", metavar="FOLDER"),
         Option("--lpips", "DreamBooth's DIV too, for which the package lpips is needed", None, False),
-        Option("--count", "images of the subject's training prompt, and of its class", integer(2, "8"), 8, "N"),
+        Option(
+            "--count", "images of the subject's training prompt, and of its class", integer(2, "8", MOST_IMAGES), 8, "N"
+        ),
         STEPS,
         GUIDANCE,
         Option("--lag", "use LAG sampling", None, False),

@@ -23,11 +23,13 @@ from .common import (
     GUIDANCE,
     LAG_OPTIONS,
     MODEL_FLAGS,
+    MOST_PIXELS,
     NEGATIVE,
     SAMPLER,
     SEED,
     STEPS,
     STRENGTH,
+    check_amount,
     check_drawing,
     filled,
     free_name,
@@ -75,7 +77,7 @@ OPTIONS = (
         replace(SAMPLER, default=None, otherwise=str(SAMPLER.default), also=("--sample_sampler", "--scheduler")),
         SEED,
         replace(ETA, default=None, otherwise="0", also=("--ddim_eta",)),
-        Option("--size", "image size in pixels", integer(8, "512"), metavar="N",
+        Option("--size", "image size in pixels", integer(8, "512", MOST_PIXELS), metavar="N",
                also=("--height", "--width", "--resolution"), otherwise="the model's native size"),
         Option("--batch", "images per batch", integer(1, "8"), 8, "N", also=("--batch_size",)),
     ),
@@ -124,6 +126,7 @@ def check(options: argparse.Namespace) -> None:
     if not concepts and (strengths or options.lag):
         raise UsageError("--strength and --lag apply to concepts; name one with --concept")
     check_drawing(options, options.prompts)
+    check_amount(len(options.prompts), options.count, options.steps)
     lag_of(options)
 
 

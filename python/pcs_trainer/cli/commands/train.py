@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     """Train, and print the concept's path; the exit code."""
     folder = check(options)
     chosen = overrides(options)
-    with stop_on_ctrl_c("stopping after this step and saving") as stop:
+    with stop_on_ctrl_c("stopping after this step and saving", signal.SIGTERM) as stop:  # SIGTERM: a cluster's notice
         return learn(options, folder, chosen, stop)
 
 

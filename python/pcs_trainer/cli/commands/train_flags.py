@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ...errors import UsageError
-from ...settings import Settings, literal_choices
+from ...settings import MOST, Settings, literal_choices
 from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..setting_values import as_kind
@@ -56,11 +56,11 @@ OPTIONS = (
     *grouped(
         "training",
         Option("--preset", "values that a method's authors give together: faces (Custom Diffusion)", metavar="NAME"),
-        Option("--steps", "training steps", integer(1, "150"), metavar="N", also=("--max_train_steps",), otherwise=OWN,
-               setting="steps"),
-        Option("--batch", "images per step", integer(1, "4"), metavar="N", also=("--train_batch_size",), otherwise=OWN,
-               setting="batch"),
-        Option("--accumulate", "gradient accumulation steps", integer(1, "1"), metavar="N",
+        Option("--steps", "training steps", integer(1, "150", MOST["steps"]), metavar="N", also=("--max_train_steps",),
+               otherwise=OWN, setting="steps"),
+        Option("--batch", "images per step", integer(1, "4", MOST["batch"]), metavar="N", also=("--train_batch_size",),
+               otherwise=OWN, setting="batch"),
+        Option("--accumulate", "gradient accumulation steps", integer(1, "1", MOST["accumulate"]), metavar="N",
                also=("--gradient_accumulation_steps",), otherwise=str(Settings.accumulate), setting="accumulate"),
         Option("--lr", "learning rate", number(0, 1, "1e-3"), metavar="X", also=("--learning_rate", "--unet_lr"),
                otherwise=OWN, setting="learning_rate"),
@@ -73,7 +73,7 @@ OPTIONS = (
                also=("--lr_scheduler",), otherwise=Settings.lr_schedule, setting="lr_schedule"),
         Option("--warmup", "warmup steps of the learning rate", integer(0, "0"), metavar="N",
                also=("--lr_warmup_steps",), otherwise=str(Settings.warmup), setting="warmup"),
-        Option("--rank", "rank of low-rank updates", integer(1, "4"), metavar="N",
+        Option("--rank", "rank of low-rank updates", integer(1, "4", MOST["rank"]), metavar="N",
                also=("--network_dim", "--lora_rank"), otherwise=OWN, setting="rank"),
         Option("--prior-weight", "weight of the prior-preservation loss on class images; 0: off",
                number(0, example="1"), metavar="X", also=("--prior_loss_weight",), otherwise=OWN,
@@ -81,8 +81,8 @@ OPTIONS = (
         Option("--prior", "what the prior-preservation loss compares with: class images (drawn), or the frozen "
                "model's own prediction for the class prompt (own)", one_of("prior", PRIORS), metavar="KIND",
                otherwise=str(Settings.prior), setting="prior"),
-        Option("--prior-images", "number of class images to generate", integer(1, "100"), metavar="N",
-               also=("--num_class_images",), otherwise=OWN, setting="prior_images"),
+        Option("--prior-images", "number of class images to generate", integer(1, "100", MOST["prior_images"]),
+               metavar="N", also=("--num_class_images",), otherwise=OWN, setting="prior_images"),
         Option("--prior-folder", "real class images, captioned, instead of generated ones; repeat it for each subject",
                metavar="FOLDER", also=("--class_data_dir", "--reg_data_dir"), many=True, setting="prior_folder"),
         Option("--flip", "mirror half of the photos and class images", None, False, also=("--hflip",), setting="flip"),

@@ -19,6 +19,7 @@ from .common import (
     FORCE,
     GUIDANCE,
     MODEL_FLAGS,
+    MOST_PIXELS,
     NEGATIVE,
     SAMPLER,
     SEED,
@@ -85,7 +86,7 @@ OPTIONS = (
         Option(
             "--size",
             "shorter side of the result in pixels: the picture is resized first",
-            integer(64, "512"),
+            integer(64, "512", MOST_PIXELS),
             metavar="N",
             otherwise="the picture's, times the model's factor",
         ),

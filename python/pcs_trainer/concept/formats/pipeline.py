@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...model.quiet import quiet
 from ...model.text_adapters import file_name, token_table
 from ...model.upscaler import level_of
 from ..base_weights import BaseWeights
@@ -33,6 +34,7 @@ NOTE, WRITTEN_BY = "modelspec.json", "pcs_trainer"  # the file by which an earli
 PLACES = ("_name_or_path", "name_or_path")  # keys in which transformers and diffusers keep where a model was read from
 
 
+@quiet("diffusers", "transformers")
 def write_pipeline(
     concept: Concept, folder: Path, model: Model, metadata: bool, word_files: bool, report: Report
 ) -> None:
@@ -89,6 +91,7 @@ def _note_words(concept: Concept, report: Report) -> None:
         )
 
 
+@quiet("diffusers", "transformers")
 def merged_pipeline(concept: Concept, model: Model) -> Any:
     """diffusers' pipeline of a model with the concept in its weights; the model itself is left as it is."""
     import diffusers
