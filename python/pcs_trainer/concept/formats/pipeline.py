@@ -93,10 +93,11 @@ def _note_words(concept: Concept, report: Report) -> None:
 
 @quiet("diffusers", "transformers")
 def merged_pipeline(concept: Concept, model: Model) -> Any:
-    """diffusers' pipeline of a model with the concept in its weights; the model itself is left as it is."""
+    """diffusers' pipeline of a model with the concept in it; unchanged weights of the UNet are the model's own."""
     import diffusers
 
-    unet = diffusers.UNet2DConditionModel.from_config(_without_place(dict(model.unet.config)))
+    with torch.device("meta"):  # each weight is given below: one in float32 would be made only to be dropped
+        unet = diffusers.UNet2DConditionModel.from_config(_without_place(dict(model.unet.config)))
     unet.load_state_dict(_merged(concept, model, UNET, model.unet), strict=True, assign=True)
     encoders = [_encoder(concept, model, number) for number in range(len(model.text_encoders))]
     tokenizers = [copy.deepcopy(tokenizer) for tokenizer in model.tokenizers]
@@ -160,7 +161,7 @@ def _merged(concept: Concept, model: Model, part: Part, network: nn.Module) -> d
     for name, value in network.state_dict().items():
         full = value_name(part, name if part == UNET else file_name(name))
         tuned = base.tuned(concept, full) if full in changed else None
-        state[name] = value.clone() if tuned is None else tuned.to(value)
+        state[name] = value if tuned is None else tuned.to(value)
     return state
 
 
