@@ -232,19 +232,20 @@ def test_the_command_line_under_torchrun(model, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-# DreamBooth fits at 2^19: after eight overflows the ninth step trains, so that the first run has something to save.
-@pytest.mark.parametrize(("method", "scale"), [("custom_diffusion", 2.0**28), ("dreambooth", 2.0**27)])
+# Custom Diffusion fits at 2^22, DreamBooth at 2^19: after two overflows the third step trains, and is saved.
+@pytest.mark.parametrize(("method", "scale"), [("custom_diffusion", 2.0**24), ("dreambooth", 2.0**21)])
 def test_two_processes_agree_on_the_loss_scale_of_float16(tmp_path, method, scale):
     """Found together from one that overflows, kept in the checkpoint, and the training goes on in step."""
     settings = {"token_learning_rate": 1e-5, "bank": 12} if method == "custom_diffusion" else {}
     settings |= PLAIN | {"batch": 2, "dtype": "float16", "scale": scale, "learning_rate": 3e-4}
-    at_once = in_two_processes(tmp_path / "a", method, [(12, False)], **settings)
-    in_two_processes(tmp_path / "b", method, [(9, False)], **settings)
-    saved = torch.load(tmp_path / "b" / "checkpoint-9" / "optimizer.pt", weights_only=False)
+    later = in_two_processes(tmp_path / "b", method, [(3, False), (5, True)], **settings)
+    saved = torch.load(tmp_path / "b" / "checkpoint-3" / "optimizer.pt", weights_only=False)
     scales = [state["scale"] for state in saved] if isinstance(saved, list) else [saved["scale"]]
     assert scales == scales[:1] * len(scales) and loss_scale.START < scales[0]["value"] < scale
-    later = in_two_processes(tmp_path / "b", method, [(12, True)], **settings)
-    assert all(bool(x.isfinite().all()) for x in at_once.tensors.values())
+    assert all(bool(x.isfinite().all()) for x in later.tensors.values())
+    if method == "dreambooth":
+        return  # its resume is compared in float32 above: float16 takes a CPU a minute for five steps
+    at_once = in_two_processes(tmp_path / "a", method, [(5, False)], **settings)
     assert all(torch.equal(at_once.tensors[n], later.tensors[n]) for n in at_once.tensors)
 
 
