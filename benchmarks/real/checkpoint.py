@@ -1,4 +1,4 @@
-"""A folder like SD1.5's in all but the weights' values: its configurations, its shapes, CLIP's vocabulary.
+"""Folders like SD1.5's and SDXL's in all but the weights' values: their configurations, shapes, CLIP's vocabulary.
 
 The weights are random in bfloat16, spread so that activations keep their size: norm weights between 0.2 and 1 as in
 trained networks, products at 0.7 of the size that keeps a variance. CLIP's 48,894 merges are part of open_clip_torch's
@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,21 +22,10 @@ from pcs_trainer.unet.unet import UNet
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.registry import SD15
+from benchmarks.registry import SD15, SDXL
 
 MERGES = 48_894  # of CLIP's vocabulary: 256 bytes, 256 at a word's end, these, and two special tokens
-UNET = SD15 | {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "norm_num_groups": 32,
-}
-TEXT = {
+FIRST_TEXT = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
     "hidden_size": 768,
@@ -46,6 +36,55 @@ TEXT = {
     "vocab_size": 49_408,
     "projection_dim": 768,
     "hidden_act": "quick_gelu",
+}
+SECOND_TEXT = FIRST_TEXT | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model's configurations."""
+
+    pipeline: str
+    unet: dict[str, Any]
+    texts: tuple[dict[str, Any], ...]
+    vae: dict[str, Any]
+
+
+KINDS = {
+    "sd15": Kind(
+        "StableDiffusionPipeline",
+        UNET
+        | SD15
+        | {
+            "sample_size": 64,
+            "block_out_channels": [320, 640, 1280, 1280],
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        },
+        (FIRST_TEXT,),
+        {},
+    ),
+    "sdxl": Kind(
+        "StableDiffusionXLPipeline",
+        UNET | SDXL | {"sample_size": 128},
+        (FIRST_TEXT, SECOND_TEXT),
+        {"scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024},
+    ),
 }
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -58,51 +97,64 @@ SCHEDULER = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
-def make_checkpoint(folder: Path, merges: Path | None = None) -> Path:
-    """The folder, made where it is not there yet: 2.1 GB in a minute.
+def make_checkpoint(folder: Path, merges: Path | None = None, kind: str = "sd15") -> Path:
+    """The folder, made where it is not there yet: 2.1 GB in half a minute, of SDXL 6.9 GB.
 
     Args:
         folder: where it goes.
         merges: CLIP's `bpe_simple_vocab_16e6.txt.gz`; None fetches it.
+        kind: "sd15" or "sdxl".
     """
     if (folder / "model_index.json").is_file():
         return folder
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+    chosen, words = KINDS[kind], clip_merges(merges)
+    index: dict[str, Any] = {"_class_name": chosen.pipeline, "scheduler": ["diffusers", "PNDMScheduler"]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for part in ("unet", "vae", "scheduler"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder / "tokenizer", clip_merges(merges))
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _write_json(folder / "unet" / "config.json", UNET)
-    shapes = UNet.from_config(UNET, device="meta").state_dict()
+    _write_json(folder / "unet" / "config.json", chosen.unet)
+    shapes = UNet.from_config(chosen.unet, device="meta").state_dict()
     save_file(spread(shapes, 0), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    write_autoencoder(folder / "vae", chosen.vae)
+    for number, config in enumerate(chosen.texts):
+        end = f"_{number + 1}" if number else ""
+        write_text_encoder(folder / f"text_encoder{end}", config, 2 + number)
+        write_tokenizer(folder / f"tokenizer{end}", words)
+        index |= {f"text_encoder{end}": ["transformers", config["architectures"][0]]}
+        index |= {f"tokenizer{end}": ["transformers", "CLIPTokenizer"]}
+    if chosen.pipeline == "StableDiffusionPipeline":
+        index |= {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    _write_json(folder / "model_index.json", index)
+    return folder
+
+
+def write_autoencoder(folder: Path, more: dict[str, Any]) -> None:
+    """An autoencoder of SD's widths."""
     from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
         blocks = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **blocks
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **blocks, **more
         )
-        encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
-    vae.save_config(folder / "vae")
-    save_file(spread(vae.state_dict(), 1), folder / "vae" / "diffusion_pytorch_model.safetensors")
-    _write_json(folder / "text_encoder" / "config.json", TEXT)
+    vae.save_config(folder)
+    save_file(spread(vae.state_dict(), 1), folder / "diffusion_pytorch_model.safetensors")
+
+
+def write_text_encoder(folder: Path, config: dict[str, Any], seed: int) -> None:
+    """A text encoder of CLIP's."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        encoder = getattr(transformers, config["architectures"][0])(transformers.CLIPTextConfig(**config))
+    _write_json(folder / "config.json", config)
     named = {_checkpoint_name(name): value for name, value in encoder.state_dict().items()}
     named = {name: value for name, value in named.items() if value.is_floating_point()}
-    save_file(spread(named, 2), folder / "text_encoder" / "model.safetensors")
-    _write_json(folder / "model_index.json", INDEX)
-    return folder
+    save_file(spread(named, seed), folder / "model.safetensors")
 
 
 def spread(shapes: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -124,7 +176,7 @@ def spread(shapes: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 def _checkpoint_name(name: str) -> str:
     """transformers 5 leaves out the prefix that every file has."""
-    return name if name.startswith("text_model.") else f"text_model.{name}"
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
 def clip_merges(path: Path | None = None) -> list[str]:
@@ -142,6 +194,7 @@ def clip_merges(path: Path | None = None) -> list[str]:
 
 def write_tokenizer(folder: Path, merges: list[str]) -> None:
     """CLIP's tokenizer as its checkpoints hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     # The other bytes stand for themselves 256 places further on, so that every one is a visible character.
     others = [256 + i for i in range(256 - len(printable))]
