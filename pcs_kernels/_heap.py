@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>: M_TRIM_THRESHOLD, M_
 SMALL = 128 << 10  # malloc's own first threshold: larger blocks get pages of their own
 LARGEST = 32 << 20  # where malloc's threshold ends by itself, once a block of that size was freed
 
-_threshold = LARGEST  # which blocks get pages of their own; malloc's own until the first `with`
+_entered = 0  # how many `with`s are open, in all threads: the thresholds are the process's
+_lock = threading.Lock()
 
 
 @functools.cache
@@ -33,17 +35,21 @@ def _libc() -> Any | None:
 @contextmanager
 def pages_of_their_own() -> Iterator[None]:
     """Blocks of over 128 KB that are allocated inside the `with` leave the process when they are freed."""
-    before = _threshold
-    _set_threshold(SMALL)
+    _enter(1)
     try:
         yield
     finally:
-        _set_threshold(before)
+        _enter(-1)
+
+
+def _enter(change: int) -> None:
+    global _entered
+    with _lock:
+        _entered += change
+        _set_threshold(SMALL if _entered else LARGEST)
 
 
 def _set_threshold(size: int) -> None:
-    global _threshold
-    _threshold = size
     libc = _libc()
     if libc is not None:  # setting one ends malloc's own moving of both, so both are set to where they would end
         libc.mallopt(_MMAP_THRESHOLD, size)

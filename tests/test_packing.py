@@ -13,7 +13,7 @@ from pcs_trainer.methods import settings_for
 from unet_families import SMALL
 
 import pcs_kernels
-from pcs_kernels import _packed
+from pcs_kernels import _heap, _packed
 from tests import needs
 
 KEPT = {"both": 6, "forward": 3, "none": 0}
@@ -87,3 +87,15 @@ def test_forgotten_copies_leave_the_process():
     packed, left = map(int, done.stdout.split())
     assert packed > 100e6  # 16 weights of 4 MB in two directions
     assert left < packed / 8
+
+
+def test_two_threads_share_one_threshold(monkeypatch):
+    """The first to enter may be the first to leave."""
+    set_to = []
+    monkeypatch.setattr(_heap, "_set_threshold", set_to.append)
+    first, second = _heap.pages_of_their_own(), _heap.pages_of_their_own()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert set_to == [_heap.SMALL, _heap.SMALL, _heap.SMALL, _heap.LARGEST]
