@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from pcs_trainer import NotSaved, Trainer, load_concept
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.concept.concept import Concept
+from pcs_trainer.training.checkpoint import BEGUN, begun_with
 from trainer_cases import SMALL, cache, pictures, trainer
 
 __all__ = ["cache"]
@@ -98,3 +100,45 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(model, tmp_path, monkeypat
     kept = load_concept(tmp_path / "concept.safetensors", model)
     for name, tensor in error.value.concept.tensors.items():
         assert torch.equal(tensor, resumed.tensors[name]) and torch.equal(tensor, kept.tensors[name])
+
+
+def test_a_new_run_in_the_folder_of_an_unfinished_one_keeps_its_own_checkpoints(model, tmp_path):
+    """Their numbers may be lower than the earlier run's, which go with the first of its own."""
+    ended_early(model, tmp_path, checkpoint_every=1, keep=2)
+    (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-100")
+    shutil.copytree(tmp_path / "checkpoint-100", tmp_path / "checkpoint-200")
+    said: list[str] = []
+    with pytest.raises(Killed):
+
+        def kill(event):
+            said.append(str(event))
+            if event.kind == "step" and event.step == 2:
+                raise Killed
+
+        trainer(model, out=tmp_path, steps=4, checkpoint_every=1, keep=2, learning_rate=0.02).train(on_event=kill)
+    assert sum("checkpoints of an earlier run" in text for text in said) == 1
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    trainer(model, out=tmp_path, steps=4, learning_rate=0.02).train(resume=True)
+
+
+def test_the_command_refuses_the_folder_of_an_unfinished_run(model, tmp_path, capsys):
+    ended_early(model, tmp_path, checkpoint_every=1)
+    assert cli.main(["train", str(PHOTOS), "--class", "mug", "--out", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert "a run that is not finished" in shown and "--resume" in shown and "--overwrite" in shown
+
+
+def test_a_run_over_a_finished_one_that_ended_early_begins_anew(model, tmp_path):
+    trainer(model, out=tmp_path, steps=2).train()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="nothing to resume"):
+        trainer(model, out=tmp_path, steps=4).train(resume=True)
+    ended_early(model, tmp_path, seed=5)
+    concept = trainer(model, out=tmp_path, steps=4, seed=5).train(resume=True)
+    assert concept.meta["seed"] == "5" and concept.meta["steps"] == "4"
+
+
+def test_a_beginning_that_cannot_be_read_says_nothing(tmp_path):
+    for text in ('{"a": 1}', '{"base": 1, "base_name": 2, "data": 3, "settings": 4}', "[]", "{"):
+        (tmp_path / BEGUN).write_text(text)
+        assert begun_with(tmp_path) == {}

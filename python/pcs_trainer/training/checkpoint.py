@@ -15,6 +15,7 @@ from torch import Tensor
 from ..settings import with_none_for_unset
 
 BEGUN = "begun.json"  # what a run began with, until its first checkpoint says it
+IDENTITY = {"base", "base_name", "data", "settings"}  # what every version has written of a run
 # What may change between a run and its resume.
 FREE = (
     *("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts"),
@@ -24,7 +25,9 @@ FREE = (
 ONLY_WITH = {"augment_probability": "augment", "bank": "augment"}
 
 
-def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+def write_checkpoint(
+    out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, first: bool = False
+) -> Path:
     """Write out/checkpoint-N, whole or not at all, and remove the oldest.
 
     Args:
@@ -32,7 +35,8 @@ def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: di
         step: N.
         tensors: what trains, by name.
         state: the run's identity, "step" and "optimizer".
-        keep: how many checkpoints stay.
+        keep: how many checkpoints stay, this one among them.
+        first: of a run that began at step 0: all others are an earlier run's, and go.
 
     Raises:
         OSError: one sentence, where it could not be written.
@@ -52,7 +56,8 @@ def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: di
         shutil.rmtree(part, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"the checkpoint {folder} could not be written ({reason})") from error
-    for old in checkpoints(out)[:-keep]:
+    others = [other for other in checkpoints(out) if other != folder]
+    for old in others if first else others[: max(0, len(others) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -95,10 +100,11 @@ def begins_anew(out: Path | None) -> bool:
         raise ValueError("there is nothing to resume: no out folder was given")
     if checkpoints(out):
         return False
-    if (out / "concept.safetensors").exists():
+    concept, begun = out / "concept.safetensors", out / BEGUN
+    if concept.exists() and not (begun.is_file() and begun.stat().st_mtime_ns > concept.stat().st_mtime_ns):
         raise ValueError(
             f"there is nothing to resume: {out} has a concept and no whole checkpoint; give another out folder, or "
-            "train without resume"
+            "train it anew (--overwrite)"
         )
     return True
 
@@ -114,7 +120,8 @@ def begun_with(out: Path | None) -> dict[str, Any]:
         state = json.loads(file.read_text()) if file.is_file() else {}
     except (OSError, ValueError):
         return {}  # `read_checkpoint` says what is wrong with it
-    return state if isinstance(state, dict) else {}
+    whole = isinstance(state, dict) and state.keys() >= IDENTITY and isinstance(state["settings"], dict)
+    return state if whole else {}
 
 
 def check_same_run(

@@ -62,6 +62,7 @@ class Run:
         self.out = self.task.out if first else None
         self.tell, self.should_stop = tell, should_stop
         self.step = 0
+        self.earlier = True  # checkpoints in the folder are another run's, until this one resumes or writes its own
         self.stopped = False
         self.skipped_in_a_row = 0
         if self.learner.trains_whole_network and rank_and_world()[1] > 1:
@@ -245,6 +246,8 @@ class Run:
 
     def begin(self, out: Path) -> None:
         """Write what the run begins with, for a resume before the first checkpoint."""
+        if checkpoints(out):
+            self.warn(f"{out} holds checkpoints of an earlier run: they are removed when this one writes its first")
         try:
             written_text(out / BEGUN, json.dumps(self.identity(), indent=1, default=str))
         except OSError as error:
@@ -261,7 +264,8 @@ class Run:
         if self.out is None:
             return  # another process writes; this one has given its parts
         try:
-            path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep)
+            path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep, self.earlier)
+            self.earlier = False
             self.say("checkpoint", path=str(path))
         except OSError as error:
             self.warn(f"{error}; training goes on")
@@ -290,7 +294,7 @@ class Run:
                 replace_data(p, torch.empty_like(tensors[name], dtype=p.dtype, device=p.device))
             fill(p, tensors[name])
         self.stepper.load_state_dict(state["optimizer"])
-        self.step = int(state["step"])
+        self.step, self.earlier = int(state["step"]), False
         self.say("start", text=f"goes on from {found[-1].name}")
 
     def finish(self) -> Concept:

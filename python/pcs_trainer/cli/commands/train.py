@@ -97,6 +97,11 @@ def check(options: argparse.Namespace) -> Path:
         raise UsageError(
             f"{folder} already holds a concept. Fix: --resume to continue, --overwrite to replace it, or another --out"
         )
+    if any(folder.glob("checkpoint-*/state.json")) and not options.resume and not options.overwrite:
+        raise UsageError(
+            f"{folder} holds a run that is not finished. Fix: --resume to go on with it, --overwrite to replace it, or "
+            "another --out"
+        )
     if options.resume and not folder.is_dir():
         raise UsageError(f"--resume: {folder} does not exist, so there is nothing to resume; leave out --resume")
     return folder
