@@ -196,6 +196,7 @@ def test_the_same_concept_twice_merges_to_what_it_does(model, two):
     both = merge([two[0], again], model)
     assert both.dropped_rows == 6  # the same states under another name
     assert both.constraint_residual < 1e-8 and both.dropped_residual < 1e-6
+    assert merge([two[0], two[0]], model).subjects == two[0].subjects
 
 
 def test_merge_takes_captions_and_compressed_concepts(model, two):

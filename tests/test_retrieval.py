@@ -175,3 +175,15 @@ def test_from_the_command_line(collection, clip, tmp_path, monkeypatch, capsys):
     line[-1] = "more"
     assert cli.main([*line, "--judge"]) == 1
     assert "holds 12 pictures, fewer than the 30 asked for" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_compared(collection, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    found = retrieve(collection, "a photo of a mug", tmp_path / "link", count=2, judge=True)
+    assert (tmp_path / "real" / "images.txt").is_file() and found.folder == tmp_path / "real"
+    monkeypatch.setattr(retrieval, "_compared", lambda *given: pytest.fail("compared"))
+    with pytest.raises(ValueError, match="/proc/x cannot be written"):
+        retrieve(collection, "a photo of a mug", "/proc/x", count=2, judge=True)
+    with pytest.raises(ValueError, match="characters"):
+        retrieve(collection, "a " * 20_000, tmp_path / "new", count=2, judge=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 
@@ -23,7 +22,9 @@ def parse_bytes(amount: str | float) -> int:
         size = float(found[1]) * UNITS[unit]  # type: ignore[index]
     except (TypeError, ValueError, KeyError):
         raise ValueError(f"{text!r} is not an amount of memory; write 6GB, 6000MB or a number of bytes") from None
-    if not (math.isfinite(size) and size >= 10**6):
+    if not size < 10**18:
+        raise ValueError(f"{text!r} is more memory than there is; write an amount such as 6GB")
+    if size < 10**6:
         raise ValueError(f"{text!r} is {size:.0f} bytes; write at least a megabyte, such as 6GB")
     return int(size)
 

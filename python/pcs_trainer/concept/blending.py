@@ -57,7 +57,8 @@ def joined_words(concepts: Sequence[Concept]) -> dict[str, list[Tensor]]:
 def joined_meta(concepts: Sequence[Concept]) -> dict[str, str]:
     """The part of `meta` that a concept made of concepts has from them: the base model's facts, subjects, a prompt."""
     meta = {name: concepts[0].meta[name] for name in SHARED if name in concepts[0].meta}
-    found = [pair for c in concepts for pair in zip(c.subjects, c.names, strict=True) if any(pair[0])]
+    pairs = (pair for c in concepts for pair in zip(c.subjects, c.names, strict=True) if any(pair[0]))
+    found = list(dict.fromkeys(pairs))  # a concept that is given twice has its subjects once
     if not found:
         return meta | {"instance_prompt": "a photo"}
     meta |= {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.pictures import SUFFIXES, is_blank, picture_files, read_picture
+from ..data.pictures import LONGEST_CAPTION, SUFFIXES, is_blank, picture_files, read_picture
 from .image_encoders import ClipEncoder, JudgeEncoder, TextImageEncoder
 
 COUNT = 200  # pictures of the class (Custom Diffusion, section 3.2)
@@ -78,11 +79,13 @@ def retrieve(
     Returns:
         The pictures, the nearest first. `Trainer(..., prior_folder=out)` or `--prior-folder` trains with them.
     """
-    folder, prompt = Path(out).expanduser().absolute(), " ".join(prompt.split())
+    folder, prompt = Path(out).expanduser().resolve(), " ".join(prompt.split())
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{out} is there already; name a new folder for the list of class images")
     if not prompt:
         raise ValueError("the class prompt is blank; give one such as 'photo of a cat'")
+    if len(prompt) > LONGEST_CAPTION:
+        raise ValueError(f"the class prompt has {len(prompt):,} characters; give one such as 'photo of a cat'")
     if judge == (clip is not None):
         raise ValueError(
             "name a CLIP model on this machine, clip=FOLDER, or the judge for pictures of the embedded model's world, "
@@ -96,6 +99,7 @@ def retrieve(
             f"{_called(pictures)} holds {len(files)} pictures, fewer than the {count} asked for. "
             f"Fix: --count {len(files)} (count={len(files)}) or less, or more pictures"
         )
+    _place_for(folder)
     encoder: TextImageEncoder = JudgeEncoder() if clip is None else ClipEncoder(clip)
     skipped: list[str] = []
     found = list(_compared(encoder, prompt, files, skipped, progress))
@@ -104,6 +108,16 @@ def retrieve(
     nearest = sorted(found, key=lambda picture: -picture.similarity)[:count]
     _write(nearest, folder, copy)
     return Retrieved(folder, nearest, len(found), skipped)
+
+
+def _place_for(folder: Path) -> None:
+    """ValueError now, and not after thousands of pictures, where the folder cannot be made."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); name a folder in another place") from None
 
 
 def _called(pictures: Sources) -> str:
