@@ -23,7 +23,7 @@ def parse_bytes(amount: str | float) -> int:
     except (TypeError, ValueError, KeyError):
         raise ValueError(f"{text!r} is not an amount of memory; write 6GB, 6000MB or a number of bytes") from None
     if not size < 10**18:
-        raise ValueError(f"{text!r} is more memory than there is; write an amount such as 6GB")
+        raise ValueError(f"{text!r} is not an amount of memory that a machine has; write one such as 6GB")
     if size < 10**6:
         raise ValueError(f"{text!r} is {size:.0f} bytes; write at least a megabyte, such as 6GB")
     return int(size)
