@@ -54,11 +54,9 @@ def packed(weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Any], varian
     if variant not in variants:
         if len(variants) == MOST_VARIANTS:
             variants.pop(next(iter(variants)))
-        if weight.nbytes < SMALL:  # an adapter's, packed anew in each step
+        # An adapter is smaller, and packed anew in each step.
+        with nullcontext() if weight.nbytes < SMALL else pages_of_their_own():
             variants[variant] = pack(weight.detach())
-        else:
-            with pages_of_their_own():
-                variants[variant] = pack(weight.detach())
     return variants[variant]
 
 

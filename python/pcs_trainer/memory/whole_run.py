@@ -89,12 +89,12 @@ def plan_run(
     memory = None if ram is None else bytes_of(ram, "RAM limit")
     cpu = device == "cpu"
     limit = min((x for x in (allowed, memory) if x is not None), default=None) if cpu else allowed
+    beside = LIBRARIES if cpu else 0
     asked = settings.pop("packing", None)
     choices: tuple[Packing, ...] = (asked,) if asked else get_args(Packing) if cpu and limit is not None else ("both",)
     for packing in choices:
         within = limit
         for _ in range(TRIES):
-            beside = LIBRARIES if cpu else 0
             step = plan(
                 model, method, resolution, batch, within, dtype, device, measure, beside, packing=packing, **settings
             )

@@ -315,10 +315,9 @@ class Run:
         if self.out is not None:
             path = self.saved(concept, self.out / "concept.safetensors")
             self.say("saved", path=str(path))
-        if whole and path is not None:  # its tensors are pages of the file, not a second network in memory
-            concept = again = load_concept(path)
-        else:
-            again = concept if path is None else load_concept(path)
+        again = concept if path is None else load_concept(path)
+        if whole:  # its tensors are pages of the file, not a second network in memory
+            concept = again
         pcs_kernels.forget_packed_weights()
         if self.step > 0:
             self.say("proof", text=file_proof(self.task, in_memory, again, path))

@@ -191,7 +191,7 @@ class Stack:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Each layer's output for x [..., C_in], in the order of the layers."""
-        if any(trained(layer) for layer in self.layers):
+        if self._seen and any(trained(layer) for layer in self.layers):
             self.forget()
         if any(trained(layer) or layer.residuals for layer in self.layers):
             return [layer(x) for layer in self.layers]
