@@ -33,13 +33,13 @@ $(READY): $(VENV)/.installed setup.py $(wildcard csrc/*)
 demo: setup
 	$(BIN)/python -m pcs_trainer demo
 
-# One process a core, a file at a time: threads inside them would only get in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
+# One process a core, each with its half of the files at first: threads inside them would only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal
 
 test: setup
 	$(PYTEST) --durations=15
 
-# Before a commit, in two minutes: lint, types and the tests that take no more than a second or so.
+# Before a commit, in two minutes: lint, types and the tests that take less than about a second.
 check: lint fast
 
 fast: setup

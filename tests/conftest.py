@@ -5,7 +5,7 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "slow: takes a second or more, so `make check` leaves it out")
     torch.set_warn_always(True)  # what torch warns of once a process would depend on the tests before
 
 

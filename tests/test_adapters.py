@@ -49,6 +49,7 @@ def configs():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["alpha", "rslora", "patterns", "dora", "loha", "loha tucker", "lokr", "lokr whole", "lokr both"]
 )

@@ -33,6 +33,7 @@ def ended_early(model, out: Path, **settings) -> None:
         trainer(model, out=out, steps=4, **settings).train(on_event=kill)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_path):
     whole = trainer(model, steps=4).train()
     ended_early(model, tmp_path)
@@ -42,6 +43,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_pat
     assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_run_or_refused(model, tmp_path):
     """As a checkpoint is: by its settings, where some are asked for, and its pictures."""
     ended_early(model, tmp_path, learning_rate=0.01)
@@ -65,6 +67,7 @@ def test_what_cannot_be_resumed_is_one_sentence(model, tmp_path):
     assert (tmp_path / "concept.safetensors").read_bytes() == b"a finished run"
 
 
+@pytest.mark.slow
 def test_the_command_begins_anew_where_the_folder_is_there_alone(tmp_path, capsys):
     flags = f"train {PHOTOS} --class mug --steps 1 --batch 1 --no-report --set check_backend=false --out".split()
     assert cli.main([*flags, str(tmp_path / "none"), "--resume"]) == 2
@@ -74,6 +77,7 @@ def test_the_command_begins_anew_where_the_folder_is_there_alone(tmp_path, capsy
     assert (tmp_path / "concept.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_training_in_python_takes_no_signal(model):
     taken = []
 
@@ -89,6 +93,7 @@ def full(*_args, **_kwargs):
     raise OSError(28, "out/concept.safetensors could not be written (No space left on device)")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_loses_nothing(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(NotSaved) as error:
         patched.setattr(Concept, "save", full)
@@ -102,6 +107,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(model, tmp_path, monkeypat
         assert torch.equal(tensor, resumed.tensors[name]) and torch.equal(tensor, kept.tensors[name])
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_folder_of_an_unfinished_one_keeps_its_own_checkpoints(model, tmp_path):
     """Their numbers may be lower than the earlier run's, which go with the first of its own."""
     ended_early(model, tmp_path, checkpoint_every=1, keep=2)
@@ -121,6 +127,7 @@ def test_a_new_run_in_the_folder_of_an_unfinished_one_keeps_its_own_checkpoints(
     trainer(model, out=tmp_path, steps=4, learning_rate=0.02).train(resume=True)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_the_folder_of_an_unfinished_run(model, tmp_path, capsys):
     ended_early(model, tmp_path, checkpoint_every=1)
     assert cli.main(["train", str(PHOTOS), "--class", "mug", "--out", str(tmp_path)]) == 2
@@ -128,6 +135,7 @@ def test_the_command_refuses_the_folder_of_an_unfinished_run(model, tmp_path, ca
     assert "a run that is not finished" in shown and "--resume" in shown and "--overwrite" in shown
 
 
+@pytest.mark.slow
 def test_a_run_over_a_finished_one_that_ended_early_begins_anew(model, tmp_path):
     trainer(model, out=tmp_path, steps=2).train()
     shutil.rmtree(tmp_path / "checkpoint-2")

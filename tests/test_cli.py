@@ -347,6 +347,8 @@ def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, cap
     for number, line in enumerate(examples()):
         words = shlex.split(line)[1:]
         words += SHORT.get(words[0], [])
+        if words[0] in ("demo", "bench") and not {"--method", "--methods"} & set(words):  # one for all of them
+            words += [{"demo": "--methods", "bench": "--method"}[words[0]], "personalized_residuals"]
         if words[0] == "train":
             named = words[words.index("--out") + 1] if "--out" in words else "out/mug"
             if "--resume" in words:

@@ -85,6 +85,7 @@ print({verdict.text for verdict in diagnostics.verdicts() if verdict.backend == 
     assert "not built" in said and "install g++" in said
 
 
+@pytest.mark.slow
 def test_main_lists_every_op_and_backend():
     ran = subprocess.run([sys.executable, "-m", "pcs_kernels"], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
@@ -178,6 +179,7 @@ def test_every_build_that_the_compiler_can_make_is_there(build, flags, tmp_path)
     assert importlib.util.find_spec(f"pcs_kernels._native_{build}"), f"the {build} build failed; see pip install -v"
 
 
+@pytest.mark.slow
 @needs.native
 def test_a_build_beyond_the_cpu_is_refused():
     code = "import pcs_kernels._native as n\ntry: n.instruction_set()\nexcept ImportError as e: print(e)"

@@ -68,6 +68,7 @@ def test_residuals_of_mixed_ranks(model, pipe, tmp_path, format, with_model):
     assert_same(ours(model, [concept], said), theirs(model, pipe, said), ours(model, [], said))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("rank", [4, None])
 def test_lora_on_attention_and_text(model, pipe, tmp_path, format, rank):
@@ -175,6 +176,7 @@ def test_whole_values_as_kohya_differences(model, tmp_path):
             assert torch.allclose(opened.get_tensor(flat) + base[parameter], value, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [residuals, dreambooth_lora, textboost, custom_diffusion, dreambooth])
 def test_whole_pipeline(model, tmp_path, make):
     concept = make(model)

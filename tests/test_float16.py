@@ -56,6 +56,7 @@ def apart(found, exact) -> float:
     return float(difference / torch.stack([g.norm() for g in exact.values()]).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [torch.float16, torch.bfloat16])
 def test_a_run_in_float16_says_what_suits_the_device_better(models, monkeypatch, own):
     """A file's float16 is kept on a GPU where nobody asks for another dtype; text methods train in it as well."""
@@ -69,6 +70,7 @@ def test_a_run_in_float16_says_what_suits_the_device_better(models, monkeypatch,
     assert not any("skipped" in text for text in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradients_of_float16_are_those_of_float32(models, method, monkeypatch):
     exact = stepped_gradients(models[torch.float32], method, monkeypatch)
@@ -77,6 +79,7 @@ def test_the_gradients_of_float16_are_those_of_float32(models, method, monkeypat
     assert apart(stepped_gradients(models[torch.float16], method, monkeypatch), exact) > 0.05  # or nothing is shown
 
 
+@pytest.mark.slow
 def test_lost_gradients_are_found_before_step_1(models, monkeypatch):
     """The comparison is with float32, and of a loss as small as the training's."""
     honest = Objective.loss
@@ -100,6 +103,7 @@ def test_lost_gradients_are_found_before_step_1(models, monkeypatch):
     assert all(after[n].dtype == torch.float16 and torch.equal(after[n], before[n]) for n in before)
 
 
+@pytest.mark.slow
 def test_the_comparison_is_of_a_loss_as_small_as_the_trainings(models, monkeypatch):
     shares = []
     monkeypatch.setattr(
@@ -144,6 +148,7 @@ DRIVERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", DRIVERS)
 def test_a_scale_that_is_too_large_is_found_without_ending_the_run(models, settings, monkeypatch):
     """More than three overflows in a row are no fault of the learning rate."""
@@ -157,6 +162,7 @@ def test_a_scale_that_is_too_large_is_found_without_ending_the_run(models, setti
     assert concept.meta["finished"] == "1" and all(bool(x.isfinite().all()) for x in concept.tensors.values())
 
 
+@pytest.mark.slow
 def test_what_no_scale_mends_ends_the_run_in_three_steps(models, monkeypatch):
     monkeypatch.setattr(optimizer, "LossScale", partial(LossScale, 2.0))
     t = trainer(models[torch.float16], steps=9)

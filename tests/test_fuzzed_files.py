@@ -56,6 +56,7 @@ def refused(read, file, model) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_mutated_files(model, tmp_path, seed):
     files = list(originals(model, tmp_path))

@@ -56,6 +56,7 @@ def saved_by_diffusers(pipe, folder, with_metadata=True, convert=None):
     return folder / "pytorch_lora_weights.safetensors"
 
 
+@pytest.mark.slow
 def test_lora_saved_by_diffusers_with_other_alphas(model, pipe, tmp_path):
     options = {"lora_alpha": 6, "rank_pattern": {"to_k": 7}, "alpha_pattern": {"to_k": 3, "q_proj": 10}}
     trained_by_peft(pipe, [*ATTENTION, "proj_out"], ["q_proj", "fc1"], **options)
@@ -91,6 +92,7 @@ def test_names_of_attention_processors():
     assert module_name(f"{old}.to_out") == f"{old}.out_proj"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets", [["conv1", "conv2", "conv_shortcut", "time_emb_proj"], ["conv", "conv_in", "proj_in"]]
 )
@@ -103,6 +105,7 @@ def test_lora_on_convolutions_becomes_a_difference(model, pipe, tmp_path, target
     assert_same(ours(model, [concept], said), theirs(model, pipe, said), ours(model, [], said))
 
 
+@pytest.mark.slow
 def test_kohya_file_converted_by_diffusers(model, pipe, tmp_path):
     from diffusers.training_utils import _collate_lora_metadata  # noqa: F401
     from diffusers.utils import convert_state_dict_to_kohya
@@ -175,6 +178,7 @@ def embedding_files(rows, folder) -> dict[str, str]:
     return words | {"webui.pt": "named", "bare.pt": "bare"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", [None, "<mine>"])
 def test_textual_inversions(model, pipe, tmp_path, token):
     rows = word_rows(model, 2, 9)[0]
@@ -191,6 +195,7 @@ def test_textual_inversions(model, pipe, tmp_path, token):
             assert_same(ours(model, [concept], said), theirs(model, pipe, said), ours(model, [], ["a cat", "x"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [residuals, dreambooth_lora, textboost, custom_diffusion])
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_our_exports_come_back(model, tmp_path, make, format):

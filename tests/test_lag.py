@@ -221,6 +221,7 @@ def test_lag_evaluates_the_network_as_often_as_plain_sampling(tiny):
         assert rows == [2] * 4
 
 
+@pytest.mark.slow
 def test_lag_lies_between_the_base_and_the_whole_concept(tiny):
     concept = made_up_concept(tiny, "<one>", 1)
     prompt = "a photo of a <one> dog"

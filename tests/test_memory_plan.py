@@ -64,6 +64,7 @@ def test_counted_bytes_are_the_bytes_of_a_real_step(method):
         assert counted.count(name).peak == pytest.approx(allocated(real.step), rel=0.13), name
 
 
+@pytest.mark.slow
 def test_lasting_bytes_are_those_of_the_real_thing():
     """Weights, masters, optimizer state, packed copies: each component against the tensors that are there."""
     from pcs_kernels import _packed
@@ -95,6 +96,7 @@ def test_state_bytes_of_one_tensor():
     assert state_bytes(p, "adamw") == 8 * p.numel()
 
 
+@pytest.mark.slow
 def test_kept_bytes_by_hooks_and_by_the_ledger():
     """What saved-tensor hooks see of the UNet's forward, and what the planner calls kept."""
     settings = settings_for(None, "personalized_residuals")
@@ -112,6 +114,7 @@ def test_kept_bytes_by_hooks_and_by_the_ledger():
         assert storages.alive(known) == pytest.approx(kept, rel=0.01), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_what_trains_is_what_the_trainer_trains(method):
     """The real SD1.x configuration, and the trainer's own setup on the embedded model."""
@@ -253,6 +256,7 @@ def test_the_cheapest_layers_change_first():
     assert table.moments(np.array([table.plans.index(p) for p in smallest(table).values()])).max() == 113
 
 
+@pytest.mark.slow
 def test_real_steps_choose_among_those_that_ran(monkeypatch):
     """On a GPU every candidate runs under the cap; here their outcomes are given."""
     from pcs_trainer.memory import planner as memory
@@ -276,6 +280,7 @@ def test_real_steps_choose_among_those_that_ran(monkeypatch):
     assert not nothing.fits and "No candidate ran" in nothing.missing
 
 
+@pytest.mark.slow
 def test_the_docs_are_what_the_results_say():
     import csv
     import sys

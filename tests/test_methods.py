@@ -144,6 +144,7 @@ def test_a_learned_word_is_no_part_of_the_table(tiny):
 # losses
 
 
+@pytest.mark.slow
 def test_prior_weight_and_snr_weight_reach_both_halves(tiny):
     """The trainer's loss equals a few lines computed here."""
     from pcs_trainer.tiny.subjects import photos

@@ -206,6 +206,7 @@ def test_autocast_changes_nothing(case, backend):
         torch.testing.assert_close(found[name], expected[name], msg=lambda m: f"{case.name}: {name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=needs.compiler)))
 def test_autocast_changes_no_external_backend(compiled):
     q = R(1, 2, 9, 8)

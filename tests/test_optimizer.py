@@ -27,6 +27,7 @@ def train(net, opt, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", needs.CPU_BACKENDS)
 def test_200_steps_track_torch(backend):
     ours, theirs = network(), network()

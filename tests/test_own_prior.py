@@ -83,6 +83,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(model, method, tmp_path):
     assert all(torch.equal(whole.tensors[n], parts.tensors[n]) for n in whole.tensors)
 
 
+@pytest.mark.slow
 def test_the_model_is_as_it_was_after_a_run(model):
     before = {n: p.detach().clone() for n, p in model.unet.named_parameters()}
     for method in ("dreambooth_lora", "custom_diffusion"):
@@ -116,6 +117,7 @@ def test_the_plan_counts_the_copy_that_a_whole_network_needs():
     assert copies == {("dreambooth", "drawn"): 0, ("dreambooth", "own"): 1, ("dreambooth_lora", "own"): 0}
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_the_prior_loss_costs():
     said = str(plan("tiny", "dreambooth_lora", resolution=32, prior="own", steps=30))
     assert "prior loss: no class images; one forward more in each step without gradients (60 images in all)" in said

@@ -47,6 +47,7 @@ def test_an_unknown_direction_is_refused():
         pass
 
 
+@pytest.mark.slow
 @needs.native
 def test_the_planner_counts_the_directions_that_the_settings_allow():
     found = []
@@ -80,6 +81,7 @@ print(packed, resident() - before)
 """
 
 
+@pytest.mark.slow
 @needs.native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_forgotten_copies_leave_the_process():

@@ -27,6 +27,7 @@ def test_a_tensor_that_does_not_train_is_named(model):
         t.train()
 
 
+@pytest.mark.slow
 def test_a_frozen_tensor_that_moves_is_named(model):
     t = trainer(model, steps=3)
 
@@ -68,6 +69,7 @@ def test_movement_is_told_by_bits_not_by_sums():
         movement.check(lambda p: True)
 
 
+@pytest.mark.slow
 def test_a_word_that_no_picture_reached_is_no_fault_and_is_told(model):
     both = [
         {"images": pictures(12, seed=61), "class_word": "mug", "token": "<one>"},
@@ -87,6 +89,7 @@ def test_a_word_that_no_picture_reached_is_no_fault_and_is_told(model):
     assert any("no picture of this run reached word.0.<two>" in text for text in told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0, 100, 500])
 def test_bfloat16_weights_at_a_small_rate_train_and_a_stuck_one_is_found(warmup):
     """DreamBooth's rate on norm weights as SD1.5 has them: 29 of 320 numbers. Few bits flip in 20 steps."""

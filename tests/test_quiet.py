@@ -29,6 +29,7 @@ assert logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_nothing_is_printed_while_a_model_loads(tmp_path, family):
     """In a fresh process, as a library says most when it is imported."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,7 @@ model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
 import pcs_trainer.distributed
 pcs_trainer.distributed.ALONE = {alone}
 rank = 0 if os.fork() else 1
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
-dist.init_process_group("gloo", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
 for steps, resume in {runs!r}:
     t = Trainer(model, {method!r}, [p.picture for p in photos(51, 2)], class_word="mug", out={out!r}, steps=steps,
                 **{settings!r})
@@ -147,11 +147,7 @@ def in_two_processes(
     **settings,
 ):
     """Each (steps, resume) in turn, by two processes that share the batch; the concept that they write."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meeting = tempfile.mkdtemp()  # a file that nobody else has, where a free port may be another test's by now
     code = PARALLEL.format(
         path=[p for p in sys.path if p],
         out=str(out),
@@ -162,7 +158,7 @@ def in_two_processes(
         dtype=dtype,
         scale=scale,
     )
-    done = subprocess.run([sys.executable, "-c", code, str(port)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(Path(meeting) / "file")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_concept(out / "concept.safetensors")
 

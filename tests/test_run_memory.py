@@ -69,6 +69,7 @@ def test_another_error_in_the_check_ends_the_run(monkeypatch):
         trainer(load_model("tiny"), steps=1, check_backend=True).train()
 
 
+@pytest.mark.slow
 def test_dreambooth_ends_without_what_it_trained_with(monkeypatch, tmp_path):
     """When the file is proven, the trained network, its optimizer and the concept's own copy are gone."""
     model = load_model("tiny")
@@ -97,6 +98,7 @@ def test_dreambooth_ends_without_what_it_trained_with(monkeypatch, tmp_path):
     assert all(torch.equal(kept[name], t) for name, t in concept.tensors.items())
 
 
+@pytest.mark.slow
 def test_a_whole_network_takes_the_place_of_the_model_s_own():
     """It predicts what it predicts attached, on its own tensors, and the model is itself again afterwards."""
     model = load_model("tiny")
@@ -115,6 +117,7 @@ def test_a_whole_network_takes_the_place_of_the_model_s_own():
     assert "unet" in model.loaded
 
 
+@pytest.mark.slow
 def test_a_concept_at_strength_0_copies_nothing():
     model = load_model("tiny")
     value = torch.randn_like(model.unet.conv_in.weight)
@@ -128,6 +131,7 @@ def test_a_concept_at_strength_0_copies_nothing():
     assert seen == [place]
 
 
+@pytest.mark.slow
 def test_a_preview_leaves_no_more_in_memory_than_it_found():
     model, loaded = load_model("tiny"), []
 

@@ -39,6 +39,7 @@ def test_another_autoencoder_has_latents_of_its_own(model):
     assert torch.equal(cached_moments(model, pictures()).mean, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["text", "vae"])
 def test_another_text_encoder_or_autoencoder_draws_class_images_of_its_own(part, tmp_path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path))
@@ -66,6 +67,7 @@ def shaken(monkeypatch):
     monkeypatch.setattr(task, "prior_bank", prior_bank)
 
 
+@pytest.mark.slow
 def test_latents_that_differ_in_the_last_bits_are_the_same_run(model, tmp_path, monkeypatch):
     trainer(model, "dreambooth_lora", tmp_path, steps=2, prior_weight=1.0).train()
     shaken(monkeypatch)
@@ -80,6 +82,7 @@ def class_images(folder: Path, level: int) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_other_class_images_are_another_run(model, tmp_path):
     first, other = class_images(tmp_path / "a", 1), class_images(tmp_path / "b", 2)
     chosen = dict(prior_weight=1.0, prior_folder=first)
@@ -89,6 +92,7 @@ def test_other_class_images_are_another_run(model, tmp_path):
         trainer(model, "dreambooth_lora", tmp_path / "out", steps=3, **chosen).train(resume=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_first_version_with_class_images_goes_on(model, tmp_path):
     """It held a hash of the class images' latents."""
     chosen = SMALL | dict(prior_weight=1.0, class_word="mug", out=tmp_path)

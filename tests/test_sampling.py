@@ -144,6 +144,7 @@ class Counted:
         self.handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negative", ["", "a blue cup"])
 def test_a_call_draws_what_diffusers_pipeline_draws(tiny, negative):
     from diffusers import StableDiffusionPipeline
@@ -161,6 +162,7 @@ def test_a_call_draws_what_diffusers_pipeline_draws(tiny, negative):
     assert torch.equal(latents_of(tiny, prompts, seed=40), latents_of(tiny, prompts, latents=noise))
 
 
+@pytest.mark.slow
 def test_sdxl_draws_what_diffusers_pipeline_draws(tmp_path):
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -195,6 +197,7 @@ def test_sdxl_draws_what_diffusers_pipeline_draws(tmp_path):
         assert relative(latents_of(model, prompts, **options), expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_its_batch(tiny):
     prompts = ["a red dog", "a cup", "a blue dog on the beach"]
     for sampler in ("ddim", "euler_ancestral"):
@@ -249,6 +252,7 @@ def test_concepts_leave_the_model_as_it_was(tiny):
     assert torch.equal(latents_of(tiny, "a photo of a dog"), before)
 
 
+@pytest.mark.slow
 def test_whole_weights_of_one_concept_after_another(tiny):
     """Every projection exchanged, several times over: no packed copy of an earlier concept is left."""
     parameters = dict(tiny.unet.named_parameters())
@@ -267,6 +271,7 @@ def test_whole_weights_of_one_concept_after_another(tiny):
         assert relative(latents_of(fresh, "a dog", steps=1), expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_each_prompt_with_a_concept_of_its_own_in_one_batch(tiny, lag, guidance):

@@ -89,6 +89,7 @@ def test_other_kinds_of_adapter_become_differences(model, twin, tmp_path, kind):
     assert differs(model, read_on_both(tmp_path / "f.safetensors", model, twin), kind)
 
 
+@pytest.mark.slow
 def test_a_folder_of_pefts(model, twin, tmp_path):
     width = len(twin.unet.state_dict()[f"{LAYER}.weight"])
     halves = {"lora_A": torch.randn(2, width), "lora_B": 0.3 * torch.randn(width, 2)}

@@ -103,6 +103,7 @@ def test_all_that_trains_of_sdxls_encoders_has_a_gradient(sdxl, method, tmp_path
     assert any(f"layers.{last}." in n for n in found if n.startswith("text_encoder_2."))
 
 
+@pytest.mark.slow
 def test_an_older_run_with_the_whole_encoder_goes_on(model, tmp_path):
     """Its checkpoint knows neither setting: it is resumed with what that version did, and refused with the fix else."""
     before = dict(STARTED, text_encoder_form="whole", text_encoder_learning_rate=1.5e-3)
@@ -120,6 +121,7 @@ def test_an_older_run_with_the_whole_encoder_goes_on(model, tmp_path):
     assert again.meta["steps"] == "2" and again.tensors.keys() == old.tensors.keys()
 
 
+@pytest.mark.slow
 def test_a_low_rank_run_with_the_encoder_is_saved_and_loads(model, tmp_path):
     run = trainer(model, "dreambooth_lora", tmp_path, steps=2, **STARTED)
     made = run.train()

@@ -47,6 +47,7 @@ def test_preservation_is_left_out_where_it_has_no_gradient(model, variant):
     assert textboost.preservation(model, [s]) is None and not method_named("textboost").reads_more_text(s)
 
 
+@pytest.mark.slow
 def test_what_is_held_adds_nothing_to_preservation(model):
     """The loss is of the states that the UNet is given: the first token and empty captions are the frozen encoder's."""
     learner, s = learned(model, variant="v1", batch=40, preservation_weight=1.0)

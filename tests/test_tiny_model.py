@@ -37,6 +37,7 @@ def test_unknown_words_fall_into_pieces_and_back(parts):
     assert len(ids) > 5 and parts.tokenizer.decode(ids, skip_special_tokens=True).strip() == "a zyrgle mug"
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_pictures_and_its_latents_are_centred(parts):
     pictures = np.stack([world.render(world.scene(310_000_000 + i)) for i in range(48)])
     with torch.no_grad():
@@ -55,6 +56,7 @@ def test_it_draws_what_the_caption_says(parts):
     assert share["kind"] >= 0.8 and share["background"] >= 0.8 and share["colour"] >= 0.7, share
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_picture_and_another_another(parts):
     one, again, other = (parts.draw(["a red mug on the beach"], seed=s, steps=4) for s in (3, 3, 4))
     assert np.array_equal(one, again) and not np.array_equal(one, other)

@@ -75,6 +75,7 @@ def test_a_stop_leaves_a_usable_concept_and_a_resume_goes_on(model, tmp_path):
     same(trainer(model, steps=8).train(), resumed)
 
 
+@pytest.mark.slow
 def test_a_resume_refuses_another_run(model, tmp_path):
     trainer(model, out=tmp_path, steps=2).train()
     with pytest.raises(ValueError, match=r"learning_rate was 0\.\d+ and is 0\.05"):
@@ -91,11 +92,13 @@ def test_a_resume_refuses_another_run(model, tmp_path):
         trainer(model, out=tmp_path, steps=4).train(resume=True)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_are_kept(model, tmp_path):
     trainer(model, out=tmp_path, steps=7, checkpoint_every=2, keep=2).train()
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
 
 
+@pytest.mark.slow
 def test_three_bad_steps_end_the_run_with_the_last_good_state(model, tmp_path):
     t = trainer(model, out=tmp_path, steps=30)
     events = []

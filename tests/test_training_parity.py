@@ -112,6 +112,7 @@ def test_dreambooth_lora():
         close(ours[name_of(name)].grad, p.grad, name, whole)
 
 
+@pytest.mark.slow
 def test_custom_diffusion():
     """Keys and values of the text with the first token detached, the masked loss, and the word's row."""
     run, batch = started("custom_diffusion", prior_weight=1.0, augment=True)

@@ -45,6 +45,7 @@ def gradients(unet, call, plan) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return y.detach(), found | {"text": text.grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subset", list(SUBSETS))
 def test_every_plan_gives_the_eager_gradients(model, subset):
     unet, call = model
@@ -91,6 +92,7 @@ def attach_everywhere(unet, key="", names=None) -> list[LowRank]:
     return made
 
 
+@pytest.mark.slow
 def test_residuals_on_every_projection_train_under_every_plan(model):
     unet, (x, t, context, added) = model
     unet.requires_grad_(False)

@@ -111,6 +111,7 @@ def test_class_images_are_off_in_this_stage_and_refused_with_a_sentence(method, 
         settings_for(None, method, stage="super_resolution", noise_level=20.0)
 
 
+@pytest.mark.slow
 def test_real_class_images_are_enlarged_too(model, tmp_path):
     for i, pixels in enumerate(pictures(2, seed=52)):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
@@ -149,6 +150,7 @@ def test_what_upscale_cannot_take_is_one_sentence(model):
             upscale(model, pictures_, prompts, steps=1, **options)
 
 
+@pytest.mark.slow
 def test_a_run_teaches_and_its_file_enlarges(model, learned):
     concept = load_concept(learned / "concept.safetensors", model)
     small = small_pictures()
@@ -171,6 +173,7 @@ def test_levels_and_variances(model):
     )  # levels are 2e-4 apart there
 
 
+@pytest.mark.slow
 def test_the_exported_pipeline_draws_the_same_in_diffusers(model, learned, tmp_path):
     """The pipeline has another scaling factor than the model: the autoencoder it writes makes up for it."""
     from diffusers import DDIMScheduler, StableDiffusionUpscalePipeline
@@ -211,6 +214,7 @@ def test_an_autoencoder_that_cannot_take_up_the_pipelines_scaling_is_refused():
         _rescaled(AutoencoderKL(**sizes))
 
 
+@pytest.mark.slow
 def test_a_small_up_scaler_of_the_tiny_world_is_trained_and_enlarges(tmp_path):
     first = UNet.from_config(CONFIG)
     unet = train_upscaler(tmp_path, minutes=1e-4, pictures=4)
@@ -222,6 +226,7 @@ def test_a_small_up_scaler_of_the_tiny_world_is_trained_and_enlarges(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(unet.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_planner_counts_an_up_scaler_whose_attention_reads_the_text_twice(model):
     found = plan(model, "dreambooth_lora", batch=1, stage="super_resolution")
     assert found.prior == 0 and found.peak > 0

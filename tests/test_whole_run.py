@@ -36,6 +36,7 @@ def phases(method, device="cpu", size=128, report=True, **settings):
     return names, step
 
 
+@pytest.mark.slow
 def test_the_settings_decide_which_phases_there_are():
     names, _ = phases("dreambooth", **EVERYTHING)
     before = ["loading", "photos to latents", "class images", "text states", "gradient check"]
@@ -45,6 +46,7 @@ def test_the_settings_decide_which_phases_there_are():
     assert list(fewer) == ["loading", "photos to latents", "text states", "training step", "checkpoint", "finish"]
 
 
+@pytest.mark.slow
 def test_the_step_s_phase_is_the_planner_s_count_and_what_the_process_has():
     names, step = phases("personalized_residuals")
     assert names["training step"].parts["working memory"] == step.components({"": "A"})["working memory"]
@@ -55,6 +57,7 @@ def test_the_step_s_phase_is_the_planner_s_count_and_what_the_process_has():
     assert on_gpu["finish"].ram < on_gpu["finish"].bytes + LIBRARIES
 
 
+@pytest.mark.slow
 def test_the_gradient_check_counts_the_scores_of_the_reference():
     """At 32 latents a side, whatever the photos' size: so many positions squared, in every head."""
     names, _ = phases("personalized_residuals", size=512)
@@ -65,6 +68,7 @@ def test_the_gradient_check_counts_the_scores_of_the_reference():
     assert phases("personalized_residuals", size=256)[0]["gradient check"].parts == names["gradient check"].parts
 
 
+@pytest.mark.slow
 def test_what_is_kept_beside_what_trains_is_counted():
     lora = phases("lora_fa", rank=8)[1].lasting()
     assert (
@@ -80,6 +84,7 @@ def test_what_is_kept_beside_what_trains_is_counted():
     assert names["training step"].ram == LIBRARIES + sum(2 * p.numel() for p in masters)
 
 
+@pytest.mark.slow
 def test_a_counted_step_holds_the_text_as_a_real_one_does():
     """Custom Diffusion's keys and values with a constant first token are made anew from the projections' own."""
     rehearsal, held = phases("custom_diffusion", device="cuda")[1].rehearsal, []
@@ -97,6 +102,7 @@ def test_a_counted_step_holds_the_text_as_a_real_one_does():
     assert held and all(set(kv) == set(rehearsal.unet.attention_names()) for kv in held)
 
 
+@pytest.mark.slow
 def test_packed_copies_follow_the_budget():
     arguments = dict(model=MODEL, method="personalized_residuals", resolution=128, batch=1, device="cpu", report=False)
     free = plan_run(**arguments)
@@ -112,6 +118,7 @@ def test_packed_copies_follow_the_budget():
     assert plan_run(**arguments, packing="none").packing == "none"
 
 
+@pytest.mark.slow
 def test_a_refusal_names_the_phase_and_what_leaves_it_out():
     arguments = dict(model=MODEL, method="personalized_residuals", resolution=32, batch=1, device="cuda")
     free = plan_run(**arguments)
@@ -124,6 +131,7 @@ def test_a_refusal_names_the_phase_and_what_leaves_it_out():
     assert not ram.fits and "GB RAM are missing" in ram.missing
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_phase(capsys, tmp_path):
     file = tmp_path / "model.json"
     file.write_text(json.dumps(MODEL))

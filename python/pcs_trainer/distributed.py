@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -153,6 +153,21 @@ def full_value(t: Tensor) -> Tensor:
     return t.full_tensor() if is_part(t) else t  # type: ignore[attr-defined]
 
 
+def local_part(t: Tensor) -> Tensor:
+    """This process's part of a tensor that several share, or the tensor."""
+    return t.to_local() if is_part(t) else t  # type: ignore[attr-defined]
+
+
+def summed_over_parts(numbers: list[float], tensors: Iterable[Tensor]) -> list[float]:
+    """Numbers that each process has of its parts, summed over the processes; unchanged where nothing is shared."""
+    if not any(is_part(t) for t in tensors):
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
 @torch.no_grad()
 def fill(p: nn.Parameter, value: Tensor) -> None:
     """Copy a whole tensor's values into a parameter, or into this process's part of it."""
@@ -170,7 +185,7 @@ def norm_of(gradients: list[Tensor]) -> float:
     def squares(tensors: list[Tensor]) -> Tensor:
         return torch.stack([t.float().norm().square() for t in tensors]).sum() if tensors else torch.zeros(())
 
-    parts = [g.to_local() for g in gradients if is_part(g)]  # type: ignore[attr-defined]
+    parts = [local_part(g) for g in gradients if is_part(g)]
     total = squares([g for g in gradients if not is_part(g)])
     if parts:
         elsewhere = squares(parts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pcs_kernels
 from pcs_kernels.optim import LossScale
 
-from ..distributed import full_value
+from ..distributed import local_part, summed_over_parts
 from ..errors import NotTrained
 from .float16 import in_float32
 
@@ -103,6 +103,8 @@ def _scaled_gradients(parameters: dict[str, nn.Parameter], loss: Callable[[], Te
 class Movement:
     """Which tensors have moved since the start, told by checksums: a copy of a whole model would cost too much.
 
+    Of a tensor that several processes share, each looks at its own part, and all of them hear of every change.
+
     A tensor trains where its optimizer has seen a gradient and its bits change. The second shows only where a change
     must be expected: weights of 16 bits are rounded stochastically, and a small one at a small rate may keep every bit
     for a hundred steps while it trains.
@@ -111,7 +113,8 @@ class Movement:
     def __init__(self, trained: Mapping[str, Tensor], frozen: Iterable[tuple[str, Tensor]]) -> None:
         self.trained = {name: (p, _mark(p)) for name, p in trained.items()}
         self.frozen = {name: (p, _mark(p)) for name, p in frozen}
-        self.flips = {name: _steps_of_bits(p) for name, p in trained.items()}
+        flips = summed_over_parts([_steps_of_bits(p) for p in trained.values()], trained.values())
+        self.flips = dict(zip(trained, flips, strict=True))
         self.way = dict.fromkeys(trained, 0.0)  # how far each element may have gone: the sum of its learning rates
 
     def stepped(self, rates: dict[str, float]) -> None:
@@ -121,11 +124,13 @@ class Movement:
 
     def unmoved(self) -> list[str]:
         """The trained tensors of which no bit has changed."""
-        return [name for name, (p, mark) in self.trained.items() if _mark(p) == mark]
+        changed = _changed(self.trained)
+        return [name for name in self.trained if name not in changed]
 
     def moved_frozen(self) -> list[str]:
         """The frozen tensors that something has written to."""
-        return [name for name, (p, mark) in self.frozen.items() if _mark(p) != mark]
+        changed = _changed(self.frozen)
+        return [name for name in self.frozen if name in changed]
 
     def stuck(self, unmoved: Iterable[str]) -> list[str]:
         """Those of the unmoved tensors that should have changed many bits by now."""
@@ -161,10 +166,17 @@ class Movement:
         return text
 
 
+def _changed(marked: Mapping[str, tuple[Tensor, int]]) -> set[str]:
+    """The tensors whose bits are no longer those that were marked, in any process."""
+    here = [float(_mark(p) != mark) for p, mark in marked.values()]
+    anywhere = summed_over_parts(here, [p for p, _ in marked.values()])
+    return {name for name, changed in zip(marked, anywhere, strict=True) if changed}
+
+
 @torch.no_grad()
 def _steps_of_bits(p: Tensor) -> float:
     """How many elements change a bit where each goes a way of 1: the sum of 1 / (distance to the next number)."""
-    values = full_value(p.detach())
+    values = local_part(p.detach())
     if values.dtype == torch.float32:
         return float("inf")  # any step of an optimizer shows in float32
     numbers = torch.finfo(values.dtype)
@@ -182,7 +194,7 @@ def _mark(p: Tensor) -> int:
     A sum of the values would not do: at small learning rates bfloat16 weights flip up as often as down, and their sum
     stays while they train.
     """
-    bits = full_value(p.detach()).flatten()
+    bits = local_part(p.detach()).flatten()
     bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
     total = 0
     for start in range(0, len(bits), MARKED):
