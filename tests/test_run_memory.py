@@ -13,6 +13,7 @@ from pcs_trainer.data.batches import Batch
 from pcs_trainer.data.prior import draw_prior
 from pcs_trainer.files import write_safetensors
 from pcs_trainer.model.model import load_model
+from pcs_trainer.training import float16
 from pcs_trainer.training import run as running
 from pcs_trainer.training import trainer as training
 from pcs_trainer.training.objective import Objective
@@ -74,12 +75,18 @@ def test_dreambooth_ends_without_what_it_trained_with(monkeypatch, tmp_path):
     """When the file is proven, the trained network, its optimizer and the concept's own copy are gone."""
     model = load_model("tiny")
     held: list[weakref.ref] = []
-    proofs = running.file_proof
+    seen = []
 
-    def proof(task, in_memory, concept, path):
-        assert len(held) > 100 and not any(one() is not None for one in held)
-        assert "unet" not in model.loaded
-        return proofs(task, in_memory, concept, path)
+    def gone(name):
+        before = getattr(running, name)
+
+        def checked(*given):
+            assert len(held) > 100 and not any(one() is not None for one in held)
+            assert "unet" not in model.loaded  # neither the base's beside what was learned, nor beside the file's
+            seen.append(name)
+            return before(*given)
+
+        monkeypatch.setattr(running, name, checked)
 
     def watch(event):
         if event.kind == "checkpoint":
@@ -90,9 +97,11 @@ def test_dreambooth_ends_without_what_it_trained_with(monkeypatch, tmp_path):
 
     found = []
     made = running.Stepper.__init__
-    monkeypatch.setattr(running, "file_proof", proof)
+    gone("base_predicts")
+    gone("file_proof")
     monkeypatch.setattr(running.Stepper, "__init__", lambda self, *given: (made(self, *given), found.append(self))[0])
     concept = trainer(model, "dreambooth", tmp_path, steps=1, probe_every=0).train(watch)
+    assert seen == ["base_predicts", "file_proof"]
     kept = load_concept(tmp_path / "concept.safetensors").tensors
     assert kept.keys() == concept.tensors.keys()
     assert all(torch.equal(kept[name], t) for name, t in concept.tensors.items())
@@ -184,3 +193,26 @@ def test_a_file_is_what_the_format_s_own_library_reads(tmp_path):
     with pytest.raises(ValueError, match="cannot hold"):
         write_safetensors(tmp_path / "y.safetensors", {"x": torch.zeros(2, dtype=torch.complex64)}, {})
     assert not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_float32_twin_that_does_not_fit_is_a_warning_and_leaves_the_float16_network(monkeypatch):
+    """The GPU is full in the middle of it: what was replaced is put back, and the training goes on unchecked."""
+    model, done = load_model("tiny", dtype=torch.float16), []
+    before = {name: p.clone() for name, p in model.unet.named_parameters()}
+    put = float16.replace_data
+
+    def full(parameter, value):
+        if value.dtype == torch.float32:
+            done.append(parameter)
+            if len(done) > 5:
+                raise torch.cuda.OutOfMemoryError
+        put(parameter, value)
+
+    monkeypatch.setattr(float16, "replace_data", full)
+    one, told = trainer(model, steps=1, check_backend=True, probe_every=0), []
+    one._check_gradients(one.objective(), lambda kind, text="", **data: told.append((kind, text)))
+    one.learner.restore()
+    assert told == [("warning", "gradients were not compared with the reference: out of memory")] and len(done) > 5
+    after = dict(model.unet.named_parameters())
+    assert all(after[name].dtype == torch.float16 and torch.equal(after[name], p) for name, p in before.items())

@@ -10,7 +10,7 @@ import torch
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.memory.counts import Request, counted_once
 from pcs_trainer.memory.networks import Networks, networks_of
-from pcs_trainer.memory.phases import LIBRARIES, Phases
+from pcs_trainer.memory.phases import LIBRARIES, Phases, autoencoder_dtypes
 from pcs_trainer.memory.whole_run import plan_run
 from pcs_trainer.methods import settings_for
 from test_memory_plan import TEXT
@@ -28,10 +28,10 @@ MODEL = {"unet": SMALL, "text_encoder": TEXT, "vae": VAE}
 EVERYTHING = dict(preview_every=1, preview_prompts=("a {}",))
 
 
-def phases(method, device="cpu", size=128, report=True, **settings):
+def phases(method, device="cpu", size=128, report=True, dtype=torch.bfloat16, **settings):
     s = settings_for(None, method, **settings)
     pictures = s.batch * (2 if s.prior_weight else 1)
-    step = counted_once(Request(networks_of(MODEL), s, (pictures, size // 8), torch.bfloat16, device, False))
+    step = counted_once(Request(networks_of(MODEL), s, (pictures, size // 8), dtype, device, False))
     names = {phase.name: phase for phase in Phases(step, {"": "A"}, size, LIBRARIES, report).all()}
     return names, step
 
@@ -122,13 +122,51 @@ def test_packed_copies_follow_the_budget():
 def test_a_refusal_names_the_phase_and_what_leaves_it_out():
     arguments = dict(model=MODEL, method="personalized_residuals", resolution=32, batch=1, device="cuda")
     free = plan_run(**arguments)
-    assert free.largest.name == "report"  # at the model's own 128 pixels
+    assert free.largest.name == "report"  # all networks at once
     found = plan_run(**arguments, budget=free.largest.bytes - 1_000)
     assert not found.fits and "'report'" in found.missing and "--no-report" in found.missing
     assert found.missing.count(". ") == 0 and found.missing in str(found)
     assert plan_run(**arguments, budget=free.largest.bytes - 1_000, report=False).fits
     ram = plan_run(**arguments, ram="300MB")
     assert not ram.fits and "GB RAM are missing" in ram.missing
+
+
+@pytest.mark.slow
+def test_the_report_is_counted_at_the_size_of_the_training_as_it_is_drawn():
+    small, large = (phases("personalized_residuals", "cuda", size)[0]["report"] for size in (64, 256))
+    assert small.parts["working memory"] * 8 < large.parts["working memory"]
+
+
+@pytest.mark.parametrize(
+    ("upcast", "dtype", "sdxl", "expected"),
+    [
+        (None, torch.bfloat16, False, (torch.bfloat16, torch.bfloat16)),
+        (None, torch.bfloat16, True, (torch.float32, torch.bfloat16)),
+        (None, torch.float16, False, (torch.float32, torch.float32)),  # SD1.5's file leaves diffusers' default: it asks
+        (False, torch.float16, True, (torch.float16, torch.float16)),
+    ],
+)
+def test_the_autoencoder_is_counted_in_the_precision_that_it_asks_for(upcast, dtype, sdxl, expected):
+    config = VAE if upcast is None else VAE | {"force_upcast": upcast}
+    assert autoencoder_dtypes(config, dtype, sdxl) == expected
+
+
+@pytest.mark.slow
+def test_photos_are_encoded_while_the_text_encoders_that_drew_class_images_are_there():
+    drawn, own = (phases("dreambooth", prior=prior)[0]["photos to latents"].parts for prior in ("drawn", "own"))
+    assert drawn["text encoder weights"] > 0 and "text encoder weights" not in own
+    assert "class images" not in phases("dreambooth", prior="own")[0]
+
+
+@pytest.mark.slow
+def test_the_check_of_float16_counts_the_network_in_float32():
+    halves, own = (
+        phases("personalized_residuals", "cuda", dtype=dtype)[0]["gradient check"]
+        for dtype in (torch.float16, torch.bfloat16)
+    )
+    assert halves.parts["weights in float32"] == own.parts["UNet weights"]  # each number takes two bytes more
+    assert halves.parts["both gradients, working memory"] > 1.25 * own.parts["both gradients, working memory"]
+    assert halves.ram == own.ram + own.parts["UNet weights"]  # the 16 bits wait there
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,11 @@ class Phases:
         self.cpu = request.device == "cpu"
         self.unet = sum(p.numel() for p in step.rehearsal.unet.parameters()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
-        self.vae = autoencoder(json.dumps(self.networks.vae), request.dtype)
+        encodes, decodes = autoencoder_dtypes(
+            self.networks.vae, request.dtype, step.rehearsal.unet.add_embedding is not None
+        )
+        self.encoder = autoencoder(json.dumps(self.networks.vae), encodes)
+        self.decoder = autoencoder(json.dumps(self.networks.vae), decodes)
         lasting = step.lasting()
         self.packed = lasting.pop("packed copies of weights", 0)
         self.kernels = lasting.pop("kernels for upsampling", 0) + self._joined()
@@ -91,13 +95,13 @@ class Phases:
 
     def _images(self) -> int:
         augmentation = method_named(self.s.method).augment(self.s)
-        return (augmentation.count if augmentation else 8) + (self.s.prior_images if self.s.prior_weight else 0)
+        return (augmentation.count if augmentation else 8) + (self.s.prior_images if self._has_class_images() else 0)
 
     def all(self) -> list[Phase]:
         """Those that the settings ask for, in their order."""
         s = self.s
         found = [self.loading(), self.photos()]
-        if s.prior_weight and not s.prior_folder:
+        if self._draws_class_images():
             found.append(self.class_images())
         if not self.step.rehearsal.uses_text:
             found.append(self.text_states())
@@ -120,7 +124,7 @@ class Phases:
         """A guided forward of some images, or their decoding: whichever is more; `frozen`: before or after training."""
         images = max(1, min(images, at_once(size * size // 2, DRAWN)))
         count = self.step.prediction(2 * images, size // self.networks.pixels, frozen and self.whole)
-        decoded = self.vae.decoding(at_once(size * size, images), size)
+        decoded = self.decoder.decoding(at_once(size * size, images), size)
         made = {"kernels for upsampling": self.kernels} if self.cpu else {}
         made |= {"packed copies of weights": packed_bytes(count, self.s.packing)} if self.cpu else {}
         return made | {"working memory": max(count.peak, decoded)}
@@ -135,13 +139,21 @@ class Phases:
     def photos(self) -> Phase:
         """Photos to latents, the UNet loaded."""
         images = at_once(self.size * self.size, DRAWN)
-        parts = {"UNet weights": self.unet, "autoencoder weights": self._vae()}
-        parts |= {"working memory": self.vae.encoding(images, self.size)}
+        parts = {"UNet weights": self.unet, "autoencoder weights": self._vae(self.encoder)}
+        parts |= {"working memory": self.encoder.encoding(images, self.size)}
+        if self._draws_class_images():  # their latents are made while the encoders that drew them are there
+            parts |= {"text encoder weights": self.text}
         return self._phase("photos to latents", parts | self._host(self.pictures), self.pictures)
 
-    def _vae(self) -> int:
+    def _vae(self, network: Autoencoder | None = None) -> int:
         """On the CPU its convolutions are copies, channels-last, beside the mapped file."""
-        return self.vae.bytes * (2 if self.cpu else 1)
+        return (network or self.decoder).bytes * (2 if self.cpu else 1)
+
+    def _has_class_images(self) -> bool:
+        return bool(self.s.prior_weight) and self.s.prior == "drawn"
+
+    def _draws_class_images(self) -> bool:
+        return self._has_class_images() and not self.s.prior_folder
 
     def _host(self, size: int) -> dict[str, int]:
         return {"images": size} if self.cpu else {}
@@ -158,15 +170,25 @@ class Phases:
         return self._phase("text states", set_up | {"text encoder weights": self.text})
 
     def gradient_check(self) -> Phase:
-        """The gradients of both backends on a crop, beside what was packed for it."""
+        """The gradients of both backends on a crop, beside what was packed for it; of float16 in float32."""
         latent = min(PROOF_SIDE, self.request.size[1])
         images = 2 if self.s.prior_weight else 1
         small = self.request.resized((images, latent))
-        counted = counted_once(small)
+        float16 = small.dtype is torch.float16
+        counted = counted_once(replace(small, dtype=torch.float32) if float16 else small)
         made = counted.comparison(self.assignment)
+        if self.cpu:
+            made += int(GAPS * counted.count(self.assignment).parts.get("kept activations", 0))
         set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
         parts = set_up | {"packed copies of weights": self.packed, "kernels for upsampling": self.kernels}
-        return self._phase("gradient check", parts | {"both gradients, working memory": made})
+        parts |= {"both gradients, working memory": made}
+        if not float16:
+            return self._phase("gradient check", parts)
+        halves = self.unet + self.text * self.step.rehearsal.uses_text
+        parts |= {
+            "weights in float32": 2 * halves if self.cpu else halves
+        }  # on a GPU they take the place of the 16 bits
+        return self._phase("gradient check", parts, halves)
 
     def training_step(self) -> Phase:
         """What the planner counts of a step."""
@@ -204,17 +226,24 @@ class Phases:
         count = self.step.prediction(1, PROOF_LATENTS, self.whole)
         parts = {"UNet weights": self.unet, "text encoder weights": self.text, "working memory": count.peak}
         parts |= {"kernels for upsampling": self.kernels}
-        if self.whole:  # the base's UNet and the file's, of which a GPU holds one at a time
-            parts |= {"concept": self.unet if self.cpu else 0}
+        if self.whole:  # the base's UNet, then the file's in its place
             return self._phase("finish", parts, self.concept)
         own = {n: b for n, b in self.lasting.items() if n in ("trained in float32", "kept beside what trains")}
         return self._phase("finish", parts | own | self._host(2 * self.concept), 2 * self.concept)
 
     def run_report(self) -> Phase:
-        """Images of the base model and of the concept, at the model's own size."""
+        """Images of the base model and of the concept, at the training's size."""
         parts = {"UNet weights": self.unet, "text encoder weights": self.text, "autoencoder weights": self._vae()}
-        parts |= {"concept": self.concept} | self._drawing(REPORT, self.networks.resolution, True)
+        parts |= {"concept": self.concept} | self._drawing(REPORT, self.size, True)
         return self._phase("report", parts, self.concept)
+
+
+def autoencoder_dtypes(config: dict[str, Any], dtype: torch.dtype, sdxl: bool) -> tuple[torch.dtype, torch.dtype]:
+    """(encoding, decoding): one that asks for float32 has it in float16, and SDXL's encodes in it from bfloat16 too."""
+    if not config.get("force_upcast", True) or dtype is torch.float32:
+        return dtype, dtype
+    float16 = dtype is torch.float16
+    return torch.float32 if float16 or sdxl else dtype, torch.float32 if float16 else dtype
 
 
 FREED = ("kept activations", "gradients", "working memory")  # at the end of a step

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..errors import NotTrained
 from ..machine import training_dtype
 from ..methods.learner import Learner
 from ..unet.layers import replace_data
@@ -35,25 +34,15 @@ def said_of_float16(scale: float, kind: str) -> str:
 
 @contextmanager
 def in_float32(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """The networks with float32 weights; their own wait on the CPU, so a GPU holds one set at a time.
-
-    Raises:
-        NotTrained: the GPU has no room for them.
-    """
+    """The networks with float32 weights; their own wait on the CPU, so a GPU holds one set at a time."""
     own = [(p, p.data) for network in networks for p in network.parameters() if p.dtype == torch.float16]
     places = [p.device for p, _ in own]
     try:
-        try:
-            for i, (p, value) in enumerate(own):
-                replace_data(p, value.float())
-                own[i] = p, value.cpu()
-        except torch.cuda.OutOfMemoryError:
-            size = sum(4 * p.numel() for p, _ in own) / 1e9
-            raise NotTrained(
-                f"float16 gradients are compared with float32's, whose weights take {size:.1f} GB, and the GPU has no "
-                "room for them. Fix: check_backend=False trains without the comparison"
-            ) from None
+        for i, (p, value) in enumerate(own):
+            replace_data(p, value.float())
+            own[i] = p, value.cpu()
         yield
     finally:
         for (p, value), place in zip(own, places, strict=True):
+            replace_data(p, value)  # the float32 ones leave the GPU first: it may be full
             replace_data(p, value.to(place))

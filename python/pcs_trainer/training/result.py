@@ -62,10 +62,14 @@ def memory_predicts(task: Task, learner: Learner) -> Tensor:
     return predict(task.model, [], task.prompt, words=learner.rows, hold_first=learner.hold_first)
 
 
-def file_proof(task: Task, in_memory: Tensor, again: Concept, path: Path | None) -> str:
+def base_predicts(task: Task, concept: Concept) -> Tensor:
+    """The base model's prediction, by the same operations as with the concept: at strength 0."""
+    return predict(task.model, [replace(concept, words={})], task.prompt, strength=0.0)
+
+
+def file_proof(task: Task, in_memory: Tensor, base: Tensor, again: Concept, path: Path | None) -> str:
     """That what was read from the file (path None: what was learned) predicts what memory did; NotTrained if not."""
     model, prompt = task.model, task.prompt
-    base = predict(model, [replace(again, words={})], prompt, strength=0.0)
     with in_place(model, again) as rest:
         from_file = predict(model, [rest], prompt)
     return check_file(in_memory, from_file, base, path or "the concept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from .objective import Objective
 from .optimizer import Stepper
 from .probe import Probe
 from .proof import Movement
-from .result import file_proof, learned, memory_predicts
+from .result import base_predicts, file_proof, learned, memory_predicts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -311,16 +312,20 @@ class Run:
         concept = learned(self.task, self.objective.data, self.learner, self.step, not self.stopped)
         self.learner.restore()
         pcs_kernels.forget_packed_weights()  # with it go the pages of what has trained
-        path = None
-        if self.out is not None:
-            path = self.saved(concept, self.out / "concept.safetensors")
+        path = None if self.out is None else self.saved(concept, self.out / "concept.safetensors")
+        if path is not None:
             self.say("saved", path=str(path))
+        base = None
+        if whole and path is not None:  # one network at a time: the base's, then the file's pages in place of a copy
+            concept = replace(concept, tensors={})
+            base = base_predicts(self.task, concept)
+            self.model.release("unet")
+            pcs_kernels.forget_packed_weights()
         again = concept if path is None else load_concept(path)
-        if whole:  # its tensors are pages of the file, not a second network in memory
-            concept = again
-        pcs_kernels.forget_packed_weights()
         if self.step > 0:
-            self.say("proof", text=file_proof(self.task, in_memory, again, path))
+            base = base_predicts(self.task, again) if base is None else base
+            self.say("proof", text=file_proof(self.task, in_memory, base, again, path))
+        concept = again if whole else concept
         self.say("stopped" if self.stopped else "done", text=f"{self.step} steps of {self.s.method}")
         return concept
 
