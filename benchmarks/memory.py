@@ -1,4 +1,4 @@
-"""Memory of a training step: four methods on three models within usual budgets, and what each memory plan keeps.
+"""Memory of a run: four methods on three models within usual budgets, and what each memory plan keeps in a step.
 
     python benchmarks/memory.py            counts everything and writes benchmarks/results/memory.csv
     python benchmarks/memory.py --docs     writes docs/memory.md from that file
@@ -22,6 +22,7 @@ from pcs_trainer.files import written_text
 from pcs_trainer.memory.planner import Plan, plan
 from pcs_trainer.memory.networks import networks_of
 from pcs_trainer.memory.rehearsal import Rehearsal
+from pcs_trainer.memory.whole_run import RunPlan, plan_run
 from pcs_trainer.methods import TITLES, settings_for
 from pcs_trainer.unet.plans import PLANS
 
@@ -44,7 +45,8 @@ PARTS = {  # column of the results: the planner's components in it
     "working": ("working memory",),
 }
 KEPT = {"personalized_residuals": "kept, frozen", "dreambooth": "kept, trained"}  # whose kept bytes are counted by plan
-SHOWN = ("model", "method", "what", "budget_gb", "fits", "peak_gb", "kept_mb", "plans")  # printed of each row
+SHOWN = ("model", "method", "what", "budget_gb", "fits", "run_gb", "peak_gb", "kept_mb", "plans")  # printed of each row
+STEP = "training step"  # the phase that mostly takes the most
 Row = dict[str, str]
 
 
@@ -75,11 +77,25 @@ def rows(task: tuple[str, str]) -> list[dict[str, object]]:
     """All rows of one method on one model."""
     model, method = task
     config, resolution = MODELS[model]
-    made = [row_of(model, plan(config, method, resolution, budget=f"{gb}GB"), "budget", gb) for gb in BUDGETS]
+    made = [run_row(model, method, gb) for gb in BUDGETS]
     if model == "SD1.5" and method in TARGETS:
-        within = f"{TARGETS[method] + 0.5}GB"
-        made.append(row_of(model, plan(config, method, resolution, batch=1, budget=within), "target", TARGETS[method]))
+        step = plan(config, method, resolution, batch=1, budget=f"{TARGETS[method] + 0.5}GB")
+        whole = plan_run(config, method, resolution, batch=1, budget=f"{TARGETS[method] + 0.5}GB")
+        made.append(row_of(model, step, "target", TARGETS[method]) | largest(whole))
     return made + kept_rows(model, method)
+
+
+def run_row(model: str, method: str, gb: int) -> dict[str, object]:
+    """A whole run within a budget, its report in it: the step's row, and the phase that takes the most."""
+    config, resolution = MODELS[model]
+    found = plan_run(config, method, resolution, budget=f"{gb}GB")
+    fits = {"fits": "yes" if found.fits else "no", "missing": found.missing}
+    return row_of(model, found.step, "budget", gb) | largest(found) | fits
+
+
+def largest(found: RunPlan) -> dict[str, object]:
+    """The phase that takes the most."""
+    return {"run_gb": f"{found.largest.bytes / 1e9:.3f}", "largest_phase": found.largest.name}
 
 
 def kept_rows(model: str, method: str) -> list[dict[str, object]]:
@@ -123,7 +139,8 @@ def batch_of(row: Row) -> str:
 def cell(row: Row) -> str:
     if row["fits"] == "no":
         return f"no, {row['missing'].split()[0]} GB short"
-    return f"{row['with_context_gb']} GB, {batch_of(row)}: {row['plans']} (+{float(row['more_work']):.0%})"
+    where = "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
+    return f"{row['run_gb']} GB{where}, {batch_of(row)}: {row['plans']} (+{float(row['more_work']):.0%})"
 
 
 def budget_lines(table: list[Row], model: str) -> list[str]:
@@ -175,14 +192,14 @@ def docs_text(table: list[Row]) -> str:
 
 
 def least_table(table: list[Row]) -> str:
-    """The README's table: the smallest step counted for each method and model, and the batch it is for."""
+    """The README's table: the smallest run counted for each method and model, and the batch it is for."""
     models = [f"{model} {resolution}" for model, (_, resolution) in MODELS.items()]
     lines = [LEAST_HEAD.strip(), "", f"| method | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
     for method in (m for m in METHODS if any(row["method"] == m for row in table)):
         cells = []
         for model in MODELS:
             # Where a budget is too small, the row holds the smallest step there is.
-            mine = [r for r in table if (r["model"], r["method"]) == (model, method) and r["with_context_gb"]]
+            mine = [r for r in table if (r["model"], r["method"]) == (model, method) and r["run_gb"]]
             least = min(mine, key=used)
             cells.append(f"fits in {-(-used(least) // 10) / 100:.2f} GB (batch {batch_of(least)})")
         lines.append(f"| {TITLES[method]} | {' | '.join(cells)} |")
@@ -190,22 +207,25 @@ def least_table(table: list[Row]) -> str:
 
 
 def used(row: Row) -> int:
-    """MB of a step with the CUDA context."""
-    return round(1000 * float(row["with_context_gb"]))
+    """MB of a run with the CUDA context."""
+    return round(1000 * float(row["run_gb"]))
 
 
 HEAD = """
-# Memory of a training step
+# Memory of a run
 
-Computed by tracing, not measured: the lifetime of every tensor of a training step, on meta tensors, in bfloat16 (what
-trains beside the network in float32). On the CPU these counts agree with torch's allocator to the byte, or within 8 %
-where kernels repack small weights. Not included: a GPU library's workspace, and what its allocator loses between
-blocks. GB is 10^9 bytes. Rebuild with `python benchmarks/memory.py && python benchmarks/memory.py --docs`; ask for
-other models, sizes and budgets with `pcs plan`.
+Computed by tracing, not measured: the lifetime of every tensor of a training step and of each other phase of a run, on
+meta tensors, in bfloat16 (what trains beside the network in float32). On the CPU the counts of a step agree with
+torch's allocator to the byte, or within 8 % where kernels repack small weights. Not included: a GPU library's
+workspace, and what its allocator loses between blocks. GB is 10^9 bytes. Rebuild with
+`python benchmarks/memory.py && python benchmarks/memory.py --docs`; ask for other models, sizes and budgets with
+`pcs plan`.
 
-Each cell: memory with 0.5 GB for the CUDA context; images in one forward pass (subject + class; x N: N forward passes
-for one optimizer step); how many of the UNet's layers follow which memory plan; and the compute added to that of the
-fastest plans. Where a method's own batch does not fit, the planner halves it and accumulates gradients.
+Each cell: the most that a run takes from loading to its report, with 0.5 GB for the CUDA context, and the phase that
+takes it where that is not the training step; images in one forward pass (subject + class; x N: N forward passes for
+one optimizer step); how many of the UNet's layers follow which memory plan; and the compute added to that of the
+fastest plans. Where a method's own batch does not fit, the planner halves it and accumulates gradients. Only the step
+has plans to choose from: the other phases take what they take, or are left out (`--no-report`).
 """
 PARTS_HEAD = """
 ## SD1.5 at 512, batch 1, against the project's goals
@@ -220,9 +240,9 @@ KEPT_HEAD = """
 MB for one image: of a frozen UNet with low-rank residuals on its output projections, and of a UNet that trains whole.
 """
 LEAST_HEAD = """
-The smallest training step counted, with the batch it is for: subject images (+ class images) in one forward pass, x N
-where N passes make one optimizer step. bfloat16; computed by tracing, not measured; includes 0.5 GB for the CUDA
-context.
+The least that a run takes, from loading to its report, with the batch it is for: subject images (+ class images) in
+one forward pass, x N where N passes make one optimizer step. bfloat16; computed by tracing, not measured; includes
+0.5 GB for the CUDA context.
 """
 
 

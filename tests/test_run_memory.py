@@ -17,6 +17,7 @@ from pcs_trainer.training import float16
 from pcs_trainer.training import run as running
 from pcs_trainer.training import trainer as training
 from pcs_trainer.training.objective import Objective
+from PIL import Image
 from safetensors.torch import load_file
 from trainer_cases import cache, trainer
 
@@ -124,6 +125,34 @@ def test_a_whole_network_takes_the_place_of_the_model_s_own():
     with in_place(model, part) as rest:
         assert rest is part
     assert "unet" in model.loaded
+
+
+@pytest.mark.slow
+def test_a_whole_network_is_drawn_by_in_the_base_s_place(tmp_path, monkeypatch):
+    """By the report and by `pcs sample`: the same image as attached, without a second network."""
+    from pcs_trainer.cli import entry
+    from pcs_trainer.report import run_report
+    from pcs_trainer.sampling import drawing
+
+    model, drawn = load_model("tiny"), []
+    concept = trainer(model, "dreambooth", tmp_path, steps=1, probe_every=0).train()
+    expected = drawing.sample(model, [concept.instance_prompt], [concept], steps=2)[0]
+    sample = drawing.sample
+
+    def watched(model, prompts, concepts, **more):
+        drawn.append([name for c in concepts for name in c.tensors if name.startswith("unet.")])
+        return sample(model, prompts, concepts, **more)
+
+    monkeypatch.setattr(drawing, "sample", watched)
+    monkeypatch.setattr(run_report, "STEPS", 1)
+    run_report._samples(model, concept, 64, lambda *told, **data: None)
+    words = ["sample", concept.instance_prompt, "--concept", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert entry.main([*words, "--steps", "2", "--quiet"]) == 0
+    assert drawn == [[], [], []]
+    with Image.open(next((tmp_path / "out").glob("*.png"))) as image:
+        assert image.tobytes() == expected.tobytes()
+    assert entry.main([*words, "--steps", "2", "--quiet", "--strength", "0.5"]) == 0
+    assert len(drawn[-1]) > 100  # between two networks: attached
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ def test_a_refusal_names_the_phase_and_what_leaves_it_out():
 def test_the_report_is_counted_at_the_size_of_the_training_as_it_is_drawn():
     small, large = (phases("personalized_residuals", "cuda", size)[0]["report"] for size in (64, 256))
     assert small.parts["working memory"] * 8 < large.parts["working memory"]
+    assert "concept" not in phases("dreambooth", "cuda")[0]["report"].parts  # it is in the base's place
 
 
 @pytest.mark.parametrize(

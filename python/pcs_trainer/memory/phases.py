@@ -234,7 +234,8 @@ class Phases:
     def run_report(self) -> Phase:
         """Images of the base model and of the concept, at the training's size."""
         parts = {"UNet weights": self.unet, "text encoder weights": self.text, "autoencoder weights": self._vae()}
-        parts |= {"concept": self.concept} | self._drawing(REPORT, self.size, True)
+        beside = self.cpu or not self.whole  # a GPU holds one network, the CPU the pages of both files
+        parts |= {"concept": self.concept * beside} | self._drawing(REPORT, self.size, True)
         return self._phase("report", parts, self.concept)
 
 

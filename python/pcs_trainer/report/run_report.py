@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..concept.attach import in_place
 from ..methods import TITLES, method_named
 from ..training.log import SMOOTHING
 from ..units import Pace, bytes_text, time_text
@@ -244,7 +245,8 @@ def _samples(model: Model, concept: Concept, size: int, tell: Tell) -> tuple[dic
     classes = " and ".join(word for _, word in concept.subjects if word)
     tokens = [token for token, _ in concept.subjects if token]
     base = drawn(None, [f"a photo of a {classes}{place}" for place in PLACES])
-    learned, maps = drawn(concept, prompts, maps=True)
+    with in_place(model, concept) as rest:  # a whole network takes the base's place, not a second one's room
+        learned, maps = drawn(rest, prompts, maps=True)
     columns = {"Base model": base, TITLES[concept.method]: learned}
     if lag:
         columns["with LAG"] = drawn(concept, prompts, lag=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,6 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
     """Every prompt `count` times, batch after batch, each image in a file of its own; the exit code."""
+    from ...concept.attach import in_place
     from ...model.tokens import has_word
 
     model = open_model(options)
@@ -149,7 +151,13 @@ def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
         say("no prompt names the subject: write {} where its words go")
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    with Progress("sampling", quiet=options.quiet) as progress:
+    # One concept at its own strength may be a whole UNet: it takes the base's place, not a second one's room.
+    alone = concepts[0] if len(concepts) == 1 and set(options.strength or [1.0]) == {1.0} else None
+    with (
+        in_place(model, alone) if alone else nullcontext() as rest,
+        Progress("sampling", quiet=options.quiet) as progress,
+    ):
+        concepts = concepts if rest is None else [rest]
         for prompt in dict.fromkeys(prompts):
             progress.say(f"prompt: {prompt}")
         for first in range(0, len(prompts), options.batch):
