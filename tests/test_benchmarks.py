@@ -20,7 +20,7 @@ from pcs_trainer.tiny.subjects import photos
 from quality import jobs
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("gpu.py", "lag.py", "memory.py", "own_prior.py", "plot.py", "quality", "run.py", "step.py")
+SCRIPTS = ("float16.py", "gpu.py", "lag.py", "memory.py", "own_prior.py", "plot.py", "quality", "run.py", "step.py")
 SCRIPTS += ("step_methods.py", "super_resolution.py")
 
 
@@ -75,7 +75,7 @@ def test_every_method_with_a_peer_is_a_method():
 
 def test_the_least_memory_is_the_smallest_row_and_never_rounded_down():
     def row(method, used, pictures="1", forwards="1", model="SD1.5"):
-        return dict(model=model, method=method, with_context_gb=used, pictures=pictures, forwards=forwards)
+        return dict(model=model, method=method, run_gb=used, pictures=pictures, forwards=forwards)
 
     rows = [row(method, "9.000", model=model) for method in memory.METHODS for model in memory.MODELS]
     rows += [row("textboost", "3.991"), row("textboost", "4.500", "4", "2"), row("textboost", "")]
