@@ -167,6 +167,8 @@ class Phases:
     def text_states(self) -> Phase:
         """Frozen prompts encoded, one by one; then the encoders leave memory."""
         set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
+        if self.cpu and self._draws_class_images():  # made by drawing, and still used in the steps
+            set_up = set_up | {"kernels for upsampling": self.kernels}
         return self._phase("text states", set_up | {"text encoder weights": self.text})
 
     def gradient_check(self) -> Phase:

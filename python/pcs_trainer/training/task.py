@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pcs_kernels
+
 from ..data.batches import Bank, Subject, length_notes, prior_bank, subject_bank
 from ..data.identity import data_digest, older_digest
 from ..data.pictures import size_notes
@@ -111,6 +113,7 @@ def prepare(task: Task, say: Say) -> Prepared:
     with first_alone("making the class images ready"):
         prior = prior_bank(model, task.subjects, s, size, report, count, upscaler)
     model.release("vae")
+    pcs_kernels.forget_packed_weights()  # with them go the pages of what encoding has freed
     photos = sum(len(subject.pictures) for subject in task.subjects)
     say("start", text=f"{s.method}: {photos} pictures at {size} pixels, {task.prompt!r}, {s.steps} steps")
     digests = data_digest(task.subjects, prior), older_digest(task.subjects, prior)
