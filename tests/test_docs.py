@@ -221,11 +221,11 @@ def test_a_message_that_is_explained_is_one_that_is_raised(quote):
 
 
 def counted(model: str, method: str, budget: str) -> tuple[str, str]:
-    """(GB with the CUDA context, rounded up, and the batch) that benchmarks/memory.py counted within a budget."""
+    """(GB of the whole run, rounded up, and the batch) that benchmarks/memory.py counted within a budget."""
     with (ROOT / "benchmarks" / "results" / "memory.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             if (row["what"], row["model"], row["method"], row["budget_gb"]) == ("budget", model, method, budget):
-                megabytes = round(1000 * float(row["with_context_gb"]))
+                megabytes = round(1000 * float(row["run_gb"]))
                 return f"{-(-megabytes // 10) / 100:.2f} GB", row["pictures"]
     raise AssertionError(f"{model}, {method}, {budget} GB was not counted")
 

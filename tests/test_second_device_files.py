@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from pcs_trainer import load_concept, load_model, upscale
-from pcs_trainer.concept.attach import differs
+from pcs_trainer.concept.attach import differs, predict
 from pcs_trainer.concept.formats.reading import import_concept
 from pcs_trainer.concept.formats.writing import export
+from pcs_trainer.model.autoencoder import encode_images
 from pcs_trainer.training.trainer import Trainer
 from PIL import Image
 from safetensors.torch import save_file
@@ -98,6 +99,25 @@ def test_a_folder_of_pefts(model, twin, tmp_path):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert differs(model, read_on_both(tmp_path, model, twin), "peft")
+
+
+def test_the_unet_waits_on_the_cpu_while_photos_are_encoded(model, twin, monkeypatch):
+    """A GPU has SDXL's UNet or the autoencoder's work on its photos, and the UNet comes back as it was."""
+    before, held = predict(model, [], "a mug").cpu(), []
+    encode = model.vae.encode
+
+    def watched(x):
+        held.append(sum(p.numel() for p in model.unet.parameters()))
+        return encode(x)
+
+    monkeypatch.setattr(model.vae, "encode", watched)
+    moments = encode_images(model, pictures(1))
+    assert held == [0] and torch.allclose(moments.mean, encode_images(twin, pictures(1)).mean, atol=1e-5)
+    assert torch.equal(predict(model, [], "a mug").cpu(), before)
+    monkeypatch.setattr(model.vae, "encode", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode_images(model, pictures(1))
+    assert torch.equal(predict(model, [], "a mug").cpu(), before)
 
 
 @pytest.mark.slow

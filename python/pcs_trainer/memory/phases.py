@@ -137,13 +137,13 @@ class Phases:
         return self._phase("loading", {"UNet weights": self.unet}, opened)
 
     def photos(self) -> Phase:
-        """Photos to latents, the UNet loaded."""
+        """Photos to latents, the UNet loaded; a GPU's waits in RAM."""
         images = at_once(self.size * self.size, DRAWN)
-        parts = {"UNet weights": self.unet, "autoencoder weights": self._vae(self.encoder)}
+        parts = {"UNet weights": self.unet * self.cpu, "autoencoder weights": self._vae(self.encoder)}
         parts |= {"working memory": self.encoder.encoding(images, self.size)}
         if self._draws_class_images():  # their latents are made while the encoders that drew them are there
             parts |= {"text encoder weights": self.text}
-        return self._phase("photos to latents", parts | self._host(self.pictures), self.pictures)
+        return self._phase("photos to latents", parts | self._host(self.pictures), self.pictures + self.unet)
 
     def _vae(self, network: Autoencoder | None = None) -> int:
         """On the CPU its convolutions are copies, channels-last, beside the mapped file."""
