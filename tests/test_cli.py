@@ -203,6 +203,7 @@ def test_a_configuration_fills_what_the_command_line_leaves_open(tmp_path):
         ('steps = "many"', "expected an integer such as 150, got 'many'"),
         ("resume = 1", "must be true or false"),
         ("steps = ", "is invalid TOML"),
+        ("steps = 4\nmax_train_steps = 5", "steps = 4 and max_train_steps = 5 are both --steps, which has one value"),
     ],
 )
 def test_a_wrong_configuration_is_named(text, says, tmp_path):
@@ -346,7 +347,7 @@ def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, cap
         assert cli.main([*made.split(), *SHORT["train"]]) == 0
     for number, line in enumerate(examples()):
         words = shlex.split(line)[1:]
-        words += SHORT.get(words[0], [])
+        words = ["--steps" if word == "--max_train_steps" else word for word in words] + SHORT.get(words[0], [])
         if words[0] in ("demo", "bench") and not {"--method", "--methods"} & set(words):  # one for all of them
             words += [{"demo": "--methods", "bench": "--method"}[words[0]], "personalized_residuals"]
         if words[0] == "train":

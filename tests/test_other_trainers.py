@@ -47,6 +47,37 @@ def test_an_instance_prompt_is_taken_apart(prompt, words):
     assert {k: v for k, v in found.items() if k not in ("notes", "identifier")} == words
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "sample x --height 512 --width 768",
+            "--height 512 and --width 768 are both --size, which has one value: pictures are square here",
+        ),
+        ("sample x --size=512 --resolution 768", "--size 512 and --resolution 768 are both --size"),
+        (
+            "train p --learning_rate 1e-4 --unet_lr 2e-4",
+            "--learning_rate 1e-4 and --unet_lr 2e-4 are both --lr, which has one value. Fix: give one of them",
+        ),
+        ("train p --dtype float32 --mixed_precision fp16", "--dtype float32 and --mixed_precision fp16 are both"),
+    ],
+)
+def test_two_names_of_one_flag_say_one_thing(line, says):
+    name, *words = line.split()
+    with pytest.raises(UsageError) as error:
+        parse(command(name), words)
+    assert says in str(error.value)
+
+
+def test_names_that_say_the_same_and_repeats_of_one_are_taken():
+    assert parse(command("sample"), "x --height 512 --width 512".split()).size == 512
+    assert parse(command("train"), "p --lr 1e-4 --learning-rate 0.0001".split()).lr == 1e-4
+    assert parse(command("sample"), "x --height 512 --width 768 --height=768".split()).size == 768
+    assert parse(command("train"), "p --lr-warmup-steps 4 --lr_warmup_steps 5".split()).warmup == 5
+    found = parse(command("train"), "p --validation_prompt a --preview b".split())
+    assert found.preview == ["a", "b"]  # one that may be repeated takes both
+
+
 @pytest.mark.slow
 def test_a_list_of_concepts_is_learned_together(tmp_path, capsys):
     file = tmp_path / "concepts.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files import written_text
-from .options import COMMON, Command, Option, known_names, meant
+from .options import COMMON, Command, Option, known_names, meant, two_values
 
 
 def _toml_reader() -> Any:
@@ -37,13 +37,18 @@ def read_config(path: Path, command: Command) -> dict[str, Any]:
     by_key = {option.key: option for option in command.options + COMMON}
     names = {name.lstrip("-").replace("-", "_"): own for name, own in known_names(command).items()}
     values: dict[str, Any] = {}
+    keys: dict[str, str] = {}  # attribute -> the key that said it
     for key, value in (loose | tables.get(command.name, {})).items():
         plain = key.replace("-", "_")
         option = by_key.get(plain) or by_key.get(names.get(plain, "").lstrip("-").replace("-", "_"))
         if option is None or option.key == "config":
             hint = meant(plain, by_key) or f"; pcs {command.name} --help shows all"
             raise UsageError(f"--config: {path} sets {key!r}, which is not a flag of pcs {command.name}{hint}")
-        values[option.attribute] = _checked(option, value, path)
+        checked = _checked(option, value, path)
+        if values.get(option.attribute, checked) != checked and not option.many:
+            first = f"{keys[option.attribute]} = {toml(values[option.attribute])}"
+            raise UsageError(f"--config: {path}: {two_values(option, first, f'{key} = {toml(value)}')}")
+        values[option.attribute], keys[option.attribute] = checked, key
     return values
 
 
