@@ -161,6 +161,8 @@ def _named(
     words = {subject if word == f"v-{file_part(subject)}" else word: rows for word, rows in words.items()}
     if len(words) == 1:
         subject = next(iter(words)) if subject not in words else subject
+    if token and subject not in words:
+        subject = token  # no word was learned that could get another name: this is what the subject is called by
     if subject:
         meta |= {"token": subject} | ({"class_word": class_word} if class_word else {})
     concept = Concept(method, tensors, words, meta, fingerprint(model))
