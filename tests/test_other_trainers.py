@@ -70,11 +70,11 @@ def test_two_names_of_one_flag_say_one_thing(line, says):
 
 
 def test_names_that_say_the_same_and_repeats_of_one_are_taken():
-    assert parse(command("sample"), "x --height 512 --width 512".split()).size == 512
-    assert parse(command("train"), "p --lr 1e-4 --learning-rate 0.0001".split()).lr == 1e-4
-    assert parse(command("sample"), "x --height 512 --width 768 --height=768".split()).size == 768
-    assert parse(command("train"), "p --lr-warmup-steps 4 --lr_warmup_steps 5".split()).warmup == 5
-    found = parse(command("train"), "p --validation_prompt a --preview b".split())
+    assert parse(command("sample"), ["x", "--height", "512", "--width", "512"]).size == 512
+    assert parse(command("train"), ["p", "--lr", "1e-4", "--learning-rate", "0.0001"]).lr == 1e-4
+    assert parse(command("sample"), ["x", "--height", "512", "--width", "768", "--height=768"]).size == 768
+    assert parse(command("train"), ["p", "--lr-warmup-steps", "4", "--lr_warmup_steps", "5"]).warmup == 5
+    found = parse(command("train"), ["p", "--validation_prompt", "a", "--preview", "b"])
     assert found.preview == ["a", "b"]  # one that may be repeated takes both
 
 
