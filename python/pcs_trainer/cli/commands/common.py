@@ -69,6 +69,14 @@ MODEL_FLAGS = (
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))
 LAG_OPTIONS = (
     Option(
+        "--lag-token",
+        "a word whose attention makes LAG's mask; of one of several concepts, its token=word; may be repeated",
+        metavar="[TOKEN=]WORD",
+        many=True,
+        also=("--lag-tokens",),
+        otherwise="the concepts' tokens and class words",
+    ),
+    Option(
         "--lag-uncond",
         f"LAG's mask of the half without prompt: {', '.join(LAG_UNCOND)}",
         one_of("mask", LAG_UNCOND),
@@ -131,7 +139,24 @@ def lag_of(options: argparse.Namespace) -> bool | Lag:
         raise UsageError(f"--lag-start {options.lag_start:g} must be less than --lag-stop {options.lag_stop:g}")
     from ...sampling.lag import Lag
 
-    return Lag(uncond=options.lag_uncond, start=options.lag_start, stop=options.lag_stop, soft=options.lag_soft)
+    tokens = lag_tokens(options.lag_token or [])
+    return Lag(tokens, uncond=options.lag_uncond, start=options.lag_start, stop=options.lag_stop, soft=options.lag_soft)
+
+
+def lag_tokens(texts: Sequence[str]) -> list[str] | dict[str, list[str]] | None:
+    """The words of LAG's masks: of all concepts, or by the concept's token; None where each goes by its own."""
+    pairs = [(token, equals, word.strip()) for token, equals, word in (text.rpartition("=") for text in texts)]
+    for text, (token, equals, word) in zip(texts, pairs, strict=True):
+        if not word or (equals and not token):
+            raise UsageError(f"--lag-token: expected a word, or a concept's token=word, got {text!r}")
+    if len({bool(equals) for _, equals, _ in pairs}) > 1:
+        raise UsageError("--lag-token: give each word with the token of its concept, TOKEN=WORD, or none")
+    if not pairs or not pairs[0][1]:
+        return [word for _, _, word in pairs] or None
+    found: dict[str, list[str]] = {}
+    for token, _, word in pairs:
+        found.setdefault(token, []).append(word)
+    return found
 
 
 def check_amount(prompts: int, count: int, steps: int) -> None:
