@@ -235,19 +235,30 @@ def device_of(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def concept_file(where: str | Path) -> Path:
-    """A concept file, or the one in a run's folder."""
+    """A concept file, or the one in a run's folder; or the folder itself, where it holds another program's files."""
     path = Path(where).expanduser()
-    if path.is_dir():
-        if not (path / CONCEPT_FILE).is_file():
-            raise UsageError(f"{path} has no {CONCEPT_FILE}; give a folder that pcs train wrote, or a concept file")
+    if path.is_dir() and (path / CONCEPT_FILE).is_file():
         return path / CONCEPT_FILE
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            raise UsageError(f"{path} is a whole model and not a concept; give it as --model")
+        from ...concept.formats.reading import files_of
+
+        try:
+            files_of(path)
+        except ValueError:
+            raise UsageError(
+                f"{path} has no {CONCEPT_FILE}, and no LoRA or embedding of another program; give a folder that pcs "
+                "train wrote, or a concept file"
+            ) from None
+        return path
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give a folder that pcs train wrote, or a concept file")
     return path
 
 
 def open_concept(where: str | Path, model: Model | None, force: bool = False) -> Concept:
-    """A concept of ours, or a LoRA, textual inversion or Custom Diffusion file of another program."""
+    """A concept of ours, or a LoRA, textual inversion or Custom Diffusion file, or a folder, of another program."""
     from ...concept.loading import load_concept
 
     path = concept_file(where)
@@ -262,7 +273,7 @@ def open_concept(where: str | Path, model: Model | None, force: bool = False) ->
 
 def is_own(path: Path) -> bool:
     """Whether a file is a concept of ours, by its header alone."""
-    if path.suffix != ".safetensors":
+    if path.is_dir() or path.suffix != ".safetensors":
         return False
     from ...concept.concept import FORMAT
 
