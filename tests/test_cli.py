@@ -193,6 +193,8 @@ def test_a_configuration_fills_what_the_command_line_leaves_open(tmp_path):
     found = effective(command("train"), parse(command("train"), ["--config", str(file), "--steps", "4"]))
     assert (found.class_word, found.steps, found.lr, found.photos) == ("mug", 4, 1e-3, ["a", "b"])
     assert found.with_subjects == [f"{tmp_path}=cat"]
+    file.write_text("resolution = 512\n[sample]\nsize = 768")  # the first is for all commands
+    assert effective(command("sample"), parse(command("sample"), ["a", "--config", str(file)])).size == 768
     assert found.budget == 6_000_000_000 and found.method == "personalized_residuals" and found.resume is False
 
 

@@ -37,18 +37,20 @@ def read_config(path: Path, command: Command) -> dict[str, Any]:
     by_key = {option.key: option for option in command.options + COMMON}
     names = {name.lstrip("-").replace("-", "_"): own for name, own in known_names(command).items()}
     values: dict[str, Any] = {}
-    keys: dict[str, str] = {}  # attribute -> the key that said it
-    for key, value in (loose | tables.get(command.name, {})).items():
-        plain = key.replace("-", "_")
-        option = by_key.get(plain) or by_key.get(names.get(plain, "").lstrip("-").replace("-", "_"))
-        if option is None or option.key == "config":
-            hint = meant(plain, by_key) or f"; pcs {command.name} --help shows all"
-            raise UsageError(f"--config: {path} sets {key!r}, which is not a flag of pcs {command.name}{hint}")
-        checked = _checked(option, value, path)
-        if values.get(option.attribute, checked) != checked and not option.many:
-            first = f"{keys[option.attribute]} = {toml(values[option.attribute])}"
-            raise UsageError(f"--config: {path}: {two_values(option, first, f'{key} = {toml(value)}')}")
-        values[option.attribute], keys[option.attribute] = checked, key
+    for level in (loose, tables.get(command.name, {})):  # what stands in the command's own table wins
+        said: dict[str, tuple[str, Any]] = {}  # attribute -> the key that said it, and its value
+        for key, value in level.items():
+            plain = key.replace("-", "_")
+            option = by_key.get(plain) or by_key.get(names.get(plain, "").lstrip("-").replace("-", "_"))
+            if option is None or option.key == "config":
+                hint = meant(plain, by_key) or f"; pcs {command.name} --help shows all"
+                raise UsageError(f"--config: {path} sets {key!r}, which is not a flag of pcs {command.name}{hint}")
+            checked = _checked(option, value, path)
+            other, before = said.setdefault(option.attribute, (key, checked))
+            if before != checked and not option.many:
+                wrong = two_values(option, f"{other} = {toml(before)}", f"{key} = {toml(checked)}")
+                raise UsageError(f"--config: {path}: {wrong}")
+            values[option.attribute] = checked
     return values
 
 
