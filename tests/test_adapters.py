@@ -8,9 +8,14 @@ import time
 import pytest
 import torch
 from concept_cases import assert_same, ours, prompts, residuals, theirs, word_rows
+from pcs_trainer import load_model
+from pcs_trainer.cli.commands.common import concept_file, open_concept
+from pcs_trainer.concept.attach import predict
 from pcs_trainer.concept.formats.reading import import_concept
 from pcs_trainer.concept.formats.writing import export
+from pcs_trainer.errors import UsageError
 from safetensors.torch import load_file, save_file
+from test_model_loading import text_config, write_model
 from unet_families import relative
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -73,6 +78,9 @@ def test_pefts_folders_of_two_networks(model, pipe, tmp_path):
     assert {slot.part for slot in concept.residuals()} == {"unet", "text_encoder"}
     said = prompts("sks")
     assert_same(ours(model, [concept], said), theirs(model, pipe, said), ours(model, [], said))
+    assert concept_file(tmp_path) == tmp_path  # the commands take the folder too
+    opened = open_concept(tmp_path, model)
+    assert opened.tensors.keys() == concept.tensors.keys()
     alone = import_concept(tmp_path / "text_encoder", model)
     assert {slot.part for slot in alone.residuals()} == {"text_encoder"}
 
@@ -217,21 +225,51 @@ def test_custom_diffusions_own_files(model, tmp_path, compressed):
         assert torch.equal(concept.tensors[f"unet.{name}"], weight + u @ v)
 
 
-def test_a_word_of_two_encoders_in_two_files(tmp_path, monkeypatch):
-    from types import SimpleNamespace
+@pytest.mark.slow
+def test_a_word_of_two_encoders_in_two_files(tmp_path):
+    """As diffusers' script for SDXL writes it; the encoders of this small SDXL are of two widths, as the real ones."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from pcs_trainer.concept.formats import reading
+    root = write_model(tmp_path / "xl", "sdxl")
+    for part, width, kind in (("text_encoder", 8, CLIPTextModel), ("text_encoder_2", 16, CLIPTextModelWithProjection)):
+        config = text_config()
+        config.hidden_size = width
+        kind(config).save_pretrained(root / part)
+        settings = root / part.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
+        longer = json.loads(settings.read_text()) | {"model_max_length": 40}  # room for a prompt spelled in letters
+        settings.write_text(json.dumps(longer))
+    model, folder = load_model(root), tmp_path / "word"
+    rows = {"learned_embeds": torch.randn(2, 8), "learned_embeds_2": torch.randn(2, 16)}
+    folder.mkdir()
+    for file, values in rows.items():
+        save_file({"<new>": values}, folder / f"{file}.safetensors")
+    assert concept_file(folder) == folder
+    for concept in (import_concept(folder, model), open_concept(folder, model)):
+        assert concept.token == "<new>" and list(concept.words) == ["<new>"]
+        assert all(torch.equal(a, b) for a, b in zip(concept.words["<new>"], rows.values(), strict=True))
+    prompt = "a photo of a <new>"
+    assert not torch.equal(predict(model, [concept], prompt), predict(model, [], prompt))
+    (folder / "learned_embeds_2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"'<new>' have shapes \[\[2, 8\]\]; this model's text width is \[8, 16\]"):
+        import_concept(folder, model)
 
-    monkeypatch.setattr(reading, "text_widths", lambda _model: [12, 20])
-    for file, width in (("learned_embeds", 12), ("learned_embeds_2", 20)):
-        save_file({"<new>": torch.full((2, width), float(width))}, tmp_path / f"{file}.safetensors")
-    words: dict = {}
-    for file in reading._files(tmp_path):
-        found = reading.Found()
-        found.words["<new>"][0] = load_file(file)["<new>"]
-        reading._add_words(found, words)
-    reading._check_words(words, tmp_path, SimpleNamespace())
-    assert [r.shape[1] for r in words["<new>"]] == [12, 20]
+
+def test_a_folder_that_is_no_import_is_refused_by_the_commands(model, tmp_path):
+    concept = residuals(model)
+    for number in range(2):
+        concept.save(tmp_path / "merged" / f"{number}.safetensors")
+    assert concept_file(tmp_path / "merged") == tmp_path / "merged"
+    with pytest.raises(ValueError, match=r"0\.safetensors is a whole concept, with other files beside it"):
+        open_concept(tmp_path / "merged", model)
+    (tmp_path / "merged" / "1.safetensors").unlink()
+    assert open_concept(tmp_path / "merged", model).token == concept.token
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a whole model and not a concept; give it as --model"):
+        concept_file(tmp_path / "pipeline")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"has no concept\.safetensors, and no LoRA or embedding of another program"):
+        concept_file(tmp_path / "empty")
 
 
 def test_onetrainers_embeddings(model, tmp_path):

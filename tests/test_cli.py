@@ -134,11 +134,11 @@ WRONG = [
     ("plan --resolution 65", "multiple of"),
     ("retrieve", "needs a folder of pictures"),
     ("retrieve nowhere --prompt x --judge", "nowhere does not exist"),
-    ("retrieve PHOTOS --judge", "--prompt is missing"),
-    ("retrieve PHOTOS --prompt x", "--clip FOLDER, or --judge"),
+    ("retrieve PHOTOS --judge", "the class prompt (--prompt) is blank"),
+    ("retrieve PHOTOS --prompt x", "clip=FOLDER (--clip FOLDER), or the judge"),
     ("retrieve PHOTOS --prompt x --clip a --judge", "one of the two"),
-    ("retrieve PHOTOS --prompt x --clip nowhere", "--clip: nowhere does not exist"),
-    ("retrieve PHOTOS --prompt x --judge --out FILE", "--out: FILE is there already"),
+    ("retrieve PHOTOS --prompt x --clip nowhere", "clip='nowhere' (--clip) does not exist"),
+    ("retrieve PHOTOS --prompt x --judge --out FILE", "FILE (--out) is there already"),
     ("evaluate", "needs one concept"),
     ("evaluate a", "--photos is missing"),
     ("evaluate a --photos PHOTOS --clip nowhere", "--clip: nowhere does not exist"),
@@ -193,6 +193,8 @@ def test_a_configuration_fills_what_the_command_line_leaves_open(tmp_path):
     found = effective(command("train"), parse(command("train"), ["--config", str(file), "--steps", "4"]))
     assert (found.class_word, found.steps, found.lr, found.photos) == ("mug", 4, 1e-3, ["a", "b"])
     assert found.with_subjects == [f"{tmp_path}=cat"]
+    file.write_text("resolution = 512\n[sample]\nsize = 768")  # the first is for all commands
+    assert effective(command("sample"), parse(command("sample"), ["a", "--config", str(file)])).size == 768
     assert found.budget == 6_000_000_000 and found.method == "personalized_residuals" and found.resume is False
 
 
@@ -203,6 +205,7 @@ def test_a_configuration_fills_what_the_command_line_leaves_open(tmp_path):
         ('steps = "many"', "expected an integer such as 150, got 'many'"),
         ("resume = 1", "must be true or false"),
         ("steps = ", "is invalid TOML"),
+        ("steps = 4\nmax_train_steps = 5", "steps = 4 and max_train_steps = 5 are both --steps, which has one value"),
     ],
 )
 def test_a_wrong_configuration_is_named(text, says, tmp_path):
@@ -346,7 +349,7 @@ def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, cap
         assert cli.main([*made.split(), *SHORT["train"]]) == 0
     for number, line in enumerate(examples()):
         words = shlex.split(line)[1:]
-        words += SHORT.get(words[0], [])
+        words = ["--steps" if word == "--max_train_steps" else word for word in words] + SHORT.get(words[0], [])
         if words[0] in ("demo", "bench") and not {"--method", "--methods"} & set(words):  # one for all of them
             words += [{"demo": "--methods", "bench": "--method"}[words[0]], "personalized_residuals"]
         if words[0] == "train":

@@ -99,7 +99,9 @@ def test_the_subjects_of_a_concept_and_their_words(model):
 
 def test_a_concept_of_several_subjects_is_spoken_of_as_each(model):
     pair = {"subjects": '[["sks", "cat"], ["<cup>", "mug"]]', "instance_prompt": "photo of a sks cat by desks"}
-    joint = concept_of(model, meta={"token": "sks", "class_word": "cat"} | pair, words={})
+    rows = concept_of(model).words["<dog>"]
+    learned = {"sks": rows, "<cup>": rows}
+    joint = concept_of(model, meta={"token": "sks", "class_word": "cat"} | pair, words=learned)
     assert joint.subject_words == "sks cat and <cup> mug"
     first, second = joint.of_subject(0), joint.of_subject(1)
     assert (first.token, first.subject_words, first.instance_prompt) == ("sks", "sks cat", pair["instance_prompt"])
@@ -136,6 +138,43 @@ def test_an_ordinary_word_for_which_the_model_was_changed_has_no_other_name(mode
     with pytest.raises(ValueError, match="'zxq' is a word of the tokenizer"):
         concept.renamed("<rex>")
     assert concept.renamed("zxq").token == "zxq"
+
+
+def test_every_subject_of_a_joint_and_of_a_blended_concept_is_guarded_so(model, tmp_path):
+    """What says that a word was learned are its rows: a record of how it was chosen is lost in a blend."""
+    rare = concept_of(model, meta={"token": "zxq", "class_word": "cat", "identifier": "rare"}, words={})
+    mixed = {"token": "<dog>", "class_word": "cat", "identifier": "learned"}
+    joint = concept_of(model, meta=mixed | {"subjects": '[["<dog>", "cat"], ["vfb", "mug"]]'})
+    alone = blend([rare], [0.5], model)
+    several = blend([rare, joint], [0.5, 0.5])
+    several.save(tmp_path / "several.safetensors")
+    again = load_concept(tmp_path / "several.safetensors")
+    for concept, word in ((alone, "zxq"), (joint, "vfb"), (several, "zxq"), (again, "vfb")):
+        with pytest.raises(ValueError, match=f"'{word}' is a word of the tokenizer and not a learned one"):
+            concept.renamed("<rex>", of=word)
+    assert again.renamed("<rex>", of="<dog>").subjects == [("zxq", "cat"), ("<rex>", "cat"), ("vfb", "mug")]
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("<x>,<z>", "'<x>,<z>' holds a comma, and a subject has one word"),
+        ("my mug", "holds a space"),
+        ("<a>=<b>", "holds an equals sign"),
+        ("a\nb", r"holds '\\n'"),
+        (" ", "the new word is blank"),
+        (
+            "<" + "ä" * 200 + ">",
+            "the word '<äääääääääääääääääää...' has 402 bytes, too many for the names",
+        ),
+        ("<cup>", "has the word '<cup>' already; choose another for '<dog>'"),
+    ],
+)
+def test_a_new_word_is_one_word_of_its_own(model, word, says):
+    pair = {"subjects": '[["<dog>", "cat"], ["<cup>", "mug"]]'}
+    with pytest.raises(ValueError, match=says) as error:
+        concept_of(model, meta={"token": "<dog>", "class_word": "cat"} | pair).renamed(word)
+    assert len(str(error.value)) < 250 and "\n" not in str(error.value)
 
 
 def test_the_file_names_a_tensor_without_its_other_half(model, tmp_path):

@@ -76,6 +76,14 @@ def test_several_ranks_are_said(model, tmp_path):
     assert any("several ranks" in note for note in export(residuals(model), tmp_path, "kohya", model).notes)
 
 
+def test_a_word_that_is_too_long_for_a_file_s_name_is_cut_there_and_said(model, tmp_path):
+    concept, long = residuals(model), "<" + "x" * 300 + ">"
+    concept.words, concept.meta["token"] = {long: concept.words["<thing>"]}, long
+    report = export(concept, tmp_path, "kohya", model)
+    assert [len(file.stem) for file in report.files] == [100, 102]
+    assert any(f"the word {long} is called v-{'x' * 100} there" in note for note in report.notes)
+
+
 def test_the_header_tells_the_family_and_the_kind(model, tmp_path):
     concept = residuals(model)
     concept.meta["family"] = "sd2"

@@ -1,13 +1,14 @@
 """Whole pipelines, read by other programs than this one: transformers 4, and loaders that know checkpoint names alone.
 
 PCS_OLD_TRANSFORMERS names a folder with an older transformers and diffusers in it, made by `pip install --no-deps
---target FOLDER "transformers==4.54.*" "tokenizers<0.22" "huggingface_hub<1" "diffusers==0.32.1"`.
+--target FOLDER "transformers==4.54.*" "tokenizers<0.22" "huggingface_hub<1" "diffusers==0.32.1"`. CI makes one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ torch.save(pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do
            folder + "/states.pt")
 """
 needs_old = pytest.mark.skipif(not OLD, reason="PCS_OLD_TRANSFORMERS names no folder with transformers 4")
+
+
+def test_ci_runs_these_tests_with_an_older_transformers():
+    """Without the folder they are skipped: everywhere, were it not for this job."""
+    job = (Path(__file__).parents[1] / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    job = job.partition("transformers-4:")[2]
+    assert "PCS_OLD_TRANSFORMERS=" in job and Path(__file__).name in job and "--target" in job
+    pins = re.findall(r'"[a-z_]+[=<][^"]+"', __doc__ or "")
+    assert len(pins) == 4 and all(pin in job for pin in pins)
 
 
 def names_of(file: Path) -> set[str]:

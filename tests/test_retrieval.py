@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,15 +122,27 @@ def test_what_training_would_not_use_is_left_out_and_named(collection, tmp_path)
     assert len(found.skipped) == 4
 
 
+def wrong_request(collection, clip, tmp_path):
+    """(arguments, what the sentence says), where no picture needs to be looked for"""
+    out = tmp_path / "out"
+    yield (tmp_path / "nowhere", "a mug", out), dict(judge=True), "nowhere does not exist"
+    yield (collection, "  ", out), dict(judge=True), r"the class prompt \(--prompt\) is blank"
+    yield (collection, "a " * 20_000, out), dict(judge=True), r"the class prompt \(--prompt\) has 40,000 characters"
+    yield (collection, "a mug", out), {}, "name a CLIP model on this machine"
+    yield (collection, "a mug", out), dict(clip=clip, judge=True), "one of the two"
+    yield (collection, "a mug", out), dict(clip="nowhere/clip"), r"clip='nowhere/clip' \(--clip\) does not exist"
+    yield (collection, "a mug", collection), dict(judge=True), r"\(--out\) is there already; name a new folder"
+
+
 def wrong(collection, clip, tmp_path):
     """(arguments, what the sentence says)"""
+    yield from wrong_request(collection, clip, tmp_path)
     empty, out = tmp_path / "empty", tmp_path / "out"
     empty.mkdir()
     black = tmp_path / "black"
     black.mkdir()
     Image.new("RGB", (64, 64)).save(black / "0.png")
     yield (empty, "a mug", out), dict(judge=True), "holds no pictures; looked for .png"
-    yield (tmp_path / "nowhere", "a mug", out), dict(judge=True), "nowhere does not exist"
     yield (black, "a mug", out), dict(judge=True, count=1), "no picture that can be used: .*black/0.png is blank"
     yield (
         (collection, "a mug", out),
@@ -134,11 +150,27 @@ def wrong(collection, clip, tmp_path):
         "12 pictures, fewer than the 200 asked for. Fix: --count 12",
     )
     yield (collection, "a mug", out), dict(judge=True, count=0), "count must be at least 1"
-    yield (collection, "  ", out), dict(judge=True), "the class prompt is blank"
-    yield (collection, "a mug", out), {}, "name a CLIP model on this machine"
-    yield (collection, "a mug", out), dict(clip=clip, judge=True), "one of the two"
-    yield (collection, "a mug", out), dict(clip=empty, count=2), "there is no CLIP model in .*empty"
-    yield (collection, "a mug", collection), dict(judge=True, count=2), "is there already; name a new folder"
+    yield (
+        (collection, "a mug", out),
+        dict(clip=empty, count=2),
+        "no CLIP model in .*empty.* such as openai/clip-vit-base-patch32",
+    )
+
+
+def test_the_command_says_what_the_function_says_without_loading_torch(collection, clip, tmp_path):
+    """The arguments are checked in one place."""
+    lines, says = [], []
+    for (pictures, prompt, out), options, sentence in wrong_request(collection, clip, tmp_path):
+        flags = ["--judge"] if options.get("judge") else []
+        flags += ["--clip", str(options["clip"])] if "clip" in options else []
+        lines.append(["retrieve", str(pictures), "--prompt", prompt, "--out", str(out), *flags])
+        says.append(sentence)
+    code = "import json, sys; from pcs_trainer.cli.entry import main; codes = [main(x) for x in json.load(sys.stdin)]; "
+    code += "print(codes, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(lines), capture_output=True, text=True)
+    assert done.stdout == f"{[2] * len(lines)} False\n", done.stderr
+    for line, sentence in zip(done.stderr.splitlines(), says, strict=True):
+        assert re.search(sentence, line)
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(collection, clip, tmp_path):

@@ -53,6 +53,26 @@ def test_lags_options_are_within_reach(name):
         lag_of(given("x", "--lag", "--lag-start", "0.9", "--lag-stop", "0.5", name=name))
 
 
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_the_words_of_lags_masks_are_within_reach(name):
+    def found(*texts):
+        return lag_of(given("x", "--lag", *(w for text in texts for w in ("--lag-token", text)), name=name))
+
+    assert found().tokens is None and found("mug", "<mug>").tokens == ["mug", "<mug>"]
+    several = found("<mug>=mug", "<dog>=dog", "<mug>=handle")
+    assert several.tokens == {"<mug>": ["mug", "handle"], "<dog>": ["dog"]}
+    assert several.words_of("<mug>") == ["mug", "handle"] and several.words_of("<cat>") is None
+    for texts, says in (
+        (("mug", "<a>=b"), "each word with the token of its concept, TOKEN=WORD, or none"),
+        (("=mug",), "expected a word, or a concept's token=word, got '=mug'"),
+        ((" ",), "expected a word, or a concept's token=word, got ' '"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            found(*texts)
+    with pytest.raises(UsageError, match="--lag-token applies to LAG sampling; add --lag"):
+        lag_of(given("x", "--lag-token", "mug", name=name))
+
+
 def test_ddim_clips_nothing_that_its_file_does_not_ask_for():
     """A folder saved with another scheduler says nothing of clip_sample; latents are not within 1."""
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}

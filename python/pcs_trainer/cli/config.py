@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files import written_text
-from .options import COMMON, Command, Option, known_names, meant
+from .options import COMMON, Command, Option, known_names, meant, two_values
 
 
 def _toml_reader() -> Any:
@@ -37,13 +37,20 @@ def read_config(path: Path, command: Command) -> dict[str, Any]:
     by_key = {option.key: option for option in command.options + COMMON}
     names = {name.lstrip("-").replace("-", "_"): own for name, own in known_names(command).items()}
     values: dict[str, Any] = {}
-    for key, value in (loose | tables.get(command.name, {})).items():
-        plain = key.replace("-", "_")
-        option = by_key.get(plain) or by_key.get(names.get(plain, "").lstrip("-").replace("-", "_"))
-        if option is None or option.key == "config":
-            hint = meant(plain, by_key) or f"; pcs {command.name} --help shows all"
-            raise UsageError(f"--config: {path} sets {key!r}, which is not a flag of pcs {command.name}{hint}")
-        values[option.attribute] = _checked(option, value, path)
+    for level in (loose, tables.get(command.name, {})):  # what stands in the command's own table wins
+        said: dict[str, tuple[str, Any]] = {}  # attribute -> the key that said it, and its value
+        for key, value in level.items():
+            plain = key.replace("-", "_")
+            option = by_key.get(plain) or by_key.get(names.get(plain, "").lstrip("-").replace("-", "_"))
+            if option is None or option.key == "config":
+                hint = meant(plain, by_key) or f"; pcs {command.name} --help shows all"
+                raise UsageError(f"--config: {path} sets {key!r}, which is not a flag of pcs {command.name}{hint}")
+            checked = _checked(option, value, path)
+            other, before = said.setdefault(option.attribute, (key, checked))
+            if before != checked and not option.many:
+                wrong = two_values(option, f"{other} = {toml(before)}", f"{key} = {toml(checked)}")
+                raise UsageError(f"--config: {path}: {wrong}")
+            values[option.attribute] = checked
     return values
 
 

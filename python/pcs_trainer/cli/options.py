@@ -30,6 +30,7 @@ class Option:
         many: it may be repeated.
         group: the help's heading above it.
         otherwise: what a default of None stands for, in the help's words.
+        single: why it has one value, where several of its names could be taken for several values.
         dest: the attribute that holds its value, where its own name cannot be one.
         setting: the training setting that it is the value of.
     """
@@ -43,6 +44,7 @@ class Option:
     many: bool = False
     group: str = "options"
     otherwise: str = ""
+    single: str = ""
     dest: str = ""
     setting: str = ""
 
@@ -229,6 +231,7 @@ def parse(command: Command, words: Sequence[str]) -> argparse.Namespace:
 def own_flags(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words with other trainers' flags as our own, and a note for each flag that is not needed."""
     known = known_names(command)
+    said = Said(command)
     given: list[str] = []
     notes: list[str] = []
     rest = list(words)
@@ -240,17 +243,60 @@ def own_flags(command: Command, words: Sequence[str]) -> tuple[list[str], list[s
         if not word.startswith("--"):
             given.append(word)
             continue
-        name, equals, value = word.partition("=")
-        name = name.replace("_", "-")
+        written, equals, value = word.partition("=")
+        name = written.replace("_", "-")
         if name in command.needless:
-            notes.append(f"{word.partition('=')[0]} is not needed: {command.needless[name]}")
+            notes.append(f"{written} is not needed: {command.needless[name]}")
         elif name in command.translate:
             if not equals and not rest:
                 raise UsageError(f"{name} needs a value")
-            given += command.translate[name](value if equals else rest.pop(0))
+            value = value if equals else rest.pop(0)
+            ours = command.translate[name](value)
+            if len(ours) == 2:
+                said.note(ours[0], written, value, ours[1])
+            given += ours
         else:
+            if equals or rest:
+                said.note(known.get(name, name), written, value if equals else rest[0])
             given.append(known.get(name, name) + equals + value)
+    said.check()
     return given, notes
+
+
+class Said:
+    """The values of flags with one value, by the names that they were given under."""
+
+    def __init__(self, command: Command) -> None:
+        options = command.options + COMMON
+        self.single = {o.name: o for o in options if not o.positional and not o.many and o.kind is not None}
+        self.values: dict[str, dict[str, tuple[str, str]]] = {}  # own name -> a name with dashes -> as written, value
+
+    def note(self, own: str, written: str, text: str, value: str = "") -> None:
+        """Take a flag and its text, which stands for `value` in our words; of one name the last counts."""
+        if own in self.single and not text.startswith("--"):
+            self.values.setdefault(own, {})[written.replace("_", "-")] = (f"{written} {text}", value or text)
+
+    def check(self) -> None:
+        """UsageError where two names of one option say two things: which of them is meant cannot be told."""
+        for own, given in self.values.items():
+            option, (first, *others) = self.single[own], given.values()
+            for other in others:
+                if _checked_or_text(option, first[1]) != _checked_or_text(option, other[1]):
+                    raise two_values(option, first[0], other[0])
+
+
+def two_values(option: Option, first: str, second: str) -> UsageError:
+    """What is said where two names of one option have different values."""
+    why = f": {option.single}" if option.single else ""
+    return UsageError(f"{first} and {second} are both {option.name}, which has one value{why}. Fix: give one of them")
+
+
+def _checked_or_text(option: Option, text: str) -> Any:
+    """The value that a text stands for (1e-4 is 0.0001), or the text where it stands for none."""
+    try:
+        return (option.kind or str)(text)
+    except argparse.ArgumentTypeError:
+        return text
 
 
 def known_names(command: Command) -> dict[str, str]:

@@ -14,6 +14,26 @@ from .header import FAMILIES
 
 KEPT = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the kinds of numbers that concepts compute with
 
+# Bytes: a word is part of the names of its files, which systems end at 255, with the names of other words beside it.
+LONGEST_WORD = 100
+
+
+def check_word(word: str) -> None:
+    """Raise ValueError where a text cannot be a subject's new word."""
+    advice = "choose one such as '<mug>'"
+    if not word.strip():
+        raise ValueError(f"the new word is blank; {advice}")
+    wrong = next((c for c in word if c in ",=" or c.isspace() or not c.isprintable()), None)
+    if wrong is not None:
+        what = {",": "a comma", "=": "an equals sign", " ": "a space"}.get(wrong, repr(wrong))
+        raise ValueError(f"{word[:LONGEST_WORD]!r} holds {what}, and a subject has one word; {advice}")
+    size = len(word.encode())
+    if size > LONGEST_WORD:
+        raise ValueError(
+            f"the word {word[:20] + '...'!r} has {size:,} bytes, too many for the names of its files, of which a word "
+            f"can have {LONGEST_WORD}; {advice}"
+        )
+
 
 def as_numbers(path: Path, name: str, tensor: Tensor) -> Tensor:
     """The tensor in a kind of floating-point numbers that can be computed with; float8 becomes float32."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files import read_safetensors, write_safetensors
 from ..model.tokens import with_word
-from .checking import as_numbers, check_pairs, check_record, check_words
+from .checking import as_numbers, check_pairs, check_record, check_word, check_words
 from .grammar import TEXT_PARTS, Half, Kind, Part, Slot, half_of, names, parse, partner, word_name
 from .header import OTHER_TOOLS, header
 from .header import Kind as FileKind
@@ -156,18 +156,25 @@ class Concept:
             of: which of several subjects is renamed, by its word; default: the first of those learned together.
 
         Raises:
-            ValueError: no subject is called `of`, it is not said which of several, or its word is an ordinary one, for
-                which the model itself was changed.
+            ValueError: no subject is called `of`, it is not said which of several, the new word cannot be one or names
+                something already, or the old word is not a learned one: the model itself was changed for it.
         """
+        check_word(token)
         old, known = of or self.token, [word for word, _ in self.subjects if word]
         if (of and of not in known) or (not old and known):
             raise ValueError(
                 f"{self.key} has the subjects {', '.join(map(repr, known)) or 'without words'}, and not {of!r}; "
                 "say which one is renamed by of=..."
             )
-        if old and old != token and old not in self.words and self.meta.get("identifier") == "rare":
+        if old == token:
+            return self
+        if token in known or token in self.words:
+            raise ValueError(f"{self.key} has the word {token!r} already; choose another for {old!r}")
+        # Concepts of version 0.1.0, blended and merged ones keep no record of how a word was chosen; their rows do.
+        if old and old not in self.words:
             raise ValueError(
-                f"{old!r} is a word of the tokenizer, and the model was changed for it; it has no other name"
+                f"{old!r} is a word of the tokenizer and not a learned one: the model was changed for it, so another "
+                "word would mean nothing; it has no other name"
             )
         words = {token if w == old else w: rows for w, rows in self.words.items()}
         prompt = with_word(self.instance_prompt, old, token) if old else f"a photo of a {token}"

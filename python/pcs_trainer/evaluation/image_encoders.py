@@ -19,7 +19,7 @@ from ..data.pictures import fitted
 from ..model.quiet import quiet
 
 Pictures: TypeAlias = Sequence[np.ndarray]
-CLIP_EXAMPLE = "openai/clip-vit-large-patch14"
+CLIP_EXAMPLE = "openai/clip-vit-base-patch32"  # DreamBooth's and Custom Diffusion's tables are by ViT-B/32
 # Means and deviations that the networks were trained with, where their folder does not say.
 CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.pictures import LONGEST_CAPTION, SUFFIXES, is_blank, picture_files, read_picture
+from ..data.class_request import check_request
+from ..data.pictures import SUFFIXES, is_blank, picture_files, read_picture
 from .image_encoders import ClipEncoder, JudgeEncoder, TextImageEncoder
 
 COUNT = 200  # pictures of the class (Custom Diffusion, section 3.2)
@@ -79,18 +80,8 @@ def retrieve(
     Returns:
         The pictures, the nearest first. `Trainer(..., prior_folder=out)` or `--prior-folder` trains with them.
     """
+    check_request(_listed(pictures), prompt, out, clip, judge)
     folder, prompt = Path(out).expanduser().resolve(), " ".join(prompt.split())
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{out} is there already; name a new folder for the list of class images")
-    if not prompt:
-        raise ValueError("the class prompt is blank; give one such as 'photo of a cat'")
-    if len(prompt) > LONGEST_CAPTION:
-        raise ValueError(f"the class prompt has {len(prompt):,} characters; give one such as 'photo of a cat'")
-    if judge == (clip is not None):
-        raise ValueError(
-            "name a CLIP model on this machine, clip=FOLDER, or the judge for pictures of the embedded model's world, "
-            "judge=True; one of the two"
-        )
     files = _files(pictures)
     if count < 1:
         raise ValueError(f"count must be at least 1; it is {count}")
@@ -100,7 +91,7 @@ def retrieve(
             f"Fix: --count {len(files)} (count={len(files)}) or less, or more pictures"
         )
     _place_for(folder)
-    encoder: TextImageEncoder = JudgeEncoder() if clip is None else ClipEncoder(clip)
+    encoder: TextImageEncoder = ClipEncoder(clip) if clip else JudgeEncoder()
     skipped: list[str] = []
     found = list(_compared(encoder, prompt, files, skipped, progress))
     if not found:
@@ -120,17 +111,19 @@ def _place_for(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be written ({error.strerror}); name a folder in another place") from None
 
 
+def _listed(pictures: Sources) -> Sequence[str | Path]:
+    return [pictures] if isinstance(pictures, (str, Path)) else pictures
+
+
 def _called(pictures: Sources) -> str:
-    return str(pictures) if isinstance(pictures, (str, Path)) else ", ".join(map(str, pictures))
+    return ", ".join(map(str, _listed(pictures)))
 
 
 def _files(pictures: Sources) -> list[Path]:
     """Absolute paths of the pictures, each once."""
     found: dict[Path, None] = {}
-    for source in [pictures] if isinstance(pictures, (str, Path)) else pictures:
+    for source in _listed(pictures):
         path = Path(source).expanduser().absolute()
-        if not path.exists():
-            raise ValueError(f"{source} does not exist; give a folder of pictures")
         found |= dict.fromkeys(picture_files(path) if path.is_dir() else [path])
     if not found:
         raise ValueError(f"{_called(pictures)} holds no pictures; looked for {', '.join(SUFFIXES)}")

@@ -69,6 +69,14 @@ MODEL_FLAGS = (
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))
 LAG_OPTIONS = (
     Option(
+        "--lag-token",
+        "a word whose attention makes LAG's mask; of one of several concepts, its token=word; may be repeated",
+        metavar="[TOKEN=]WORD",
+        many=True,
+        also=("--lag-tokens",),
+        otherwise="the concepts' tokens and class words",
+    ),
+    Option(
         "--lag-uncond",
         f"LAG's mask of the half without prompt: {', '.join(LAG_UNCOND)}",
         one_of("mask", LAG_UNCOND),
@@ -131,7 +139,24 @@ def lag_of(options: argparse.Namespace) -> bool | Lag:
         raise UsageError(f"--lag-start {options.lag_start:g} must be less than --lag-stop {options.lag_stop:g}")
     from ...sampling.lag import Lag
 
-    return Lag(uncond=options.lag_uncond, start=options.lag_start, stop=options.lag_stop, soft=options.lag_soft)
+    tokens = lag_tokens(options.lag_token or [])
+    return Lag(tokens, uncond=options.lag_uncond, start=options.lag_start, stop=options.lag_stop, soft=options.lag_soft)
+
+
+def lag_tokens(texts: Sequence[str]) -> list[str] | dict[str, list[str]] | None:
+    """The words of LAG's masks: of all concepts, or by the concept's token; None where each goes by its own."""
+    pairs = [(token, equals, word.strip()) for token, equals, word in (text.rpartition("=") for text in texts)]
+    for text, (token, equals, word) in zip(texts, pairs, strict=True):
+        if not word or (equals and not token):
+            raise UsageError(f"--lag-token: expected a word, or a concept's token=word, got {text!r}")
+    if len({bool(equals) for _, equals, _ in pairs}) > 1:
+        raise UsageError("--lag-token: give each word with the token of its concept, TOKEN=WORD, or none")
+    if not pairs or not pairs[0][1]:
+        return [word for _, _, word in pairs] or None
+    found: dict[str, list[str]] = {}
+    for token, _, word in pairs:
+        found.setdefault(token, []).append(word)
+    return found
 
 
 def check_amount(prompts: int, count: int, steps: int) -> None:
@@ -210,19 +235,30 @@ def device_of(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def concept_file(where: str | Path) -> Path:
-    """A concept file, or the one in a run's folder."""
+    """A concept file, or the one in a run's folder; or the folder itself, where it holds another program's files."""
     path = Path(where).expanduser()
-    if path.is_dir():
-        if not (path / CONCEPT_FILE).is_file():
-            raise UsageError(f"{path} has no {CONCEPT_FILE}; give a folder that pcs train wrote, or a concept file")
+    if path.is_dir() and (path / CONCEPT_FILE).is_file():
         return path / CONCEPT_FILE
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            raise UsageError(f"{path} is a whole model and not a concept; give it as --model")
+        from ...concept.formats.reading import files_of
+
+        try:
+            files_of(path)
+        except ValueError:
+            raise UsageError(
+                f"{path} has no {CONCEPT_FILE}, and no LoRA or embedding of another program; give a folder that pcs "
+                "train wrote, or a concept file"
+            ) from None
+        return path
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give a folder that pcs train wrote, or a concept file")
     return path
 
 
 def open_concept(where: str | Path, model: Model | None, force: bool = False) -> Concept:
-    """A concept of ours, or a LoRA, textual inversion or Custom Diffusion file of another program."""
+    """A concept of ours, or a LoRA, textual inversion or Custom Diffusion file, or a folder, of another program."""
     from ...concept.loading import load_concept
 
     path = concept_file(where)
@@ -237,7 +273,7 @@ def open_concept(where: str | Path, model: Model | None, force: bool = False) ->
 
 def is_own(path: Path) -> bool:
     """Whether a file is a concept of ours, by its header alone."""
-    if path.suffix != ".safetensors":
+    if path.is_dir() or path.suffix != ".safetensors":
         return False
     from ...concept.concept import FORMAT
 

@@ -47,7 +47,13 @@ OPTIONS = (
             metavar="X",
             otherwise="off",
         ),
-        Option("--rename", "a new token for each concept, in their order", metavar="WORD", many=True),
+        Option(
+            "--rename",
+            "a new token for one subject, OLD=NEW (of several concepts that have OLD, the first not renamed yet); "
+            "or one for each concept, in their order; may be repeated",
+            metavar="[OLD=]NEW",
+            many=True,
+        ),
     ),
     *MODEL_FLAGS,
     Option(
@@ -69,6 +75,10 @@ EXAMPLES = (
         "pcs merge out/cat out/dog --captions captions.txt --compress 0.6 --out out/both.safetensors",
         "two Custom Diffusion concepts in one small file",
     ),
+    (
+        'pcs merge out/cat out/dog --rename "<dog>=<rex>" --out out/renamed.safetensors',
+        "one of their subjects under another word",
+    ),
 )
 
 
@@ -79,15 +89,64 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("pcs merge needs at least two concepts: pcs merge out/cat out/dog")
     for where in concepts:
         concept_file(where)
-    for flag, values in (("--weight", options.weight), ("--rename", options.rename)):
+    in_order = [text for text in options.rename or () if "=" not in text]
+    if in_order and len(in_order) < len(options.rename):
+        raise UsageError("--rename: give OLD=NEW each time, or a new token for each concept in their order, not both")
+    for flag, values in (("--weight", options.weight), ("--rename", in_order)):
         if values and len(values) != len(concepts):
             raise UsageError(f"{flag} is given {len(values)} times for {len(concepts)} concepts; give one for each")
+    check_new_words(options.rename or [])
     if options.weight and options.how == "optimize":
         raise UsageError("--weight is only for --how blend; optimize keeps every concept at full strength")
     if options.captions and not Path(options.captions).is_file():
         raise UsageError(f"--captions: {options.captions} does not exist; give a text file with one caption per line")
     if Path(options.out).is_dir():
         raise UsageError(f"--out: {options.out} is a folder; name a file, such as {options.out}/merged.safetensors")
+
+
+def check_new_words(texts: list[str]) -> None:
+    """UsageError where the new word of a --rename cannot be one."""
+    if not texts:
+        return
+    from ...concept.checking import check_word
+
+    for text in texts:
+        old, equals, new = text.rpartition("=")
+        if equals and not old:
+            raise UsageError(f"--rename: {text!r} has no word before its '='; write OLD=NEW")
+        try:
+            check_word(new)
+        except ValueError as error:
+            raise UsageError(f"--rename: {error}") from None
+
+
+def renamed(concepts: list[Concept], texts: list[str]) -> list[Concept]:
+    """The concepts under the words that --rename gives their subjects."""
+    subjects = [[token for token, _ in concept.subjects if token] for concept in concepts]
+    if not any("=" in text for text in texts):
+        for concept, known, word in zip(concepts, subjects, texts, strict=False):
+            _say_which(concept, known, word)
+        return [c.renamed(word) for c, word in zip(concepts, texts, strict=True)] if texts else concepts
+    found = list(concepts)
+    for text in texts:
+        old, _, new = text.rpartition("=")
+        at = next((i for i, known in enumerate(subjects) if old in known), None)
+        if at is None:
+            left = ", ".join(dict.fromkeys(token for known in subjects for token in known)) or "none"
+            raise UsageError(f"--rename: no concept has a subject {old!r} to rename; left to rename: {left}")
+        subjects[at].remove(old)
+        found[at] = found[at].renamed(new, of=old)
+    return found
+
+
+def _say_which(concept: Concept, known: list[str], word: str) -> None:
+    """Say which of several subjects a word without OLD= renames; UsageError where that cannot be told."""
+    if len(known) < 2:
+        return
+    each = " or ".join(f"--rename '{old}={word}'" for old in known)
+    if not concept.token:
+        raise UsageError(f"--rename {word}: {concept.key} has {len(known)} subjects; say which: {each}")
+    say(f"--rename {word} renames {concept.token}, the first of {len(known)} subjects; to say which: {each}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -99,8 +158,7 @@ def run(options: argparse.Namespace) -> int:
 
     model = open_model(options)
     concepts = [open_concept(where, model) for where in options.concepts]
-    if options.rename:
-        concepts = [concept.renamed(word) for concept, word in zip(concepts, options.rename, strict=True)]
+    concepts = renamed(concepts, options.rename or [])
     how = options.how or ("optimize" if all(c.method == "custom_diffusion" for c in concepts) else "blend")
     if how == "optimize":
         lines = Path(options.captions).read_text(encoding="utf-8").splitlines() if options.captions else []

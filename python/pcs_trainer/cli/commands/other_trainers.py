@@ -27,7 +27,7 @@ NEEDLESS = {
     "--set-grads-to-none": "gradients are always freed",
     "--with-prior-preservation": "methods that use class images do so by default (--prior-weight)",
     "--allow-tf32": "the precision is --dtype",
-    "--center-crop": "photos are always scaled and cropped from the center",
+    "--center-crop": "photos are cropped from the center by default (--crop)",
 }
 
 

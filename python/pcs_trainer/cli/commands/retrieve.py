@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 
 from ...errors import UsageError
 from ..config import write_config
@@ -71,21 +70,12 @@ def check(options: argparse.Namespace) -> None:
     """UsageError for what is wrong already, before anything is loaded."""
     if not options.pictures:
         raise UsageError("pcs retrieve needs a folder of pictures: pcs retrieve my-pictures --prompt 'photo of a cat'")
-    for where in options.pictures:
-        if not Path(where).expanduser().exists():
-            raise UsageError(f"{where} does not exist; give a folder of pictures")
-    if not (options.prompt or "").strip():
-        raise UsageError("--prompt is missing: give the class prompt, such as --prompt 'photo of a cat'")
-    if bool(options.clip) == options.judge:
-        raise UsageError(
-            "name a CLIP model on this machine, --clip FOLDER, or --judge for pictures of the embedded model's world; "
-            "one of the two"
-        )
-    if options.clip and not Path(options.clip).expanduser().exists():
-        raise UsageError(f"--clip: {options.clip} does not exist")
-    out = Path(options.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out: {options.out} is there already; name a new folder")
+    from ...data.class_request import check_request
+
+    try:
+        check_request(options.pictures, options.prompt or "", options.out, options.clip, options.judge)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def run(options: argparse.Namespace) -> int:

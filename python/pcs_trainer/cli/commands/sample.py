@@ -79,7 +79,8 @@ OPTIONS = (
         SEED,
         replace(ETA, default=None, otherwise="0", also=("--ddim_eta",)),
         Option("--size", "image size in pixels", integer(8, "512", MOST_PIXELS), metavar="N",
-               also=("--height", "--width", "--resolution"), otherwise="the model's native size"),
+               also=("--height", "--width", "--resolution"), otherwise="the model's native size",
+               single="pictures are square here"),
         Option("--batch", "images per batch", integer(1, "8"), 8, "N", also=("--batch_size",)),
     ),
     *grouped(

@@ -26,6 +26,9 @@ from .train_flags import OPTIONS, overrides
 if TYPE_CHECKING:
     from ...model.model import Model
     from ...training.stop import Stop
+    from ...training.trainer import Trainer
+
+MANY_STEPS, MANY_PHOTOS = 10_000, 100_000  # a method's own run has at most 1,000 steps, which see 4,000 photos
 
 # Flags that are about one call alone: no part of the configuration that is written beside a result.
 ONCE = ("resume", "overwrite", "quiet", "no_report")
@@ -139,8 +142,9 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     started = time.monotonic()
     with Progress(options.method, quiet=options.quiet) as progress, board(options, folder) as also:
         trainer = Trainer(model, options.method, images, out=folder, concepts=together(options, images), **chosen)
-        if note := slow_note(model.unet.conv_in.weight.device.type):
-            progress.say(note)
+        for note in (slow_note(model.unet.conv_in.weight.device.type), long_note(trainer)):
+            if note:
+                progress.say(note)
 
         begin = Beginning(options, folder)
 
@@ -171,6 +175,20 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     say(f"use it: {way} --concept {shlex.quote(str(folder))}{model_flag(options)}")
     print(folder / CONCEPT_FILE)
     return DONE
+
+
+def long_note(trainer: Trainer) -> str:
+    """What the steps of a run amount to, where they are many; "" for ordinary numbers."""
+    from ...distributed import rank_and_world
+
+    s, photos = trainer.settings, sum(len(subject.pictures) for subject in trainer.subjects)
+    seen = s.steps * s.batch * s.accumulate * rank_and_world()[1]
+    if s.steps <= MANY_STEPS and seen <= MANY_PHOTOS:
+        return ""
+    return (
+        f"{s.steps:,} steps see {seen:,} photos: each of the {photos:,} about {max(1, seen // photos):,} times; Ctrl-C "
+        "stops after a step and saves"
+    )
 
 
 class Beginning:

@@ -50,9 +50,12 @@ def import_concept(path: str | Path, model: Model, token: str | None = None, for
     words: dict[str, list[Tensor]] = {}
     unknown: list[str] = []
     headers: dict[str, str] = {}
-    for file in _files(path):
+    files = files_of(path)
+    for file in files:
         raw, header = read_file(file)
         if header.get("format") == FORMAT:
+            if len(files) > 1:
+                raise ValueError(f"{file} is a whole concept, with other files beside it in its folder: name the file")
             own = load_concept(file, model, force)
             return own if token is None else own.renamed(token)
         found = recognized(raw, file, layers)
@@ -76,8 +79,11 @@ def import_concept(path: str | Path, model: Model, token: str | None = None, for
     return concept
 
 
-def _files(path: Path) -> list[Path]:
-    """The file, or a folder's files; of one in both forms the safetensors."""
+def files_of(path: Path) -> list[Path]:
+    """What import_concept reads: the file, or a folder's files; of one in both forms the safetensors.
+
+    Raises ValueError for a folder without such a file, and for one that is a whole model.
+    """
     if not path.is_dir():
         return [path]
     if (path / "model_index.json").is_file():
@@ -161,6 +167,8 @@ def _named(
     words = {subject if word == f"v-{file_part(subject)}" else word: rows for word, rows in words.items()}
     if len(words) == 1:
         subject = next(iter(words)) if subject not in words else subject
+    if token and subject not in words:
+        subject = token  # no word was learned that could get another name: this is what the subject is called by
     if subject:
         meta |= {"token": subject} | ({"class_word": class_word} if class_word else {})
     concept = Concept(method, tensors, words, meta, fingerprint(model))

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...files import write_safetensors
+from ..checking import LONGEST_WORD
 
 NAMED = 3  # tensors that a sentence quotes before it says "and N more"
 
@@ -44,8 +45,8 @@ def listed(names: list[str]) -> str:
 
 
 def file_part(word: str) -> str:
-    """A word as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "", word) or "word"
+    """A word as part of a file's name; as long as one may be."""
+    return re.sub(r"[^\w.-]+", "", word).encode()[:LONGEST_WORD].decode(errors="ignore") or "word"
 
 
 def file_header(tensors: Mapping[str, Tensor], fields: Mapping[str, str] | None) -> dict[str, str]:
