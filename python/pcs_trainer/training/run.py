@@ -118,15 +118,16 @@ class Run:
         if self.movement is None or self.shown_to_train or not due:
             return
         self.shown_to_train = True
-        unreached = self.learner.unreached(self.prompts)
-        self.say("proof", text=self.movement.check(self.stepper.has_seen, unreached))
+        unasked = {*self.learner.unreached(self.prompts), *self.learner.indifferent}
+        self.say("proof", text=self.movement.check(self.stepper.has_seen, unasked))
 
     def look_back(self, movement: Movement) -> None:
         """Warn of what a whole run has not trained."""
         unreached = self.learner.unreached(self.prompts)
         if unreached:
             self.warn(f"no picture of this run reached {', '.join(unreached)}: they are as they began")
-        stuck = movement.stuck(name for name in movement.unmoved() if name not in unreached)
+        unasked = {*unreached, *self.learner.indifferent}
+        stuck = movement.stuck(name for name in movement.unmoved() if name not in unasked)
         if stuck:
             self.warn(f"{', '.join(stuck)} did not change a bit in {self.step} steps: the learning rate is too small")
 
