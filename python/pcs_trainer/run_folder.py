@@ -20,7 +20,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a folder's name says, None where it is no checkpoint's."""
+    """The step that a folder's name says; None where it names none."""
     found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(found[1]) if found else None
 
