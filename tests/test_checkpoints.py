@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcs_trainer import run_folder
+from pcs_trainer import load_model, run_folder
 from pcs_trainer.cli.commands.train import check
 from pcs_trainer.errors import UsageError
 from pcs_trainer.files import written_text
+from pcs_trainer.methods import method_named, settings_for
+from pcs_trainer.model.fingerprint import fingerprint
 from pcs_trainer.run_folder import BEGUN, FILES, checkpoints, run_checkpoints
-from pcs_trainer.training.checkpoint import begins_anew, begun_with, read_checkpoint, write_checkpoint
+from pcs_trainer.training.checkpoint import begins_anew, begun_with, check_same_run, read_checkpoint, write_checkpoint
 
 
 class Killed(BaseException):
@@ -116,6 +119,23 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path):
     assert not begins_anew(tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint-1 cannot be read .*; remove it"):
         read_checkpoint(run_checkpoints(tmp_path)[-1])
+
+
+def test_a_run_does_not_go_on_with_other_weights(model, tmp_path):
+    """A fine-tune has its base model's configuration; another precision is the same model."""
+    settings = json.loads(json.dumps(settings_for(None, "textual_inversion").asdict()))
+    kind = method_named("textual_inversion").settings
+    now = {"base": fingerprint(model), "base_name": "the model", "data": "d", "settings": settings}
+    config, _, values = now["base"].partition(":")
+    half = fingerprint(load_model("tiny", torch.bfloat16))
+    assert half != now["base"]
+    for base in (now["base"], half, config):  # a checkpoint that holds no weights is as it was
+        check_same_run(tmp_path, now | {"base": base}, now, kind)
+    first, *others = values.split(",")
+    for base in (",".join([f"{1.05 * float(first):.6g}", *others]), ",".join(str(1.5 * float(v)) for v in others)):
+        was = now | {"base": f"{config}:{base}", "base_name": "a fine-tune"}
+        with pytest.raises(ValueError, match=r"with other weights \(a fine-tune, now the model\); give the run's own"):
+            check_same_run(tmp_path, was, now, kind)
 
 
 def test_the_command_refuses_an_unfinished_run_before_torch_is_loaded(tmp_path):

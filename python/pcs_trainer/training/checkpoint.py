@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_safetensors, write_safetensors
+from ..model.fingerprint import same_base
 from ..run_folder import BEGUN, checkpoint_name, checkpoints, is_of, remove_folder, run_checkpoints, sweep
 from ..settings import with_none_for_unset
 
@@ -128,8 +129,12 @@ def check_same_run(
         settings: the method's settings class.
         older_data: the digest of the run's data as an older version wrote it.
     """
+    names = f"({was['base_name']}, now {now['base_name']})"
     if was["base"].partition(":")[0] != now["base"].partition(":")[0]:
-        raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
+        raise ValueError(f"{folder} was made on another base model {names}")
+    if ":" in was["base"] and not same_base(was["base"], now["base"]):
+        fix = "give the run's own, or another out folder"
+        raise ValueError(f"{folder} was made on a base model of this kind with other weights {names}; {fix}")
     if was["data"] not in (now["data"], older_data):
         raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
     new = now["settings"]
