@@ -11,7 +11,8 @@ import torch
 from pcs_trainer import NotSaved, Trainer, load_concept
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.concept.concept import Concept
-from pcs_trainer.training.checkpoint import BEGUN, begun_with
+from pcs_trainer.run_folder import BEGUN, checkpoints
+from pcs_trainer.training.checkpoint import begun_with
 from trainer_cases import SMALL, cache, pictures, trainer
 
 __all__ = ["cache"]
@@ -125,6 +126,20 @@ def test_a_new_run_in_the_folder_of_an_unfinished_one_keeps_its_own_checkpoints(
     assert sum("checkpoints of an earlier run" in text for text in said) == 1
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     trainer(model, out=tmp_path, steps=4, learning_rate=0.02).train(resume=True)
+
+
+@pytest.mark.slow
+def test_a_new_run_in_the_folder_of_an_unfinished_one_that_ended_early_begins_anew(model, tmp_path):
+    """It does not go on from the earlier run's checkpoint."""
+    ended_early(model, tmp_path, checkpoint_every=1)
+    ended_early(model, tmp_path, seed=5)
+    said: list[str] = []
+    concept = trainer(model, out=tmp_path, steps=4, checkpoint_every=2, seed=5).train(
+        on_event=lambda e: said.append(str(e)), resume=True
+    )
+    assert any("has no checkpoint of its last run" in text for text in said)
+    assert concept.meta["seed"] == "5" and concept.meta["steps"] == "4"
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from pcs_trainer.data.views import CROPS, views
 from pcs_trainer.errors import UsageError
 from pcs_trainer.methods import settings_for
 from PIL import Image
-from trainer_cases import cache, pictures
+from trainer_cases import cache, pictures, trainer
 
 __all__ = ["cache"]
 
@@ -71,6 +71,26 @@ def test_half_of_what_is_trained_on_is_mirrored(model):
     assert [len(b) for b in banks] == [2, 4] and torch.equal(banks[0].moments.mean, banks[1].moments.mean[:2])
     assert settings_for(None, "custom_diffusion").flip and not settings_for(model, "custom_diffusion").flip
     assert not settings_for(None, "dreambooth").flip
+
+
+def test_a_mirrored_photo_has_its_mask_mirrored():
+    mask = np.zeros((64, 64), np.float32)
+    mask[10:30, :20] = 1
+    pixels = np.repeat((mask * 200).astype(np.uint8)[..., None], 3, axis=2)
+    given, mirrored = views([Picture(pixels, "p", mask=mask)], settings(flip=True), torch.Generator())
+    assert given.mask is mask and np.array_equal(mirrored.mask, mask[:, ::-1])
+    assert np.array_equal(mirrored.pixels[..., 0] > 0, mirrored.mask > 0)
+
+
+@pytest.mark.slow
+def test_a_step_of_custom_diffusion_is_four_photos_and_four_class_images(model):
+    """Its authors' 8 on two GPUs of 4, where half of each GPU's pictures hold on to the class."""
+    preset = settings_for(None, "custom_diffusion")
+    assert preset.batch == 4
+    t = trainer(model, "custom_diffusion", batch=preset.batch, prior_images=4)
+    batch = t.objective().batch(0, 0)
+    t.learner.restore()
+    assert batch.subjects == 4 and len(batch.latents) == len(batch.prompts) == 8
 
 
 def test_random_crops_show_the_whole_photo_and_its_mask():

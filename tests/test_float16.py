@@ -11,8 +11,8 @@ import pytest
 import torch
 from pcs_trainer import load_model
 from pcs_trainer.errors import NotTrained, TrainingStopped
+from pcs_trainer.run_folder import checkpoints
 from pcs_trainer.training import float16, optimizer, proof
-from pcs_trainer.training.checkpoint import checkpoints
 from pcs_trainer.training.objective import Objective
 from pcs_trainer.training.optimizer import Masters, Stepper
 from trainer_cases import METHODS, cache, trainer

@@ -259,3 +259,14 @@ def test_token_weights_that_ask_for_a_gradient_are_refused():
     q, k = R(1, 2, 9, 8).requires_grad_(), R(1, 2, 7, 8)
     with pytest.raises(ValueError, match="capture takes no gradient"):
         pcs_kernels.cross_attention(q, k, k, torch.ones(1, 2, 7, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("c", "o"), [(97, 110), (11, 80), (257, 33)])
+def test_an_unpacked_linear_product_is_torchs_own(dtype, c, o):
+    """Bit for bit, whatever torch's matrix product makes of these sizes."""
+    x, weight, bias, dy = R(5, c).to(dtype), R(o, c).to(dtype), R(o).to(dtype), R(5, o).to(dtype)
+    leaf = x.clone().requires_grad_()
+    y = pcs_kernels.frozen_linear(leaf, weight, bias, pack=False)
+    y.backward(dy)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias)) and torch.equal(leaf.grad, dy @ weight)

@@ -116,7 +116,7 @@ def test_a_prompt_may_name_the_token_alone():
     assert prompts.subject_prompt(s, "a red mug on a table") == "a red <v> on a table"
     assert prompts.subject_prompt(s, "{token} and a {subject}") == "<v> and a <v> mug"
     assert prompts.own_words(subject(template=("{token}", "a {subject}"))) == "<v> mug"
-    for method, first in (("textual_inversion", "a photo of <v>"), ("textboost", "photo of <v>")):
+    for method, first in (("textual_inversion", "a photo of <v>"), ("textboost", "a photo of <v>")):
         own = settings_for(None, method, class_word="mug", token="<v>")
         assert prompts.subject_prompt(own) == first
     assert len(set(PHOTOS)) == len(PHOTOS) >= 20 and all("{token}" in text for text in PHOTOS)

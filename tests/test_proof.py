@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
 import torch
+from pcs_trainer import load_model
 from pcs_trainer.errors import NotTrained
 from pcs_trainer.training.optimizer import has_average
 from pcs_trainer.training.proof import Movement
+from pcs_trainer.training.run import PROOF_STEP
 from pcs_trainer.training.trainer import Trainer
 from trainer_cases import SMALL, cache, pictures, trainer
 
@@ -121,3 +124,36 @@ def test_bfloat16_weights_at_a_small_rate_train_and_a_stuck_one_is_found(warmup)
     if not warmup:  # at the full rate a large tensor's bits must change
         with pytest.raises(NotTrained, match="large has not moved"):
             movement_of("unwritten")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("", r"\d+ of \d+ trainable tensors have moved.*below what 16 bits show so soon"),
+        ("no gradient", r"gets no gradient \(1 of \d+ tensors\)"),
+        ("not written", r"has not moved \(1 of \d+ tensors\)"),
+    ],
+)
+def test_dreambooth_in_bfloat16_at_a_small_rate_passes_the_proof_unless_a_tensor_is_held(held, said):
+    """Its own rate with a long warm-up: at step 20 many small tensors have kept every bit, and all of them train."""
+    settings = {"learning_rate": 5e-6, "warmup": 100, "prior_weight": 0.0, "probe_every": 0, "steps": 21}
+    t = trainer(load_model("tiny", torch.bfloat16), "dreambooth", **settings)
+    name, largest = max(t.trainable().items(), key=lambda found: found[1].numel())
+    before, told = largest.detach().clone(), []
+
+    def see(event):
+        if event.kind == "step" and held == "not written":
+            with torch.no_grad():
+                largest.copy_(before)
+        if event.kind == "proof":
+            told.append((event.step, event.data["text"]))
+
+    if held == "no gradient":
+        largest.register_hook(torch.zeros_like)
+    if held:
+        with pytest.raises(NotTrained, match=re.escape(name) + " " + said):
+            t.train(on_event=see)
+        return
+    t.train(on_event=see)
+    assert told[0][0] == PROOF_STEP and re.match(said, told[0][1]), told

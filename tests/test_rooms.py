@@ -15,7 +15,7 @@ TRAINER = ROOT / "python" / "pcs_trainer"
 
 # A room may import itself and the rooms before it; nothing else. "" is the face, __main__ the door.
 ROOMS = [
-    "errors units files version settings machine distributed",  # the ground floor: single files
+    "errors units files run_folder version settings machine distributed",  # the ground floor: single files
     "tiny",  # the embedded model: a world of its own
     "unet",
     "model",

@@ -48,7 +48,8 @@ sys.path[:0] = {path!r}
 torch.set_num_threads(1)
 from pathlib import Path
 from pcs_trainer import Trainer, load_model
-from pcs_trainer.training.checkpoint import checkpoints, read_checkpoint
+from pcs_trainer.run_folder import checkpoints
+from pcs_trainer.training.checkpoint import read_checkpoint
 from pcs_trainer.tiny.subjects import photos
 
 out, moments, reached = Path({out!r}), random.Random(0), 0

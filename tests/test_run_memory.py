@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pcs_trainer.concept.attach import in_place, predict
@@ -12,6 +14,7 @@ from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.data.batches import Batch
 from pcs_trainer.data.prior import draw_prior
 from pcs_trainer.files import write_safetensors
+from pcs_trainer.model.autoencoder import decode, encode_images
 from pcs_trainer.model.model import load_model
 from pcs_trainer.training import float16
 from pcs_trainer.training import run as running
@@ -48,6 +51,30 @@ def test_the_check_before_the_first_step_compares_at_most_32_latents_a_side(monk
     one._check_gradients(one.objective(), lambda *told, **data: None)
     one.learner.restore()
     assert sizes == [(32, 32)]
+
+
+@pytest.mark.parametrize(
+    ("side", "encoded", "decoded"), [(64, [8, 2], [10]), (256, [4, 4, 2], [4, 4, 2]), (512, [1] * 10, [1] * 10)]
+)
+def test_the_autoencoder_takes_the_pixels_of_one_512_image_at_a_time(monkeypatch, side, encoded, decoded):
+    """Eight at most are encoded together; eight of 1024 x 1024 would need 19 GB."""
+    model, sizes = load_model("tiny"), []
+
+    def encode(x):
+        sizes.append(len(x))
+        moments = SimpleNamespace(mean=torch.zeros(len(x), 8, 2, 2), std=torch.ones(len(x), 8, 2, 2))
+        return SimpleNamespace(latent_dist=moments)
+
+    def decode_some(z):
+        sizes.append(len(z))
+        return SimpleNamespace(sample=torch.zeros(len(z), 3, 4, 4))
+
+    monkeypatch.setattr(model.vae, "encode", encode)
+    monkeypatch.setattr(model.vae, "decode", decode_some)
+    assert len(encode_images(model, [np.zeros((side, side, 3), np.uint8)] * 10).mean) == 10
+    assert sizes == encoded
+    sizes.clear()
+    assert len(decode(model, torch.zeros(10, 8, side // 4, side // 4))) == 10 and sizes == decoded
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

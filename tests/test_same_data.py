@@ -13,8 +13,8 @@ from pcs_trainer.data.identity import older_digest
 from pcs_trainer.data.latents import cached_moments
 from pcs_trainer.data.prior import prior_pictures
 from pcs_trainer.methods import settings_for
+from pcs_trainer.run_folder import checkpoints
 from pcs_trainer.training import task
-from pcs_trainer.training.checkpoint import checkpoints
 from PIL import Image
 from trainer_cases import SMALL, cache, pictures, trainer
 

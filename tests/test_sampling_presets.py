@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
+import diffusers
 import numpy as np
 import pytest
 import torch
+from pcs_trainer import load_model, sample
 from pcs_trainer.cli.commands import command
 from pcs_trainer.cli.commands.common import lag_of
 from pcs_trainer.cli.commands.sample import fill_in
@@ -15,7 +19,9 @@ from pcs_trainer.model.autoencoder import decode, encode_images
 from pcs_trainer.model.schedule import Schedule
 from pcs_trainer.sampling.drawing import SampleOptions
 from pcs_trainer.sampling.samplers import SAMPLERS
+from test_model_loading import write_model
 from test_text_encoder_training import sdxl
+from unet_families import relative
 
 __all__ = ["sdxl"]
 
@@ -84,6 +90,52 @@ def test_ddim_clips_nothing_that_its_file_does_not_ask_for():
 
     assert float(drawn().max()) > 2.5 and torch.equal(drawn(), drawn(clip_sample=False))
     assert float(drawn(clip_sample=True).max()) < 1.5
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def written(request, tmp_path_factory):
+    """A model's folder, and diffusers' parts of it."""
+    import transformers
+
+    root = write_model(tmp_path_factory.mktemp("offset") / request.param, request.param)
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    kinds |= {"text_encoder": transformers.CLIPTextModel, "tokenizer": transformers.CLIPTokenizer}
+    return root, {name: kind.from_pretrained(root / name) for name, kind in kinds.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # diffusers says that the file is outdated
+@pytest.mark.parametrize("said", [{"steps_offset": 0, "clip_sample": True}, {}], ids=["other values", "nothing"])
+def test_a_scheduler_file_is_read_as_diffusers_pipeline_reads_it(written, said):
+    """StableDiffusionPipeline sets an offset of 1 and no clipping, whichever scheduler it is given."""
+    root, parts = written
+    file = root / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({n: v for n, v in config.items() if n not in ("steps_offset", "clip_sample")} | said))
+    model, noise = load_model(root), torch.randn(1, 4, 16, 16)
+    kinds = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
+    for name, kind in (kinds | {"dpmpp_2m": diffusers.DPMSolverMultistepScheduler}).items():
+        pipeline = diffusers.StableDiffusionPipeline(
+            **parts,
+            scheduler=kind.from_pretrained(root / "scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": noise, "output_type": "latent"}
+        expected = pipeline("a b c", height=32, width=32, **options).images
+        options = {"steps": 3, "guidance": 4.0, "latents": noise, "size": 32, "return_latents": True}
+        drawn = sample(model, ["a b c"], sampler=name, **options)[1]
+        assert float(expected.abs().max()) > 1 and relative(drawn, expected) < 1e-4, name
+
+
+def test_sdxls_scheduler_file_is_read_as_it_is(sdxl, written):
+    """As its pipeline does; the file that diffusers writes by default says 0, and clips."""
+    assert (sdxl.schedule.config["steps_offset"], sdxl.schedule.config["clip_sample"]) == (0, True)
+    model = load_model(written[0])
+    assert (model.schedule.config["steps_offset"], model.schedule.config["clip_sample"]) == (1, False)
+    assert model.loaded == ["schedule"]
 
 
 def test_sdxls_guidance_is_its_pipelines(sdxl, model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -104,9 +106,27 @@ def test_a_crop_shows_the_photos_own_pixels():
     assert max(contrast) > 60 > 10 * reduced
 
 
+def test_its_prompts_are_many_and_name_the_word_alone():
+    """As its code's experiments; the word starts from the class, or from a row for each piece of more."""
+    found = settings_for(None, "textboost", class_word="dog", token="<v>").template
+    assert len(found) > 20 and all("{token}" in text and "{subject}" not in text for text in found)
+
+
+def test_the_word_starts_from_the_class_or_from_more_pieces(model):
+    for init, text in ((None, "mug"), ("red mug", "red mug")):
+        chosen = {} if init is None else {"init_word": init}
+        s = settings_for(
+            model, "textboost", class_word="mug", token="<v>", template="{token}", variant="v1", augment=False, **chosen
+        )
+        learner = learner_for(model, [s])
+        (rows,) = learner.words["<v>"].rows
+        assert torch.equal(rows, learner.vocabulary.rows(text)[0]) and len(rows) == len(text.split())
+        learner.restore()
+
+
 def test_a_checkpoint_without_augmentation_does_not_mind_its_probability(tmp_path):
     kind = method_named("textboost").settings
-    s = settings_for(None, "textboost", augment=False).asdict() | {"preview_prompts": []}
+    s = json.loads(json.dumps(settings_for(None, "textboost", augment=False).asdict()))  # as a checkpoint holds them
     now = {"base": "a", "base_name": "a", "data": "d", "settings": s}
     was = now | {"settings": s | {"augment_probability": 0.8}}
     check_same_run(tmp_path, was, now, kind)

@@ -11,7 +11,7 @@ import torch
 from pcs_trainer.concept.attach import predict
 from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.errors import TrainingStopped
-from pcs_trainer.training.checkpoint import checkpoints
+from pcs_trainer.run_folder import checkpoints
 from pcs_trainer.training.objective import Objective
 from pcs_trainer.training.probe import Probe
 from pcs_trainer.training.task import prepare

@@ -123,9 +123,10 @@ def _own_words(concept: Concept, taken: dict[str, list[Tensor]]) -> dict[str, li
 
 
 def _put_residuals(model: Model, concept: Concept, strength: float) -> None:
-    device = model.unet.conv_in.weight.device
+    device, own = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
     for slot, pair in concept.residuals().items():
-        both = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in pair) else torch.float32
+        halved = own == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in pair)  # no kernel widens a pair
+        both = torch.bfloat16 if halved else torch.float32
         down, up = (t.to(device, both) for t in pair)
         if slot.kind is Kind.PAIR and slot.part == UNET:
             model.unet.attach(slot.layer, LowRank(down, up, strength, key=concept.key))

@@ -81,8 +81,14 @@ def train_whole_encoders(model: Model, learner: Learner) -> None:
     """Every tensor of the text encoders that the UNet's inputs depend on."""
     for part, encoder in zip(grammar.TEXT_PARTS, model.text_encoders, strict=False):
         for name, parameter in encoder.named_parameters():
-            if is_read(model.text_encoders, encoder, name):
-                learner.train_value(grammar.value_name(part, file_name(name)), parameter, master=False)
+            if not is_read(model.text_encoders, encoder, name):
+                continue
+            said = grammar.value_name(part, file_name(name))
+            learner.train_value(said, parameter, master=False)
+            # A key's bias adds the same number to all scores of a query, and softmax takes it away again: its gradient
+            # is rounding alone, in 16 bits also zero. It trains with the others, as in checkpoints of older versions.
+            if name.endswith("self_attn.k_proj.bias"):
+                learner.indifferent.add(said)
 
 
 def small_picture(s: DreamBooth) -> float | None:

@@ -58,6 +58,7 @@ class Learner:
         self.weights: dict[str, nn.Parameter] = {}
         self.fixed: dict[str, Tensor] = {}  # halves of residuals that stay as drawn: in the concept, not trained
         self.words: dict[str, Word] = {}
+        self.indifferent: set[str] = set()  # weights that nothing depends on: trained, and no proof asks for them
         self.hold_first = False  # the first token, and the empty prompt, stay as the frozen text encoder makes them
         self.trains_whole_network = False  # several processes share it instead of each holding all
         self.originals: list[Tensor] = []  # values of the model that are put back in the end; not on a GPU

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# In the manner of the ImageNet prompts of CLIP's authors, from which Textual Inversion and TextBoost draw theirs. The
-# first is the one that a concept is shown and tested with.
+# In the manner of the ImageNet prompts of CLIP's authors, from which the code of Textual Inversion and the experiments
+# of TextBoost draw theirs. The first is the one that a concept is shown and tested with.
 PHOTOS = (
     "a photo of {token}",
     "a photo of a {token}",

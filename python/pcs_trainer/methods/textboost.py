@@ -1,8 +1,8 @@
 """TextBoost (arXiv 2409.08248): one picture, learned by the text encoder alone.
 
 Trains   rank-4 LoRA (alpha = rank) on the text encoder's q, k, v, out, fc1, fc2; V*, which starts from the class word;
-         and 12 embeddings of words that name what was done to the picture ("<aug-crop> photo of V*"), so that it is not
-         learned as part of V*. UNet and autoencoder are frozen.
+         and 12 embeddings of words that name what was done to the picture ("<aug-crop> a photo of V*"), so that it is
+         not learned as part of V*. UNet and autoencoder are frozen.
 Loss     noise MSE at timesteps p(t) ~ max log SNR - log SNR(t)
          + 0.1 mean(1 - cos(h_tuned, h_frozen)) over all positions of general captions (knowledge preservation).
          What is held counts as held there too: the first token and empty captions add nothing to the mean.
@@ -37,6 +37,7 @@ from ..model.text_adapters import layers_read, mean_row_norm, text_module, witho
 from ..settings import Settings
 from .learner import Learner, Pair, fresh_pair
 from .method import Method, SideLoss
+from .templates import PHOTOS
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LAYERS = {  # by variant: the layers of each transformer block that get a residual
@@ -55,8 +56,11 @@ class TextBoost(Settings):
     """The paper's values."""
 
     train_token: bool = True
+    # As in its code's example. Its experiments put an attribute before the class, chosen by hand for each subject, with
+    # a row for each piece: init_word="corgi dog" does that.
     init_word: str | None = "{class}"
-    template: str | tuple[str, ...] = "photo of {token}"
+    # The paper's figures say "photo of V*"; its code's experiments draw from CLIP's ImageNet prompts, V* alone in them.
+    template: str | tuple[str, ...] = PHOTOS
     steps: int = 250
     batch: int = 8
     learning_rate: float = 1e-4

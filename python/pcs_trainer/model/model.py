@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UnsupportedModel
 from ..machine import device_problem
-from ..unet.config import reads_small_picture
+from ..unet.config import checked_config, family, reads_small_picture
 from ..unet.unet import UNet
 from .quiet import quiet
 from .schedule import Schedule
@@ -25,6 +25,9 @@ PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule", "low_res_sche
 PIPELINES = "StableDiffusion"
 # Names in the attention of the first models' VAE files -> today's.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# What diffusers' StableDiffusionPipeline makes of every scheduler file, whatever it says; SDXL's pipeline and the
+# up-scalers' take theirs as it is.
+SD_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 OTHER_FAMILIES = ("StableDiffusion3", "StableDiffusionDiffEdit", "StableDiffusionGLIGEN", "StableDiffusionControlNet")
 
 
@@ -200,7 +203,10 @@ class Model:
     def _load_schedule(self) -> Schedule:
         if isinstance(self.source, SingleFile):
             return Schedule.from_config(dict(self._pipeline(self.source).scheduler.config))
-        return Schedule.from_config(read_json(self.source.part("scheduler") / "scheduler_config.json"))
+        config = read_json(self.source.part("scheduler") / "scheduler_config.json")
+        settings = _settings_of(self.source.part("unet") / "config.json")
+        as_it_is = family(settings) == "sdxl" or reads_small_picture(settings)
+        return Schedule.from_config(config if as_it_is else config | SD_PIPELINE)
 
     def _load_low_res_schedule(self) -> Schedule:
         if isinstance(self.source, SingleFile):
@@ -223,8 +229,14 @@ def _text_parts(source: Folder, name: str) -> list[Path]:
 
 def _unet_of(file: Path) -> UNet:
     """The UNet of a configuration file, without weights."""
+    _settings_of(file)  # says what is wrong, and in which file
+    return UNet.from_config(read_json(file), device="meta")
+
+
+def _settings_of(file: Path) -> dict[str, Any]:
+    """What a UNet's configuration file says, checked."""
     try:
-        return UNet.from_config(read_json(file), device="meta")
+        return checked_config(read_json(file))
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{file}: {error}") from None
 

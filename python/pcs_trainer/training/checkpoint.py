@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import read_safetensors, write_safetensors
+from ..model.fingerprint import same_base
+from ..run_folder import BEGUN, checkpoint_name, checkpoints, is_of, remove_folder, run_checkpoints, sweep
 from ..settings import with_none_for_unset
 
-BEGUN = "begun.json"  # what a run began with, until its first checkpoint says it
 IDENTITY = {"base", "base_name", "data", "settings"}  # what every version has written of a run
 # What may change between a run and its resume.
 FREE = (
@@ -25,10 +27,8 @@ FREE = (
 ONLY_WITH = {"augment_probability": "augment", "bank": "augment"}
 
 
-def write_checkpoint(
-    out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, first: bool = False
-) -> Path:
-    """Write out/checkpoint-N, whole or not at all, and remove the oldest.
+def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write out/checkpoint-N, whole or not at all, and remove the oldest, other runs' and what was left half.
 
     Args:
         out: the run's folder.
@@ -36,42 +36,35 @@ def write_checkpoint(
         tensors: what trains, by name.
         state: the run's identity, "step" and "optimizer".
         keep: how many checkpoints stay, this one among them.
-        first: of a run that began at step 0: all others are an earlier run's, and go.
 
     Raises:
         OSError: one sentence, where it could not be written.
     """
-    from ..files import write_safetensors
-
-    folder, part = out / f"checkpoint-{step}", out / f".checkpoint-{step}.{os.getpid()}.part"
+    folder = out / checkpoint_name(step)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    sweep(out)
     try:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         write_safetensors(part / "trained.safetensors", tensors, {})
         torch.save(state.pop("optimizer"), part / "optimizer.pt")
         (part / "state.json").write_text(json.dumps(state, indent=1, default=str))
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)  # an earlier run's of that number
         part.rename(folder)
     except (OSError, RuntimeError) as error:  # torch.save says a full disk with a RuntimeError
         shutil.rmtree(part, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"the checkpoint {folder} could not be written ({reason})") from error
     others = [other for other in checkpoints(out) if other != folder]
-    for old in others if first else others[: max(0, len(others) + 1 - keep)]:
-        shutil.rmtree(old, ignore_errors=True)
+    own = [other for other in others if is_of(other, state.get("run") or "")]
+    kept = own[max(0, len(own) + 1 - keep) :]
+    for old in others:
+        if old not in kept:
+            remove_folder(old)
     return folder
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [f for f in out.glob("checkpoint-*") if f.name[11:].isdigit() and (f / "state.json").is_file()]
-    return sorted(found, key=lambda f: int(f.name[11:]))
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The trained tensors of a checkpoint and its state; ValueError where it cannot be read."""
-    from ..files import read_safetensors
-
     try:
         state = json.loads((folder / "state.json").read_text())
         state["optimizer"] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -98,7 +91,7 @@ def begins_anew(out: Path | None) -> bool:
     """
     if out is None:
         raise ValueError("there is nothing to resume: no out folder was given")
-    if checkpoints(out):
+    if run_checkpoints(out):
         return False
     concept, begun = out / "concept.safetensors", out / BEGUN
     if concept.exists() and not (begun.is_file() and begun.stat().st_mtime_ns > concept.stat().st_mtime_ns):
@@ -114,7 +107,7 @@ def begun_with(out: Path | None) -> dict[str, Any]:
 
     {} where there is neither, or none that can be read.
     """
-    found = checkpoints(out) if out is not None else []
+    found = run_checkpoints(out) if out is not None else []
     file = found[-1] / "state.json" if found else (out or Path()) / BEGUN
     try:
         state = json.loads(file.read_text()) if file.is_file() else {}
@@ -136,8 +129,12 @@ def check_same_run(
         settings: the method's settings class.
         older_data: the digest of the run's data as an older version wrote it.
     """
+    names = f"({was['base_name']}, now {now['base_name']})"
     if was["base"].partition(":")[0] != now["base"].partition(":")[0]:
-        raise ValueError(f"{folder} was made on another base model ({was['base_name']}, now {now['base_name']})")
+        raise ValueError(f"{folder} was made on another base model {names}")
+    if ":" in was["base"] and not same_base(was["base"], now["base"]):
+        fix = "give the run's own, or another out folder"
+        raise ValueError(f"{folder} was made on a base model of this kind with other weights {names}; {fix}")
     if was["data"] not in (now["data"], older_data):
         raise ValueError(f"{folder} was made from other pictures; give the same ones, or another out folder")
     new = now["settings"]

@@ -141,7 +141,7 @@ class Movement:
 
         Args:
             seen: whether the optimizer has seen a gradient of a parameter that is not zero.
-            unreached: tensors that no example of the steps so far has used.
+            unreached: tensors that no example of the steps so far has used, or that nothing depends on.
         """
         asked = {name: p for name, (p, _) in self.trained.items() if name not in unreached}
         blind = [name for name, p in asked.items() if not seen(p)]

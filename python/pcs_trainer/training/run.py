@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +21,11 @@ from ..concept.loading import load_concept
 from ..distributed import any_process, fill, full_value, is_part, rank_and_world, shard
 from ..errors import NotSaved, TrainingStopped
 from ..files import written_text
+from ..run_folder import BEGUN, checkpoints, run_checkpoints, step_of
 from ..sampling.drawing import pictures_at_once, sample
 from ..sampling.upscaling import upscale
 from ..unet.layers import replace_data
-from .checkpoint import (
-    BEGUN,
-    begins_anew,
-    begun_with,
-    check_same_run,
-    checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
+from .checkpoint import begins_anew, begun_with, check_same_run, read_checkpoint, write_checkpoint
 from .events import Event
 from .float16 import said_of_float16
 from .log import Log
@@ -63,7 +58,8 @@ class Run:
         self.out = self.task.out if first else None
         self.tell, self.should_stop = tell, should_stop
         self.step = 0
-        self.earlier = True  # checkpoints in the folder are another run's, until this one resumes or writes its own
+        self.name = uuid.uuid4().hex  # tells this run's checkpoints from an earlier one's in the same folder
+        self.kept_step = 0  # the last that a checkpoint was written of
         self.stopped = False
         self.skipped_in_a_row = 0
         if self.learner.trains_whole_network and rank_and_world()[1] > 1:
@@ -123,15 +119,16 @@ class Run:
         if self.movement is None or self.shown_to_train or not due:
             return
         self.shown_to_train = True
-        unreached = self.learner.unreached(self.prompts)
-        self.say("proof", text=self.movement.check(self.stepper.has_seen, unreached))
+        unasked = {*self.learner.unreached(self.prompts), *self.learner.indifferent}
+        self.say("proof", text=self.movement.check(self.stepper.has_seen, unasked))
 
     def look_back(self, movement: Movement) -> None:
         """Warn of what a whole run has not trained."""
         unreached = self.learner.unreached(self.prompts)
         if unreached:
             self.warn(f"no picture of this run reached {', '.join(unreached)}: they are as they began")
-        stuck = movement.stuck(name for name in movement.unmoved() if name not in unreached)
+        unasked = {*unreached, *self.learner.indifferent}
+        stuck = movement.stuck(name for name in movement.unmoved() if name not in unasked)
         if stuck:
             self.warn(f"{', '.join(stuck)} did not change a bit in {self.step} steps: the learning rate is too small")
 
@@ -243,19 +240,25 @@ class Run:
         s = self.s.asdict() | {"subjects": [[x.settings.class_word, x.settings.token] for x in subjects]}
         s["processes"] = rank_and_world()[1]
         starts = [x.settings.init_word for x in subjects]  # each subject's; the settings are the first one's
-        return {"base": data.base, "base_name": self.model.name, "data": data.digest, "settings": s, "starts": starts}
+        base = {"base": data.base, "base_name": self.model.name, "run": self.name}
+        return base | {"data": data.digest, "settings": s, "starts": starts}
 
     def begin(self, out: Path) -> None:
-        """Write what the run begins with, for a resume before the first checkpoint."""
+        """Write what the run begins with, for a resume before the first checkpoint, and which run is the last here."""
         if checkpoints(out):
             self.warn(f"{out} holds checkpoints of an earlier run: they are removed when this one writes its first")
         try:
             written_text(out / BEGUN, json.dumps(self.identity(), indent=1, default=str))
         except OSError as error:
+            with suppress(OSError):
+                (out / BEGUN).unlink()  # an earlier run's: it would say that this one's checkpoints are not the last
             self.warn(f"{out / BEGUN} could not be written ({error.strerror}); training goes on")
 
     def checkpoint(self) -> None:
         """Write where the run stands; a full disk is a warning, not the end."""
+        if self.kept_step == self.step > 0:
+            return  # a whole one is not replaced: killed between the old one and the new, a run would have neither
+        self.kept_step = self.step
         tensors = {}
         for name, p in self.learner.parameters.items():
             value = full_value(p.detach())  # one at a time: the whole network need not fit on a device
@@ -265,8 +268,7 @@ class Run:
         if self.out is None:
             return  # another process writes; this one has given its parts
         try:
-            path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep, self.earlier)
-            self.earlier = False
+            path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep)
             self.say("checkpoint", path=str(path))
         except OSError as error:
             self.warn(f"{error}; training goes on")
@@ -285,9 +287,12 @@ class Run:
             was = begun_with(out)
             if was:
                 check_same_run(out / BEGUN, was, now, type(self.s), older)
-            self.say("start", text=f"{out} has no checkpoint: its run ended before the first one and begins anew")
+            whose = " of its last run" if checkpoints(out) else ""
+            self.say(
+                "start", text=f"{out} has no checkpoint{whose}: its run ended before the first one and begins anew"
+            )
             return
-        found = checkpoints(out)
+        found = run_checkpoints(out)
         tensors, state = read_checkpoint(found[-1])
         check_same_run(found[-1], state, now, type(self.s), older)
         for name, p in self.learner.parameters.items():
@@ -295,7 +300,8 @@ class Run:
                 replace_data(p, torch.empty_like(tensors[name], dtype=p.dtype, device=p.device))
             fill(p, tensors[name])
         self.stepper.load_state_dict(state["optimizer"])
-        self.step, self.earlier = int(state["step"]), False
+        self.step = self.kept_step = int(state["step"])
+        self.name = state.get("run") or ""
         self.say("start", text=f"goes on from {found[-1].name}")
 
     def finish(self) -> Concept:
@@ -334,8 +340,8 @@ class Run:
         try:
             return concept.save(path)
         except OSError as error:
-            found = checkpoints(path.parent)
-            step = int(found[-1].name[11:]) if found else 0
+            found = run_checkpoints(path.parent)
+            step = (step_of(found[-1]) if found else None) or 0
             if step == self.step:
                 kept = f"{found[-1].name} holds all {step} steps: --resume, train(resume=True), writes the concept then"
             else:

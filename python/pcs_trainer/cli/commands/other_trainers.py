@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import UsageError
+from ...run_folder import step_of
 
 OWN_CHOICE = "the fastest attention for this machine is chosen automatically"
 BY_PLAN = "recomputation follows --plan or --budget"
@@ -80,7 +81,7 @@ def resume_flags(text: str) -> list[str]:
     if text == "latest":
         return ["--resume"]
     path = Path(text)
-    if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir():
+    if step_of(path) is not None and path.is_dir():
         return ["--resume", "--out", str(path.parent)]
     raise UsageError(f"--resume_from_checkpoint: {text!r} is neither 'latest' nor a folder checkpoint-N that exists")
 

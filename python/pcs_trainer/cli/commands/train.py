@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
+from ...run_folder import checkpoints, remove_folder
 from ..config import write_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
@@ -100,7 +100,7 @@ def check(options: argparse.Namespace) -> Path:
         raise UsageError(
             f"{folder} already holds a concept. Fix: --resume to continue, --overwrite to replace it, or another --out"
         )
-    if any(folder.glob("checkpoint-*/state.json")) and not options.resume and not options.overwrite:
+    if checkpoints(folder) and not options.resume and not options.overwrite:
         raise UsageError(
             f"{folder} holds a run that is not finished. Fix: --resume to go on with it, --overwrite to replace it, or "
             "another --out"
@@ -211,10 +211,8 @@ class Beginning:
 
 def forget_checkpoints(folder: Path) -> None:
     """Delete an earlier run's checkpoints, so that a later --resume does not continue from them."""
-    from ...training.checkpoint import checkpoints
-
     for old in checkpoints(folder):
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def together(options: argparse.Namespace, images: Any) -> list[dict[str, Any]] | None:
