@@ -332,6 +332,7 @@ SHORT = {
     "demo": ["--effort", "0.002"],
     "bench": ["--steps", "2"],
 }
+OURS = {"--max_train_steps": "--steps", "--output_dir": "--out"}  # two names of a flag must not say two things
 
 
 @pytest.mark.slow
@@ -349,7 +350,7 @@ def test_every_example_of_the_help_and_the_docs_works(tmp_path, monkeypatch, cap
         assert cli.main([*made.split(), *SHORT["train"]]) == 0
     for number, line in enumerate(examples()):
         words = shlex.split(line)[1:]
-        words = ["--steps" if word == "--max_train_steps" else word for word in words] + SHORT.get(words[0], [])
+        words = [OURS.get(word, word) for word in words] + SHORT.get(words[0], [])
         if words[0] in ("demo", "bench") and not {"--method", "--methods"} & set(words):  # one for all of them
             words += [{"demo": "--methods", "bench": "--method"}[words[0]], "personalized_residuals"]
         if words[0] == "train":
