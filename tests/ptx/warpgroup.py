@@ -1,0 +1,1 @@
+"""Hopper's products of a warpgroup."""
