@@ -15,7 +15,7 @@ import functools
 import importlib
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +52,12 @@ class Launch:
     programs: int  # how many ran
     traffic: Traffic | None
 
+    @property
+    def code(self) -> str:
+        """Equal for equal code: without the names of architecture and version, and without lines of Python."""
+        body = self.ptx[self.ptx.index(".entry") :].split("\n}")[0]
+        return "\n".join(line.split("//")[0].rstrip() for line in body.split("\n") if not line.lstrip().startswith(".loc"))
+
 
 @dataclass
 class Gpu:
@@ -61,6 +67,8 @@ class Gpu:
     copies_land_late: when their group is waited for; else at once.
     first_program_only: for counting at real sizes; values then mean nothing, and memory of other programs is no fault.
     count_traffic: sectors and passes of every access.
+    multiprocessors: of the card; 1 makes the launch tables choose their largest tiles.
+    only_compile: keep what would be launched, run nothing.
     change: of the PTX before it is parsed: a mutant.
     """
 
@@ -68,7 +76,9 @@ class Gpu:
     copies_land_late: bool = True
     first_program_only: bool = False
     count_traffic: bool = False
-    change: Any = None
+    multiprocessors: int | None = None
+    only_compile: bool = False
+    change: Callable[[str], str] | None = None
     launches: list[Launch] = field(default_factory=list)
     written: Written = field(default_factory=Written)
 
@@ -77,10 +87,13 @@ class Gpu:
         names = [name for name, kind in source.signature.items() if kind != "constexpr"]
         kinds = source.signature
         given = [(kinds[name], value) for name, value in zip(kinds, values, strict=True) if name in names]
-        memory, arguments = self._bind(kernel, given)
         programs = np.arange(1 if self.first_program_only else int(np.prod(grid)))
         launch = Launch(kernel, ptx, grid, metadata.shared, Counter(), len(programs), None)
         launch.traffic = Traffic() if self.count_traffic else None
+        self.launches.append(launch)
+        if self.only_compile:
+            return
+        memory, arguments = self._bind(kernel, given)
         at_once = max(1, LANES // kernel.threads)
         for start in range(0, len(programs), at_once):
             batch = programs[start : start + at_once]
@@ -89,7 +102,6 @@ class Gpu:
             blocks.run()
             launch.executed += blocks.executed
         memory.copy_back()
-        self.launches.append(launch)
 
     def _bind(self, kernel: Kernel, given: list[tuple[str, Any]]) -> tuple[GlobalMemory, dict[str, int]]:
         """The tensors' memory, and each parameter's bits; Triton's own trailing parameters, its scratch, are null."""
@@ -169,6 +181,8 @@ def device(architecture: int, **options: Any) -> Iterator[Gpu]:
             if hasattr(module, "unavailable_for"):
                 stack.enter_context(mock.patch.object(module, "unavailable_for", _available))
         stack.enter_context(mock.patch.object(_launch, "unavailable_for", _available))
+        if gpu.multiprocessors is not None:
+            stack.enter_context(mock.patch.dict(_launch.MULTIPROCESSORS, {architecture: gpu.multiprocessors}))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(gpu)))
         hook = mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", _without_ptxas)
         stack.enter_context(hook)

@@ -16,7 +16,7 @@ import numpy as np
 from .faults import Divergence, Fault, UnknownInstruction
 from .global_memory import GlobalMemory
 from .numbers import KINDS, UNSIGNED, Array
-from .parse import Constant, Instruction, Kernel, Operand, Register, Special, Vector
+from .parse import NOWHERE, Constant, Instruction, Kernel, Operand, Register, Special, Vector
 from .shared_memory import SharedMemory
 from .traffic import Traffic
 
@@ -101,6 +101,8 @@ class Blocks:
     def put_bits(self, register: Operand, bits: Array, mask: Array | None) -> None:
         """Write a register in the threads of `mask`; what others never wrote is all ones, a NaN to floats."""
         assert isinstance(register, Register)
+        if register == NOWHERE:
+            return
         if register.bits > 1 and bits.dtype != UNSIGNED[register.bits]:
             bits = bits.astype(UNSIGNED[register.bits])
         if mask is not None:

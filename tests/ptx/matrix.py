@@ -77,6 +77,12 @@ def _halves(blocks: Blocks, operand: Operand, kind: str) -> Array:
     return KINDS[kind].decode(np.stack(parts, -1)[..., None].view(np.uint16))
 
 
+def left_operand(blocks: Blocks, operand: Operand, kind: str) -> Array:
+    """A of every warp: [B * warps, 16, 16]. Register 2 i + j holds half i of the columns, half j of the rows."""
+    held = _halves(blocks, operand, kind).reshape(-1, ROWS, 4, 2, 2, 2)
+    return np.ascontiguousarray(held.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16))
+
+
 @instruction("mma")
 def multiply(blocks: Blocks, current: Instruction, mask: Array | None) -> None:
     """D = A B + C. Products of 16-bit floats are exact in float32; sums are taken in float32, in torch's order."""
@@ -85,8 +91,7 @@ def multiply(blocks: Blocks, current: Instruction, mask: Array | None) -> None:
         raise UnknownInstruction(f"{current.text!r}: this product is not known here")
     d, a, b, c = current.operands
     blocks.whole_warps(mask)
-    left = _halves(blocks, a, kind)  # registers: right half * 2 + lower rows
-    left = left.reshape(-1, ROWS, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)
+    left = left_operand(blocks, a, kind)
     right = _halves(blocks, b, kind).transpose(0, 3, 2, 4, 1).reshape(-1, 16, 8)
     product = torch.bmm(torch.from_numpy(left), torch.from_numpy(right)).numpy()  # [N, 16, 8]
     product = product.reshape(-1, 2, ROWS, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, WARP, 4)

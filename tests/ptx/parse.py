@@ -16,6 +16,9 @@ class Register(NamedTuple):
     bits: int
 
 
+NOWHERE = Register("_", 0)  # where results go that nobody reads
+
+
 class Constant(NamedTuple):
     value: int  # two's complement of any width, or a float's bits
 
@@ -134,6 +137,8 @@ def _operand(text: str, registers: dict[str, int]) -> Operand:
 
 
 def _scalar(text: str, registers: dict[str, int]) -> Register | Constant:
+    if text == "_":
+        return NOWHERE
     if text.startswith("%"):
         return Register(text, registers[text.rstrip("0123456789")])
     if text == "global_smem":
