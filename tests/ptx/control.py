@@ -40,6 +40,6 @@ def shuffle(blocks: Blocks, current: Instruction, mask: Array | None) -> None:
 
 @instruction("fence")
 def fence(blocks: Blocks, current: Instruction, mask: Array | None) -> None:
-    """fence.proxy.async: memory has one view here, so there is no order to make. README.md says what that leaves out."""
+    """fence.proxy.async: memory has one view here, so there is no order to make (README.md, what it does not prove)."""
     if current.modifiers != ("proxy", "async", "shared"):
         raise UnknownInstruction(f"{current.text!r}: this fence is not known here")

@@ -31,7 +31,9 @@ class GlobalMemory:
         self.writer = np.full(size // 2, -1, np.int32) if watch_programs else None
         for start, (data, written) in zip(self.starts, tensors, strict=True):
             self.data[start : start + len(data)] = data
-            self.state[start : start + len(data)] = WRITTEN if written is None else np.where(written, WRITTEN, ALLOCATED)
+            self.state[start : start + len(data)] = (
+                WRITTEN if written is None else np.where(written, WRITTEN, ALLOCATED)
+            )
 
     def address(self, index: int) -> int:
         return START + self.starts[index]

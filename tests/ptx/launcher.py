@@ -56,7 +56,9 @@ class Launch:
     def code(self) -> str:
         """Equal for equal code: without the names of architecture and version, and without lines of Python."""
         body = self.ptx[self.ptx.index(".entry") :].split("\n}")[0]
-        return "\n".join(line.split("//")[0].rstrip() for line in body.split("\n") if not line.lstrip().startswith(".loc"))
+        return "\n".join(
+            line.split("//")[0].rstrip() for line in body.split("\n") if not line.lstrip().startswith(".loc")
+        )
 
 
 @dataclass
@@ -82,28 +84,28 @@ class Gpu:
     launches: list[Launch] = field(default_factory=list)
     written: Written = field(default_factory=Written)
 
-    def launch(self, source: Any, metadata: Any, grid: tuple[int, int, int], ptx: str, values: tuple[Any, ...]) -> None:
+    def run(
+        self, ptx: str, grid: tuple[int, int, int], shared_bytes: int, arguments: list[tuple[str, Tensor | float]]
+    ) -> None:
+        """One launch; `arguments` are the kernel's with their types in Triton's spelling, constants left out."""
         kernel = _parsed(ptx if self.change is None else self.change(ptx))
-        names = [name for name, kind in source.signature.items() if kind != "constexpr"]
-        kinds = source.signature
-        given = [(kinds[name], value) for name, value in zip(kinds, values, strict=True) if name in names]
         programs = np.arange(1 if self.first_program_only else int(np.prod(grid)))
-        launch = Launch(kernel, ptx, grid, metadata.shared, Counter(), len(programs), None)
+        launch = Launch(kernel, ptx, grid, shared_bytes, Counter(), len(programs), None)
         launch.traffic = Traffic() if self.count_traffic else None
         self.launches.append(launch)
         if self.only_compile:
             return
-        memory, arguments = self._bind(kernel, given)
+        memory, given = self._bind(kernel, arguments)
         at_once = max(1, LANES // kernel.threads)
         for start in range(0, len(programs), at_once):
             batch = programs[start : start + at_once]
             late, traffic = self.copies_land_late, launch.traffic
-            blocks = Blocks(kernel, arguments, grid, batch, memory, metadata.shared, late, traffic)
+            blocks = Blocks(kernel, given, grid, batch, memory, shared_bytes, late, traffic)
             blocks.run()
             launch.executed += blocks.executed
         memory.copy_back()
 
-    def _bind(self, kernel: Kernel, given: list[tuple[str, Any]]) -> tuple[GlobalMemory, dict[str, int]]:
+    def _bind(self, kernel: Kernel, given: list[tuple[str, Tensor | float]]) -> tuple[GlobalMemory, dict[str, int]]:
         """The tensors' memory, and each parameter's bits; Triton's own trailing parameters, its scratch, are null."""
         storages: dict[int, int] = {}
         tensors: list[tuple[Any, Any]] = []
@@ -150,9 +152,11 @@ class _Driver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
-            _, _, _, _, *values = rest  # packed metadata, launch metadata, two hooks
+            values = rest[4:]  # behind packed metadata, launch metadata and two hooks
+            typed = zip(source.signature.values(), values, strict=True)
+            arguments = [(kind, value) for kind, value in typed if kind != "constexpr"]
             with _disable_current_modes():
-                _CURRENT[-1].launch(source, metadata, (x, y, z), ptx, tuple(values))
+                _CURRENT[-1].run(ptx, (x, y, z), metadata.shared, arguments)
 
         return launch
 

@@ -14,7 +14,7 @@ from .faults import UnknownInstruction
 from .machine import WARP, Blocks, instruction
 from .numbers import KINDS, Array
 from .parse import Instruction, Operand
-from .transfers import address_of, everyone, note
+from .transfers import address_of
 
 ROWS, ROW_BYTES = 8, 16
 

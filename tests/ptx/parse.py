@@ -76,9 +76,7 @@ def parse(ptx: str) -> Kernel:
     if head is None:
         raise UnknownInstruction("the PTX has no entry with parameters and .reqntid")
     body = ptx[head.end() : ptx.index("\n}", head.end())]
-    registers = {
-        prefix: REGISTER_BITS[kind] for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%[a-z]+)<\d+>;", body)
-    }
+    registers = {prefix: REGISTER_BITS[kind] for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%[a-z]+)<\d+>;", body)}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     source = ""

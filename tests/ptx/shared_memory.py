@@ -40,19 +40,22 @@ class SharedMemory:
     def check_read(self, block: Array, warp: Array, cells: Array) -> None:
         """A read of `cells` [N, words] by these warps: in order, and from now on known."""
         writer = self.writer[cells]
-        if (writer < 0).any():
+        if writer.min(initial=0) < 0:
             if (writer == IN_FLIGHT).any():
                 raise InFlight("a read of shared memory whose asynchronous copy is not waited for")
             raise Uninitialised("a read of shared memory that nothing has written")
-        epoch = self.epoch[block][:, None]
-        if ((writer // WARPS == epoch) & (writer % WARPS != warp[:, None])).any():
+        start = (self.epoch[block] * WARPS)[:, None]  # what is less was touched before the last barrier
+        code = np.broadcast_to(start + warp[:, None], cells.shape)
+        recent = writer >= start
+        if recent.any() and (recent & (writer != code)).any():
             raise Race("a read of shared memory that another warp wrote since the last barrier")
-        code = np.broadcast_to(epoch * WARPS + warp[:, None], cells.shape)
-        before = self.reader[cells]
-        other = (before // WARPS == epoch) & (before != code)
-        self.reader[cells] = np.where(other, epoch * WARPS + SEVERAL, code)
-        lost = (self.reader[cells] != code) & ~other  # several warps in one instruction: the last of them was kept
-        self.reader[cells[lost]] = np.broadcast_to(epoch * WARPS + SEVERAL, cells.shape)[lost]
+        others = self.reader[cells]
+        others = (others >= start) & (others != code)
+        self.reader[cells] = np.where(others, start + SEVERAL, code) if others.any() else code
+        # several warps in one instruction, of which the assignment kept the last
+        lost = (self.reader[cells] != code) & ~others
+        if lost.any():
+            self.reader[cells[lost]] = np.broadcast_to(start + SEVERAL, cells.shape)[lost]
 
     def write(self, block: Array, warp: Array, address: Array, values: Array) -> None:
         """`values`: [N, width] bytes."""
