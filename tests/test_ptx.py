@@ -90,7 +90,8 @@ def test_a_program_moves_no_more_than_it_must_and_multiplies_by_matrix_instructi
 
 
 def test_an_instruction_that_is_not_known_is_refused():
-    ptx = ".visible .entry k(\n.param .u32 k_param_0\n)\n.reqntid 32\n{\n.reg .b32 %r<2>;\n\tpopc.b32 %r1, 3;\n\tret;\n}\n"
+    head = ".visible .entry k(\n.param .u32 k_param_0\n)\n.reqntid 32\n"
+    ptx = head + "{\n.reg .b32 %r<2>;\n\tpopc.b32 %r1, 3;\n\tret;\n}\n"
     kernel = parse(ptx)
     assert [one.opcode for one in kernel.instructions] == ["popc", "ret"] and kernel.threads == 32
     with device(ARCHITECTURE) as gpu, pytest.raises(UnknownInstruction, match="popc is not known here"):

@@ -18,7 +18,7 @@ OUTSIDE, ALLOCATED, WRITTEN = 0, 1, 3  # of a byte
 
 class GlobalMemory:
     def __init__(self, tensors: list[tuple[Array, Array | None]], watch_programs: bool = True) -> None:
-        """`tensors`: the bytes of each, and which of them are written (None: all). `watch_programs`: who writes what."""
+        """`tensors`: the bytes of each, and which are written (None: all). `watch_programs`: who writes what."""
         self.tensors = tensors
         self.starts: list[int] = []
         end = 0

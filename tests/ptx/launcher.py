@@ -137,7 +137,7 @@ def _parsed(ptx: str) -> Kernel:
 
 
 class _Driver:
-    """What Triton's runtime asks of a driver. The number of the device is its architecture, as kernels are kept by it."""
+    """What Triton's runtime asks of a driver. Compiled kernels are kept by device, so its number is its architecture."""
 
     def __init__(self, gpu: Gpu) -> None:
         architecture = gpu.architecture

@@ -1,8 +1,8 @@
 """Hopper's products: four warps multiply tiles of shared memory, and go on before the result is there.
 
-wgmma.m64nNk16: D [64, N] += A [64, 16] B [16, N]. A comes from registers, laid out as mma's in each warp, or like B from
-shared memory through a descriptor: start, two distances, and a swizzle (address bits 4.. xored with bits 7..). Like
-asynchronous copies, products are made when they are waited for (late) or when they are issued (early).
+wgmma.m64nNk16: D [64, N] += A [64, 16] B [16, N]. A comes from registers, laid out as mma's in each warp, or like B
+from shared memory through a descriptor: start, two distances, and a swizzle (address bits 4.. xored with bits 7..).
+Like asynchronous copies, products are made when they are waited for (late) or when they are issued (at once).
 """
 
 from __future__ import annotations
