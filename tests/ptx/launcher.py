@@ -56,9 +56,8 @@ class Launch:
     def code(self) -> str:
         """Equal for equal code: without the names of architecture and version, and without lines of Python."""
         body = self.ptx[self.ptx.index(".entry") :].split("\n}")[0]
-        return "\n".join(
-            line.split("//")[0].rstrip() for line in body.split("\n") if not line.lstrip().startswith(".loc")
-        )
+        lines = (line.split("//")[0].rstrip() for line in body.split("\n"))
+        return "\n".join(line for line in lines if not line.lstrip().startswith(".loc"))
 
 
 @dataclass
@@ -137,7 +136,7 @@ def _parsed(ptx: str) -> Kernel:
 
 
 class _Driver:
-    """What Triton's runtime asks of a driver. Compiled kernels are kept by device, so its number is its architecture."""
+    """What Triton's runtime asks of a driver. It keeps kernels by device: the number is the architecture."""
 
     def __init__(self, gpu: Gpu) -> None:
         architecture = gpu.architecture
