@@ -84,6 +84,10 @@ def test_a_program_moves_no_more_than_it_must_and_multiplies_by_matrix_instructi
     assert kernels, f"no launch of {op} is called {report.SHOWN[op]}"
     wasteful = report.wasteful(kernels)
     assert not wasteful, "\n".join(wasteful)
+    recorded = report.recorded(op)
+    for kernel in kernels:
+        most = max((k["instructions"] for k in recorded if k["name"] == kernel.name), default=0)
+        assert kernel.instructions <= most, f"{kernel.name} executes {kernel.instructions} instructions, {most} before"
     if op in PRODUCTS:
         plain = [k.name for k in kernels if not k.matrix and not k.name.startswith("sum_partials")]
         assert not plain, f"their products run on plain arithmetic: {plain}"

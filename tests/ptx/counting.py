@@ -32,7 +32,8 @@ class Counted:
     instructions: int
     matrix: int
     ratios: dict[str, float]  # of sectors or passes to the fewest possible, by kind of access
-    sectors: int  # of global memory
+    sectors: int  # of global memory, of 32 bytes
+    tensor_bytes: int  # of all programs' tensors: what memory must move once
 
 
 def counted(op: str, architecture: int, wanted: Callable[[str], bool] = lambda label: True) -> list[Counted]:
@@ -84,4 +85,5 @@ def _count(name: str, launch: Launch) -> Counted:
         matrix=sum(n for opcode, n in launch.executed.items() if opcode.startswith(MATRIX)),
         ratios={kind: round(cost.ratio, 2) for kind, cost in sorted(costs.items())},
         sectors=sum(cost.done for kind, cost in costs.items() if kind.startswith("global")),
+        tensor_bytes=launch.tensor_bytes,
     )

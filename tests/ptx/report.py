@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .counting import Counted
 from .mutants import MUTANTS
 
 PAGE = Path(__file__).with_name("README.md")
+COUNTS = Path(__file__).with_name("counted.json")
 
 
 class Allowed(NamedTuple):
@@ -82,6 +84,11 @@ SHOWN = {
     "adamw8bit": "SDXL 1280x10240 bf16",
     "frozen_conv": "SD1.5 64x64 320 bf16",
 }
+
+
+def recorded(op: str) -> list[dict[str, Any]]:
+    """What `make ptx` counted of the op's launches."""
+    return json.loads(COUNTS.read_text(encoding="utf-8"))[op]
 
 
 def shown_shape(op: str) -> Callable[[str], bool]:
