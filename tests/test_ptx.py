@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed here; there are no kernels to compile")
 
@@ -21,6 +22,7 @@ from tests.ptx.counting import counted  # noqa: E402
 from tests.ptx.faults import UnknownInstruction  # noqa: E402
 from tests.ptx.launcher import device  # noqa: E402
 from tests.ptx.parse import parse  # noqa: E402
+from tests.ptx.step import Step  # noqa: E402
 from tests.triton_budget import OPS  # noqa: E402
 
 ARCHITECTURE = 86
@@ -63,6 +65,16 @@ def test_every_kernel_was_run_in_both_dtypes(ran):
     for dtype in DTYPES:
         missing = written - set().union(*(kernels for (_, kind), kernels in ran.items() if kind == dtype))
         assert not missing, f"{dtype}: no case of tests/ptx/cases.py runs {sorted(missing)}"
+
+
+@pytest.mark.slow
+def test_a_whole_training_step_runs_through_compiled_kernels():
+    """Forward and backward of Personalized Residuals: the gradient errs at most twice what low-precision torch errs."""
+    step = Step.make(torch.bfloat16)
+    found, gpu = step.compiled(torch.bfloat16, ARCHITECTURE)
+    exact, low = step.gradient("reference", torch.float32), step.gradient("reference", torch.bfloat16)
+    assert len({launch.kernel.name for launch in gpu.launches}) > 15
+    assert float((found - exact).norm()) <= 2 * float((low - exact).norm())
 
 
 @pytest.mark.slow
