@@ -61,6 +61,8 @@ class Blocks:
         self.committed = np.zeros(len(programs), np.int64)  # their groups
         self.products: list[Any] = []  # Hopper's products (warpgroup.py) likewise
         self.committed_products = np.zeros(len(programs), np.int64)
+        self.next = 0  # the instruction that comes next ...
+        self.places: Array | None = None  # ... or each thread's own, [B, T], while they differ
         block, thread = np.divmod(np.arange(self.shape[0] * self.shape[1]), self.shape[1])
         self.block_of, self.warp_of = block.reshape(self.shape), (thread // WARP).reshape(self.shape)
 
@@ -73,6 +75,8 @@ class Blocks:
             if found is None:
                 raise Fault(f"the register {operand.name} is read before anything is written to it")
             if operand.bits != bits:
+                if 1 in (operand.bits, bits):
+                    raise UnknownInstruction(f"{operand.name} as a value of {bits} bits")
                 return found.astype(UNSIGNED[bits])
             return found
         if isinstance(operand, Constant):
@@ -103,6 +107,8 @@ class Blocks:
         assert isinstance(register, Register)
         if register == NOWHERE:
             return
+        if (register.bits == 1) != (bits.dtype == bool):
+            raise UnknownInstruction(f"{bits.dtype} into {register.name}")
         if register.bits > 1 and bits.dtype != UNSIGNED[register.bits]:
             bits = bits.astype(UNSIGNED[register.bits])
         if mask is not None:
@@ -162,7 +168,6 @@ class Blocks:
 
     def _order(self) -> Iterator[tuple[Instruction, Array | None]]:
         """Each instruction in turn with the threads that are there; None stands for all of them."""
-        self.next, self.places = 0, None
         end = len(self.kernel.instructions)
         for _ in range(MOST_STEPS):
             where = None
