@@ -1,7 +1,8 @@
 """What our Triton kernels can reach on a card, from what they execute: python benchmarks/roofline.py
 
-A model, and no measurement. tests/ptx/counted.json holds what one program of each launch executes and moves at the
-models' real shapes, counted from the compiled code (`make ptx`). From it, three times that no card can go below:
+Takes a few seconds; with --save it writes benchmarks/results/roofline.md. A model, and no measurement:
+tests/ptx/counted.json holds what one program of each launch executes and moves at the models' real shapes, counted from
+the compiled code (`make ptx`). From it, three times that no card can go below:
 
     issue    programs x warps x instructions, at two instructions a cycle and multiprocessor
     memory   the bytes of the launch's tensors, each moved once, at the card's bandwidth
@@ -12,11 +13,15 @@ The largest binds. Left out: the latency of few programs, launches, caches, conf
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-COUNTED = Path(__file__).resolve().parents[1] / "tests" / "ptx" / "counted.json"
+ROOT = Path(__file__).resolve().parents[1]
+COUNTED = ROOT / "tests" / "ptx" / "counted.json"
+SAVED = ROOT / "benchmarks" / "results" / "roofline.md"
 MMA = 2 * 16 * 8 * 16  # operations of one mma.m16n8k16
 
 
@@ -62,6 +67,25 @@ def table() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def page() -> str:
+    return (
+        "# What the compiled kernels can reach: microseconds, modelled\n\n"
+        "Written by `python benchmarks/roofline.py --save`, which says what each column is.\n\n"
+        f"{table()}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help=f"write {SAVED.relative_to(ROOT)}")
+    given = parser.parse_args()
+    text = page()
+    if given.save:
+        temporary = SAVED.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, SAVED)
+    print(text)
+
+
 if __name__ == "__main__":
-    print("Microseconds, modelled.\n")
-    print(table())
+    main()
