@@ -26,6 +26,12 @@ from tests.ptx.step import Step  # noqa: E402
 from tests.triton_budget import OPS  # noqa: E402
 
 ARCHITECTURE = 86
+NEWER = (
+    ("lowrank 63x320->320 r16 masked", 90, "wgmma.mma_async"),
+    ("self_attention (1, 2, 300, 77, 80)", 90, "wgmma.mma_async"),
+    ("group_norm 64/32 contiguous silu", 120, "fma.rn.f32x2"),
+    ("cross_attention (2, 2, 63, 77, 40) with maps", 120, "stmatrix"),
+)
 PRODUCTS = ("cross_attention", "self_attention", "lowrank_residual", "frozen_conv")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +56,15 @@ def ran() -> dict[tuple[str, str], set[str]]:
 def test_compiled_kernels_compute_what_the_reference_does(check, dtype, ran):
     gpu = check.run(dtype, ARCHITECTURE)
     ran[check.name, dtype] = {launch.kernel.name for launch in gpu.launches}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, architecture, opcode", NEWER, ids=str)
+def test_instructions_of_newer_generations(name, architecture, opcode):
+    """Hopper's products of warpgroups, which its largest tiles take, and Blackwell's pairs of float32."""
+    (check,) = [check for check in every_check() if check.name == name]
+    gpu = check.run("bf16", architecture, multiprocessors=1)
+    assert any(key.startswith(opcode) for launch in gpu.launches for key in launch.executed)
 
 
 @pytest.mark.slow

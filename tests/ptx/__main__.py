@@ -23,6 +23,7 @@ def main() -> None:
         "--kinds", nargs="+", choices=running.KINDS, default=list(running.KINDS), help="of runs of all cases"
     )
     parser.add_argument("--only", choices=("cases", "counts", "mutants"), help="one of the three parts")
+    parser.add_argument("--shown", action="store_true", help="count at one real shape an op, as the tests do")
     given = parser.parse_args()
     failures: list[str] = []
     if given.only in (None, "cases"):
@@ -37,7 +38,7 @@ def main() -> None:
         if given.page:
             report.write("cases", running.cases_table(running.kept(rows)))
     if given.only in (None, "counts"):
-        found, wasteful = running.count_all()
+        found, wasteful = running.count_all(given.shown)
         failures += wasteful
         if given.page:
             running.write_counts(found)

@@ -107,11 +107,12 @@ def cases_table(rows: list[Row]) -> str:
     return report._table(head, [tuple(map(str, line)) for line in cells])
 
 
-def count_all() -> tuple[dict[str, list[dict]], list[str]]:
+def count_all(shown: bool) -> tuple[dict[str, list[dict]], list[str]]:
+    """Every launch of the tables, or those of report.SHOWN: what they do, and which move more than they must."""
     _prepare()
     found, wasteful = {}, []
     for op in OPS:
-        kernels = counted(op, COUNTED)
+        kernels = counted(op, COUNTED, report.shown_shape(op)) if shown else counted(op, COUNTED)
         wasteful += report.wasteful(kernels)
         found[op] = [asdict(kernel) for kernel in kernels]
     return found, wasteful

@@ -102,8 +102,10 @@ def _finish(blocks: Blocks, one: Product, mask: Array) -> None:
     product = product.reshape(-1, WARPS, 2, 8, columns // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
     product = product.reshape(*blocks.shape, columns // 2)  # a thread's registers: 8 columns, lower rows, pair
     for i, register in enumerate(one.target.parts):
-        before = np.where(one.adds, blocks.value(register, "f32"), np.float32(0))
-        blocks.put(register, before + product[..., i], "f32", mask)
+        result = product[..., i]
+        if one.adds.any():  # a first product's D holds nothing yet
+            result = result + np.where(one.adds, blocks.value(register, "f32"), np.float32(0))
+        blocks.put(register, result, "f32", mask)
 
 
 def _descriptor(blocks: Blocks, operand: Operand) -> Array:
