@@ -5,7 +5,8 @@ tests/ptx/counted.json holds what one program of each launch executes and moves 
 the compiled code (`make ptx`). From it, three times that no card can go below:
 
     issue    programs x warps x instructions, at two instructions a cycle and multiprocessor
-    memory   the bytes of the launch's tensors, each moved once, at the card's bandwidth
+    memory   the bytes of the launch's tensors, each moved once, at the card's bandwidth (a tensor that is read and
+             written takes twice that)
     product  programs x warps x mma instructions x 4096 operations, at the card's 16-bit rate with float32 sums
 
 The largest binds. Left out: the latency of few programs, launches, caches, conflicts among the three.
@@ -50,7 +51,7 @@ def times(kernel: dict[str, Any], card: Card) -> dict[str, float]:
 
 
 def table() -> str:
-    head = ["kernel and shape", "programs x warps", "instructions", "mma", "MB"]
+    head = ["kernel and shape", "programs x warps", "instructions", "mma", "MB of tensors", "MB asked for"]
     for card in CARDS:
         head += [f"{card.name}: issue", "memory", "product", "binds"]
     lines = [head, ["---"] * len(head)]
@@ -59,7 +60,8 @@ def table() -> str:
         for kernel in kernels if isinstance(kernels, list) else []:
             size = f"{kernel['programs']} x {kernel['warps']}"
             numbers = [kernel["name"], size, f"{kernel['instructions']:,}", kernel["matrix"]]
-            line = [*map(str, numbers), f"{kernel['tensor_bytes'] / 1e6:.1f}"]
+            asked = 32 * kernel["sectors"] * kernel["programs"]  # of the caches: what programs read again counts again
+            line = [*map(str, numbers), f"{kernel['tensor_bytes'] / 1e6:.1f}", f"{asked / 1e6:.1f}"]
             for card in CARDS:
                 found = times(kernel, card)
                 line += [*(f"{time:.1f}" for time in found.values()), max(found, key=found.__getitem__)]

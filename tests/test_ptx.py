@@ -30,6 +30,7 @@ NEWER = (
     ("lowrank 63x320->320 r16 masked", 90, "wgmma.mma_async"),
     ("self_attention (1, 2, 300, 77, 80)", 90, "wgmma.mma_async"),
     ("group_norm 64/32 contiguous silu", 120, "fma.rn.f32x2"),
+    ("group_norm 8/8 strided None", 120, "fma.rn.f32.bf16"),
     ("cross_attention (2, 2, 63, 77, 40) with maps", 120, "stmatrix"),
 )
 PRODUCTS = ("cross_attention", "self_attention", "lowrank_residual", "frozen_conv")

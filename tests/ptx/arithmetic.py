@@ -15,16 +15,20 @@ Function = Callable[..., Array]
 
 
 def _values(blocks: Blocks, current: Instruction) -> list[Array]:
-    """The operands behind the destination. `add.rn.f32.bf16` and its like take 16 bits first, float32 after that."""
-    mixed = current.kind in ("bf16", "f16") and current.modifiers[-2:-1] == ("f32",)
-    kinds = [current.kind, *("f32" if mixed else current.kind for _ in current.operands[2:])]
+    """The operands behind the destination. `add.rn.f32.bf16` and its like end in float32: the last operand is."""
+    kinds = [current.kind] * (len(current.operands) - 1)
+    if _mixed(current):
+        kinds[-1] = "f32"
     values = [blocks.value(x, kind) for x, kind in zip(current.operands[1:], kinds, strict=True)]
     return [flushed(x) for x in values] if "ftz" in current.modifiers else values
 
 
+def _mixed(current: Instruction) -> bool:
+    return current.kind in ("bf16", "f16") and current.modifiers[-2:-1] == ("f32",)
+
+
 def _finish(blocks: Blocks, current: Instruction, result: Array, mask: Array | None) -> None:
-    mixed = current.kind in ("bf16", "f16") and current.modifiers[-2:-1] == ("f32",)
-    kind = "f32" if mixed else current.kind
+    kind = "f32" if _mixed(current) else current.kind
     if "ftz" in current.modifiers:
         result = flushed(result.astype(np.float32))
     blocks.put(current.operands[0], result, kind, mask)

@@ -33,7 +33,7 @@ class Counted:
     matrix: int
     ratios: dict[str, float]  # of sectors or passes to the fewest possible, by kind of access
     sectors: int  # of global memory, of 32 bytes
-    tensor_bytes: int  # of all programs' tensors: what memory must move once
+    tensor_bytes: int  # of all programs' tensors, each argument for itself: the tables pass one tensor as several
 
 
 def counted(op: str, architecture: int, wanted: Callable[[str], bool] = lambda label: True) -> list[Counted]:

@@ -50,7 +50,7 @@ class Launch:
     shared_bytes: int
     executed: Counter[str]  # instructions, of all batches of programs
     programs: int  # how many ran
-    tensor_bytes: int  # of the tensors it was given: what memory must move once
+    tensor_bytes: int  # of the tensors it was given, one by one
     traffic: Traffic | None
 
     @property
@@ -90,8 +90,8 @@ class Gpu:
         """One launch; `arguments` are the kernel's with their types in Triton's spelling, constants left out."""
         kernel = _parsed(ptx if self.change is None else self.change(ptx))
         programs = np.arange(1 if self.first_program_only else int(np.prod(grid)))
-        given_bytes = {id(x): x.numel() * x.element_size() for _, x in arguments if isinstance(x, Tensor)}
-        launch = Launch(kernel, ptx, grid, shared_bytes, Counter(), len(programs), sum(given_bytes.values()), None)
+        tensor_bytes = sum(x.numel() * x.element_size() for _, x in arguments if isinstance(x, Tensor))
+        launch = Launch(kernel, ptx, grid, shared_bytes, Counter(), len(programs), tensor_bytes, None)
         launch.traffic = Traffic() if self.count_traffic else None
         self.launches.append(launch)
         if self.only_compile:

@@ -37,6 +37,11 @@ def instruction(*opcodes: str) -> Callable[[Handler], Handler]:
     return register
 
 
+def _poison(register: Register) -> Array:
+    """What a register holds that nothing was written to: all ones, a NaN to floats."""
+    return np.array([[True]]) if register.bits == 1 else np.full((1, 1), -1, np.int64).astype(UNSIGNED[register.bits])
+
+
 class Blocks:
     def __init__(
         self,
@@ -72,8 +77,8 @@ class Blocks:
         """An operand as unsigned integers (predicates: bool) that broadcast to [B, T]."""
         if isinstance(operand, Register):
             found = self.registers.get(operand.name)
-            if found is None:
-                raise Fault(f"the register {operand.name} is read before anything is written to it")
+            if found is None:  # LLVM's undef: halves of pairs that nobody uses
+                found = _poison(operand)
             if operand.bits != bits:
                 if 1 in (operand.bits, bits):
                     raise UnknownInstruction(f"{operand.name} as a value of {bits} bits")
@@ -103,7 +108,7 @@ class Blocks:
         raise UnknownInstruction(f"the special register {name}")
 
     def put_bits(self, register: Operand, bits: Array, mask: Array | None) -> None:
-        """Write a register in the threads of `mask`; what others never wrote is all ones, a NaN to floats."""
+        """Write a register in the threads of `mask`."""
         assert isinstance(register, Register)
         if register == NOWHERE:
             return
@@ -113,8 +118,7 @@ class Blocks:
             bits = bits.astype(UNSIGNED[register.bits])
         if mask is not None:
             old = self.registers.get(register.name)
-            poison = np.array([[True]]) if register.bits == 1 else np.array([[-1]]).astype(bits.dtype)
-            bits = np.where(mask, bits, poison if old is None else old)
+            bits = np.where(mask, bits, _poison(register) if old is None else old)
         self.registers[register.name] = bits
 
     def put(self, register: Operand, numbers: Array, kind: str, mask: Array | None) -> None:
