@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test fast check lint format face docs bench real clean
+.PHONY: setup demo test fast check lint format face docs ptx bench real clean
 
 # A compiler that comes later is noticed: the native kernels are then built.
 READY := $(VENV)/.ready$(if $(shell command -v $(CXX)),,-without-a-compiler)
@@ -65,6 +65,10 @@ face: setup
 # Pages made from the code: docs/methods.md, docs/api/
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# Every case's compiled kernels executed from their PTX, for five architectures: tests/ptx/README.md. An hour.
+ptx: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx --page
 
 # Ops, training steps, LAG, memory and quality, compared with peers; then the README's tables, docs pages and figures.
 # About half an hour on two cores.

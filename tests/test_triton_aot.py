@@ -57,6 +57,14 @@ def test_nothing_spills(compiled):
     assert not spilled, f"bytes of spilled registers a thread: {spilled}"
 
 
+def test_products_compile_to_matrix_instructions(compiled):
+    """On every architecture: `tl.dot` on plain arithmetic would be right, and many times slower."""
+    products = {"cross_attention", "self_attention", "lowrank_residual", "frozen_conv"}
+    kernels = {k: v["matrix"] for k, v in compiled.items() if k[0] in products and not k[1].startswith("sum_partials")}
+    plain = sorted(k for k, matrix in kernels.items() if not matrix)
+    assert kernels and not plain, f"without matrix instructions: {plain}"
+
+
 def test_budget_lists_exactly_the_compiled_kernels(compiled, budget):
     listed = {
         (op, name, int(arch[3:]))

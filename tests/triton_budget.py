@@ -91,7 +91,7 @@ def labels_of(op: str, arch: int) -> list[str]:
 
 
 def compile_case(job: tuple[str, int, int]) -> dict[str, int]:
-    """Registers and stack a thread, shared bytes a block, of case number `index`."""
+    """Registers and stack a thread, shared bytes a block, matrix instructions in the code, of case number `index`."""
     op, arch, index = job
     import triton
     from triton.backends.compiler import GPUTarget
@@ -101,7 +101,8 @@ def compile_case(job: tuple[str, int, int]) -> dict[str, int]:
     source = ASTSource(case.fn, case.signature, case.constexprs, case.attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     registers, stack = _resources(compiled.asm["cubin"])
-    return {"registers": registers, "spill": stack, "shared": compiled.metadata.shared}
+    matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"]))
+    return {"registers": registers, "spill": stack, "shared": compiled.metadata.shared, "matrix": matrix}
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
