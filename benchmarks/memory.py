@@ -240,9 +240,8 @@ KEPT_HEAD = """
 MB for one image: of a frozen UNet with low-rank residuals on its output projections, and of a UNet that trains whole.
 """
 LEAST_HEAD = """
-The least that a run takes, from loading to its report, with the batch it is for: subject images (+ class images) in
-one forward pass, x N where N passes make one optimizer step. bfloat16; computed by tracing, not measured; includes
-0.5 GB for the CUDA context.
+The least that a run takes, its report included, and its batch: subject images (+ class images) in one forward pass, x N
+passes to one optimizer step. bfloat16, 0.5 GB for the CUDA context included; computed by tracing, not measured.
 """
 
 
