@@ -229,12 +229,12 @@ def test_the_command_line_under_torchrun(model, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-# Custom Diffusion fits at 2^22, DreamBooth at 2^19: after two overflows the third step trains, and is saved.
-@pytest.mark.parametrize(("method", "scale"), [("custom_diffusion", 2.0**24), ("dreambooth", 2.0**21)])
+# At 32 pixels Custom Diffusion fits at 2^22, DreamBooth at 2^17: after two overflows the third step trains, and is saved.
+@pytest.mark.parametrize(("method", "scale"), [("custom_diffusion", 2.0**24), ("dreambooth", 2.0**19)])
 def test_two_processes_agree_on_the_loss_scale_of_float16(tmp_path, method, scale):
     """Found together from one that overflows, kept in the checkpoint, and the training goes on in step."""
     settings = {"token_learning_rate": 1e-5, "bank": 12} if method == "custom_diffusion" else {}
-    settings |= PLAIN | {"batch": 2, "dtype": "float16", "scale": scale, "learning_rate": 3e-4}
+    settings |= PLAIN | {"batch": 2, "dtype": "float16", "scale": scale, "learning_rate": 3e-4, "resolution": 32}
     later = in_two_processes(tmp_path / "b", method, [(3, False), (5, True)], **settings)
     saved = torch.load(tmp_path / "b" / "checkpoint-3" / "optimizer.pt", weights_only=False)
     scales = [state["scale"] for state in saved] if isinstance(saved, list) else [saved["scale"]]
