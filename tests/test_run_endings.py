@@ -229,7 +229,7 @@ def test_the_command_line_under_torchrun(model, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-# At 32 pixels Custom Diffusion fits at 2^22, DreamBooth at 2^17: after two overflows the third step trains, and is saved.
+# At 32 pixels Custom Diffusion fits at 2^22, DreamBooth at 2^17: two steps overflow, the third trains and is saved.
 @pytest.mark.parametrize(("method", "scale"), [("custom_diffusion", 2.0**24), ("dreambooth", 2.0**19)])
 def test_two_processes_agree_on_the_loss_scale_of_float16(tmp_path, method, scale):
     """Found together from one that overflows, kept in the checkpoint, and the training goes on in step."""
