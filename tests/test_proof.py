@@ -134,6 +134,7 @@ def test_bfloat16_weights_at_a_small_rate_train_and_a_stuck_one_is_found(warmup)
         ("no gradient", r"gets no gradient \(1 of \d+ tensors\)"),
         ("not written", r"has not moved \(1 of \d+ tensors\)"),
     ],
+    ids=["none is", "no gradient", "not written"],
 )
 def test_dreambooth_in_bfloat16_at_a_small_rate_passes_the_proof_unless_a_tensor_is_held(held, said):
     """Its own rate with a long warm-up: at step 20 many small tensors have kept every bit, and all of them train."""
