@@ -11,7 +11,7 @@ from pcs_trainer.cli import entry as cli
 from pcs_trainer.cli.commands import command
 from pcs_trainer.cli.commands.common import filled
 from pcs_trainer.cli.commands.train_flags import overrides
-from pcs_trainer.cli.config import effective
+from pcs_trainer.cli.config import effective, read_config
 from pcs_trainer.cli.options import parse
 from pcs_trainer.concept.loading import load_concept
 from pcs_trainer.errors import UsageError
@@ -63,8 +63,8 @@ def test_an_instance_prompt_is_taken_apart(prompt, words):
         ),
         ("sample x --size=512 --resolution 768", "--size 512 and --resolution 768 are both --size"),
         (
-            "train p --learning_rate 1e-4 --unet_lr 2e-4",
-            "--learning_rate 1e-4 and --unet_lr 2e-4 are both --lr, which has one value. Fix: give one of them",
+            "train p --learning_rate 1e-4 --lr 2e-4",
+            "--learning_rate 1e-4 and --lr 2e-4 are both --lr, which has one value. Fix: give one of them",
         ),
         ("train p --dtype float32 --mixed_precision fp16", "--dtype float32 and --mixed_precision fp16 are both"),
     ],
@@ -135,3 +135,18 @@ def test_a_list_of_concepts_is_learned_together(tmp_path, capsys):
     assert filled("a {}", [concept]) == "a sks dog and <tom> cat"
     with pytest.raises(UsageError, match="expected FOLDER=WORD"):
         parse(command("train"), ["x", "--with", "cats"])
+
+
+@pytest.mark.parametrize("line", ["--learning_rate 1e-4 --unet_lr 2e-4", "--unet_lr=2e-4 --learning_rate 1e-4"])
+def test_the_unets_rate_wins_over_the_general_one_as_in_sd_scripts(line, tmp_path):
+    assert parse(command("train"), ["p", "--class", "mug", *line.split()]).lr == 2e-4
+    file = tmp_path / "run.toml"
+    pairs = [
+        (name.lstrip("-"), value) for name, value in (part.split(" ") for part in line.replace("=", " ").split(" --"))
+    ]
+    file.write_text("[train]\n" + "".join(f"{name} = {value}\n" for name, value in pairs))
+    assert read_config(file, command("train"))["lr"] == 2e-4
+
+
+def test_one_folder_may_be_written_in_two_ways():
+    assert parse(command("train"), ["p", "--class", "mug", "--output_dir", "a", "--out", "./a/"]).out == "./a/"

@@ -109,3 +109,8 @@ def test_from_the_command_line(model, tmp_path, capsys):
     merged = load_concept(tmp_path / "out.safetensors", model)
     assert merged.subjects == [("<rex>", "cat"), ("<can>", "mug"), ("<dog>", "cat")]
     assert torch.equal(merged.words["<can>"][0], rows[0]) and torch.equal(merged.words["<dog>"][0], rows[0] * 2)
+
+
+def test_two_subjects_do_not_end_under_one_word():
+    with pytest.raises(UsageError, match="two subjects would be called '<b>'"):
+        renamed([concept("<a>"), concept("<b>")], ["<a>=<b>"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,13 @@ TYPES = {  # torch's names of types -> a safetensors file's
 }
 
 
+def free_bytes(folder: Path) -> int:
+    """What the disk of a folder, or of its first parent that is there, has left."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def written(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a file beside `path`, then move it there; a failure leaves nothing behind."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -33,9 +41,11 @@ def written(path: Path, write: Callable[[Path], object]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(part)):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the file that was asked for
         raise
     return path
 

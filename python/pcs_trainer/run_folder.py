@@ -83,8 +83,17 @@ def _whole(folder: Path) -> bool:
 
 
 def _half(folder: Path) -> bool:
-    """Whether a part of the files is there and nothing else: other trainers' checkpoints have that name too."""
-    return folder.is_dir() and not _whole(folder) and {f.name for f in folder.iterdir()} <= {*FILES}
+    """Whether a part of the files is there and nothing else: other trainers' checkpoints have that name too.
+
+    An optimizer.pt alone may be one of theirs.
+    """
+    found = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    return not _whole(folder) and found <= {*FILES} and bool(found - {"optimizer.pt"})
+
+
+def is_others(folder: Path) -> bool:
+    """Whether something of this name is there that is not a checkpoint of ours, whole or half."""
+    return folder.exists() and not (folder.is_dir() and (_whole(folder) or _half(folder)))
 
 
 def _runs(process: int) -> bool:

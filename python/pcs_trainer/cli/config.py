@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ def read_config(path: Path, command: Command) -> dict[str, Any]:
     names = {name.lstrip("-").replace("-", "_"): own for name, own in known_names(command).items()}
     values: dict[str, Any] = {}
     for level in (loose, tables.get(command.name, {})):  # what stands in the command's own table wins
+        winning: dict[str, Any] = {}
         said: dict[str, tuple[str, Any]] = {}  # attribute -> the key that said it, and its value
         for key, value in level.items():
             plain = key.replace("-", "_")
@@ -47,10 +49,13 @@ def read_config(path: Path, command: Command) -> dict[str, Any]:
                 raise UsageError(f"--config: {path} sets {key!r}, which is not a flag of pcs {command.name}{hint}")
             checked = _checked(option, value, path)
             other, before = said.setdefault(option.attribute, (key, checked))
-            if before != checked and not option.many:
+            if plain in {name.lstrip("-").replace("-", "_") for name in option.wins}:
+                winning[option.attribute] = checked
+            elif before != checked and not option.many and option.attribute not in winning:
                 wrong = two_values(option, f"{other} = {toml(before)}", f"{key} = {toml(checked)}")
                 raise UsageError(f"--config: {path}: {wrong}")
             values[option.attribute] = checked
+        values |= winning
     return values
 
 
@@ -89,6 +94,16 @@ def write_config(
         if option.key not in without and value is not None and value is not False and value not in ([], ""):
             lines.append(f"{option.key} = {toml(value)}")
     return written_text(path, "\n".join(lines) + "\n")
+
+
+def keep_config(
+    path: Path, command: Command, options: argparse.Namespace, without: tuple[str, ...] = (), **extra: Any
+) -> None:
+    """`write_config` after the work is done: where it cannot be written, a remark and not a failure."""
+    try:
+        write_config(path, command, options, without, **extra)
+    except OSError as error:
+        print(f"pcs: {path} could not be written ({error.strerror}); all else is there", file=sys.stderr, flush=True)
 
 
 def toml(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,9 @@ def sentence(error: BaseException) -> str:
         return f"{error.filename} does not exist"
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename} cannot be read or written: permission denied"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        name = error.filename or "a file"
+        return f"{name} could not be written: the disk is full; free some space or give another --out"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the system'}: {error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__

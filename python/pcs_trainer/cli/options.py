@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 import shutil
 import textwrap
@@ -33,6 +34,7 @@ class Option:
         single: why it has one value, where several of its names could be taken for several values.
         dest: the attribute that holds its value, where its own name cannot be one.
         setting: the training setting that it is the value of.
+        wins: those of its names whose value counts beside the others', as in the program that they come from.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Option:
     single: str = ""
     dest: str = ""
     setting: str = ""
+    wins: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -231,8 +234,10 @@ def parse(command: Command, words: Sequence[str]) -> argparse.Namespace:
 def own_flags(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words with other trainers' flags as our own, and a note for each flag that is not needed."""
     known = known_names(command)
+    wins = {name.replace("_", "-") for option in command.options for name in option.wins}
     said = Said(command)
     given: list[str] = []
+    last: list[str] = []  # what wins over all before it
     notes: list[str] = []
     rest = list(words)
     while rest:
@@ -255,12 +260,15 @@ def own_flags(command: Command, words: Sequence[str]) -> tuple[list[str], list[s
             if len(ours) == 2:
                 said.note(ours[0], written, value, ours[1])
             given += ours
+        elif name in wins and (equals or rest):
+            last += [known[name], value if equals else rest.pop(0)]
         else:
             if equals or rest:
                 said.note(known.get(name, name), written, value if equals else rest[0])
             given.append(known.get(name, name) + equals + value)
     said.check()
-    return given, notes
+    at = given.index("--") if "--" in given else len(given)
+    return given[:at] + last + given[at:], notes
 
 
 class Said:
@@ -293,6 +301,8 @@ def two_values(option: Option, first: str, second: str) -> UsageError:
 
 def _checked_or_text(option: Option, text: str) -> Any:
     """The value that a text stands for (1e-4 is 0.0001), or the text where it stands for none."""
+    if option.metavar in ("FOLDER", "FILE", "PATH"):
+        return os.path.normpath(text)
     try:
         return (option.kind or str)(text)
     except argparse.ArgumentTypeError:

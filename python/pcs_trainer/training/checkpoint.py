@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..files import read_safetensors, write_safetensors
 from ..model.fingerprint import same_base
-from ..run_folder import BEGUN, checkpoint_name, checkpoints, is_of, remove_folder, run_checkpoints, sweep
+from ..run_folder import BEGUN, checkpoint_name, checkpoints, is_of, is_others, remove_folder, run_checkpoints, sweep
 from ..settings import with_none_for_unset
 
 IDENTITY = {"base", "base_name", "data", "settings"}  # what every version has written of a run
@@ -42,6 +42,8 @@ def write_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: di
     """
     folder = out / checkpoint_name(step)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    if is_others(folder):
+        raise OSError(f"the checkpoint {folder} was not written: another program's files are there; move them away")
     sweep(out)
     try:
         part.mkdir(parents=True)

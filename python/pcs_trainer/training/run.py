@@ -20,11 +20,12 @@ from ..concept.concept import Concept
 from ..concept.loading import load_concept
 from ..distributed import any_process, fill, full_value, is_part, rank_and_world, shard
 from ..errors import NotSaved, TrainingStopped
-from ..files import written_text
+from ..files import free_bytes, written_text
 from ..run_folder import BEGUN, checkpoints, run_checkpoints, step_of
 from ..sampling.drawing import pictures_at_once, sample
 from ..sampling.upscaling import upscale
 from ..unet.layers import replace_data
+from ..units import bytes_text
 from .checkpoint import begins_anew, begun_with, check_same_run, read_checkpoint, write_checkpoint
 from .events import Event
 from .float16 import said_of_float16
@@ -245,6 +246,7 @@ class Run:
 
     def begin(self, out: Path) -> None:
         """Write what the run begins with, for a resume before the first checkpoint, and which run is the last here."""
+        self.check_room(out)
         if checkpoints(out):
             self.warn(f"{out} holds checkpoints of an earlier run: they are removed when this one writes its first")
         try:
@@ -253,6 +255,18 @@ class Run:
             with suppress(OSError):
                 (out / BEGUN).unlink()  # an earlier run's: it would say that this one's checkpoints are not the last
             self.warn(f"{out / BEGUN} could not be written ({error.strerror}); training goes on")
+
+    def check_room(self, out: Path) -> None:
+        """Whether the disk holds what will be learned (OSError), and a checkpoint beside it (a warning)."""
+        learned = sum(p.numel() * p.element_size() for p in self.learner.parameters.values())
+        free = free_bytes(out)
+        if free < learned:
+            raise OSError(
+                f"the disk of {out} has {bytes_text(free)} left, and what is learned takes {bytes_text(learned)}; free "
+                "some space or choose another folder"
+            )
+        if free < 2 * learned:
+            self.warn(f"the disk of {out} has {bytes_text(free)} left: the concept's file fits, and no checkpoint does")
 
     def checkpoint(self) -> None:
         """Write where the run stands; a full disk is a warning, not the end."""
@@ -342,7 +356,9 @@ class Run:
         except OSError as error:
             found = run_checkpoints(path.parent)
             step = (step_of(found[-1]) if found else None) or 0
-            if step == self.step:
+            if not found:
+                kept = "no checkpoint could be kept either, so nothing of it is on the disk"
+            elif step == self.step:
                 kept = f"{found[-1].name} holds all {step} steps: --resume, train(resume=True), writes the concept then"
             else:
                 kept = f"--resume, train(resume=True), goes on from step {step} then, the last that could be kept"

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...files import read_header
+from ...files import free_bytes, read_header
 from ...methods import TITLES
 from ...sampling.names import LAG_UNCOND
 from ...sampling.names import NAMES as SAMPLERS
+from ...units import bytes_text
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..progress import quiet_libraries
 
@@ -170,6 +171,16 @@ def check_amount(prompts: int, count: int, steps: int) -> None:
         )
     if total > MANY_IMAGES:
         say(f"{total:,} images of {steps} steps each; Ctrl-C ends after the running batch and keeps what is drawn")
+
+
+def check_room(folder: Path, images: int, size: int) -> None:
+    """UsageError where the disk may not hold so many images of size x size pixels; PNG is no larger than the pixels."""
+    free, needed = free_bytes(folder), images * (3 * size * size + 4096)
+    if free < needed:
+        raise UsageError(
+            f"--out: the disk of {folder} has {bytes_text(free)} left, and {images} images of {size} x {size} pixels "
+            f"may take {bytes_text(needed)}; free some space or give another folder"
+        )
 
 
 def say(text: str) -> None:

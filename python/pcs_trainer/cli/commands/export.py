@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...errors import UsageError
-from ..config import write_config
+from ..config import keep_config
 from ..exit_codes import DONE
 from ..options import Command, Option, grouped, number, one_of
 from . import COMMANDS
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         )
         say(str(report))
         files = report.files
-    write_config(folder / "run.toml", COMMAND, options)
+    keep_config(folder / "run.toml", COMMAND, options)
     for file in files:
         print(file)
     return DONE

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ..config import write_config
+from ..config import keep_config
 from ..exit_codes import DONE
 from ..options import Command, Option, grouped, number, one_of
 from . import COMMANDS
@@ -136,6 +136,10 @@ def renamed(concepts: list[Concept], texts: list[str]) -> list[Concept]:
             raise UsageError(f"--rename: no concept has a subject {old!r} to rename; left to rename: {left}")
         subjects[at].remove(old)
         found[at] = found[at].renamed(new, of=old)
+    words = [token for concept in found for token, _ in concept.subjects if token]
+    twice = next((new for _, _, new in (text.rpartition("=") for text in texts) if words.count(new) > 1), None)
+    if twice:
+        raise UsageError(f"--rename: two subjects would be called {twice!r}; give each a word of its own")
     return found
 
 
@@ -172,7 +176,7 @@ def run(options: argparse.Namespace) -> int:
         merged = compress(merged, model, options.compress)
         say(f"compressed to {merged.parameters / before:.0%} of its parameters")
     path = merged.save(options.out)
-    write_config(path.with_suffix(".toml"), COMMAND, options, how=how)
+    keep_config(path.with_suffix(".toml"), COMMAND, options, how=how)
     say(f"the merged concept holds {' and '.join(subjects_of(concepts))}")
     print(path)
     return DONE

@@ -6,7 +6,7 @@ import argparse
 import shlex
 
 from ...errors import UsageError
-from ..config import write_config
+from ..config import keep_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import Stopped, stop_on_ctrl_c
 from ..options import Command, Option, grouped, integer
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"{len(found.pictures)} pictures, not the {options.count} asked for: the others cannot be used")
     if not options.quiet:
         say(f"{found}; pcs train ... --prior-folder {shlex.quote(options.out)} takes them as class images")
-    write_config(found.folder / "run.toml", COMMAND, options)
+    keep_config(found.folder / "run.toml", COMMAND, options)
     print(options.out)
     return DONE
 

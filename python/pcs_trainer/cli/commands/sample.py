@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ...files import written
 from ...sampling.names import PRESETS
-from ..config import write_config
+from ..config import keep_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
 from ..options import Command, Option, grouped, integer, one_of
@@ -32,6 +32,7 @@ from .common import (
     STRENGTH,
     check_amount,
     check_drawing,
+    check_room,
     filled,
     free_name,
     lag_of,
@@ -142,6 +143,7 @@ def run(options: argparse.Namespace) -> int:
 def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
     """Every prompt `count` times, batch after batch, each image in a file of its own; the exit code."""
     from ...concept.attach import in_place
+    from ...model.autoencoder import own_size
     from ...model.tokens import has_word
 
     model = open_model(options)
@@ -152,6 +154,7 @@ def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
         say("no prompt names the subject: write {} where its words go")
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder, len(prompts), options.size or min(own_size(model)))
     # One concept at its own strength may be a whole UNet: it takes the base's place, not a second one's room.
     alone = concepts[0] if len(concepts) == 1 and set(options.strength or [1.0]) == {1.0} else None
     with (
@@ -173,7 +176,7 @@ def sample_to_files(options: argparse.Namespace, stop: Stop) -> int:
             images = sample_batch(options, model, concepts, part, options.seed + first, on_step)
             for prompt, image in zip(part, images, strict=True):
                 print(save_image(image, free_name(folder, slug(prompt))))
-    write_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt", "preset"))
+    keep_config(folder / "run.toml", COMMAND, options, without=("quiet", "prompt", "preset"))
     return DONE
 
 

@@ -63,7 +63,7 @@ OPTIONS = (
         Option("--accumulate", "gradient accumulation steps", integer(1, "1", MOST["accumulate"]), metavar="N",
                also=("--gradient_accumulation_steps",), otherwise=str(Settings.accumulate), setting="accumulate"),
         Option("--lr", "learning rate", number(0, 1, "1e-3"), metavar="X", also=("--learning_rate", "--unet_lr"),
-               otherwise=OWN, setting="learning_rate"),
+               wins=("--unet_lr",), otherwise=OWN, setting="learning_rate"),
         Option("--token-lr", "learning rate of the subject's token embeddings", number(0, 1, "1e-3"), metavar="X",
                otherwise=OWN, setting="token_learning_rate"),
         Option("--text-encoder-lr", "learning rate of the text encoder, with --train-text-encoder",

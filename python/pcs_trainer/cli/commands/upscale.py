@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from ..config import write_config
+from ..config import keep_config
 from ..exit_codes import DONE, INTERRUPTED
 from ..interrupt import stop_on_ctrl_c
 from ..options import Command, Option, grouped, integer, number
@@ -27,6 +27,7 @@ from .common import (
     STRENGTH,
     UPSCALER_EXAMPLE,
     check_drawing,
+    check_room,
     filled,
     free_name,
     open_concept,
@@ -145,6 +146,7 @@ def upscale_to_files(options: argparse.Namespace, stop: Stop) -> int:
     prompt = None if options.prompt is None else filled(options.prompt, concepts)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder, len(loaded.pictures), options.size or 1024)
     small = [(Path(p.name).stem, _resized(model, p.pixels, options.size)) for p in loaded.pictures]
     batches = _batches(small, options.batch)
     done = 0
@@ -160,7 +162,7 @@ def upscale_to_files(options: argparse.Namespace, stop: Stop) -> int:
             done += len(part)
             for (name, _), image in zip(part, images, strict=True):
                 print(save_image(image, free_name(folder, slug(name))))
-    write_config(folder / "run.toml", COMMAND, options, without=("quiet",))
+    keep_config(folder / "run.toml", COMMAND, options, without=("quiet",))
     return DONE
 
 
