@@ -272,20 +272,22 @@ class Run:
         """Write where the run stands; a full disk is a warning, not the end."""
         if self.kept_step == self.step > 0:
             return  # a whole one is not replaced: killed between the old one and the new, a run would have neither
-        self.kept_step = self.step
         tensors = {}
         for name, p in self.learner.parameters.items():
             value = full_value(p.detach())  # one at a time: the whole network need not fit on a device
             if self.out is not None:
                 tensors[name] = value if not is_part(p) else value.cpu()
         state = self.identity() | {"step": self.step, "optimizer": self.stepper.state_dict()}
-        if self.out is None:
-            return  # another process writes; this one has given its parts
+        failed = False
         try:
-            path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep)
-            self.say("checkpoint", path=str(path))
+            if self.out is not None:  # else another process writes, and this one has given its parts
+                path = write_checkpoint(self.out, self.step, tensors, state, self.s.keep)
+                self.say("checkpoint", path=str(path))
         except OSError as error:
+            failed = True
             self.warn(f"{error}; training goes on")
+        if not any_process(failed):  # all try again together
+            self.kept_step = self.step
 
     def resume(self) -> None:
         """Take the state of the last checkpoint in `out`; ValueError where it is of another run.
