@@ -14,7 +14,6 @@ benchmarks/results/float16.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -47,14 +46,6 @@ def row(bench: Any, subject: int, setting: str) -> dict[str, Any]:
     concept = Trainer(model, METHOD, pictures, kind, seed=seed, **TRAINING).train()
     found = bench.measure(Job("float16", setting, METHOD, subject), concept, setting)
     return {"subject": subject, "class": kind, "setting": setting} | {m: f"{found[m]:.5g}" for m in MEASURES}
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -91,14 +82,14 @@ def main() -> None:
         bench, facts = Bench(options.work), timing.circumstances()
         for subject in SUBJECTS[: options.subjects]:
             for setting in SETTINGS:
-                if any((r["subject"], r["setting"]) == (str(subject), setting) for r in read(options.results)):
+                if any((r["subject"], r["setting"]) == (str(subject), setting) for r in timing.read(options.results)):
                     continue
                 started = time.monotonic()
                 found = row(bench, subject, setting)
                 steps = {name: TRAINING[name] for name in ("steps", "batch")}
                 timing.append(options.results, [found | steps | facts])
                 print(f"subject {subject}, {setting}: {time.monotonic() - started:.0f} s", flush=True)
-    print(table(read(options.results)))
+    print(table(timing.read(options.results)))
 
 
 if __name__ == "__main__":

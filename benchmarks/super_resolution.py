@@ -15,7 +15,6 @@ into benchmarks/results/super_resolution.csv as soon as it is measured; rows tha
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Iterator
@@ -131,14 +130,6 @@ def emblem_of(scene: Any) -> np.ndarray:
     return np.abs(render(scene).astype(int) - without).max(-1) > 25
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def table(rows: list[dict[str, str]]) -> str:
     """Means with 95 % intervals by setting, and the paired differences that fine-tuning makes."""
     lines = [f"{'setting':<32}{'noise':>7}" + "".join(f"{m:>24}" for m in MEASURES) + f"{'subjects':>10}"]
@@ -187,14 +178,14 @@ def main() -> None:
         bench, facts = Bench(options.work), timing.circumstances()
         subjects = range(options.first, options.first + options.subjects)
         for i, subject in enumerate(subjects):
-            if str(subject) in {r["subject"] for r in read(options.results)}:
+            if str(subject) in {r["subject"] for r in timing.read(options.results)}:
                 continue
             started = time.monotonic()
             rows = list(bench.rows(subject, subjects[i - 1]))
             rounded = [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
             timing.append(options.results, [row | TRAINED | facts for row in rounded])
             print(f"subject {subject}: {time.monotonic() - started:.0f} s", flush=True)
-    print(table(read(options.results)))
+    print(table(timing.read(options.results)))
 
 
 TRAINED = {name: TRAINING[name] for name in ("steps", "batch", "learning_rate")}

@@ -81,6 +81,14 @@ def circumstances() -> dict[str, str]:
     }
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows that are there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Add rows to a CSV file, written whole or not at all; new columns widen the file."""
     path.parent.mkdir(parents=True, exist_ok=True)

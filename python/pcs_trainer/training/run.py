@@ -340,7 +340,7 @@ class Run:
         base = None
         if whole and path is not None:  # one network at a time: the base's, then the file's pages in place of a copy
             concept = replace(concept, tensors={})
-            base = base_predicts(self.task, concept)
+            base = base_predicts(self.task, concept) if self.step > 0 else None
             self.model.release("unet")
             pcs_kernels.forget_packed_weights()
         again = concept if path is None else load_concept(path)
@@ -357,8 +357,8 @@ class Run:
             return concept.save(path)
         except OSError as error:
             found = run_checkpoints(path.parent)
-            step = (step_of(found[-1]) if found else None) or 0
-            if not found:
+            step = step_of(found[-1]) if found else None
+            if step is None:
                 kept = "no checkpoint could be kept either, so nothing of it is on the disk"
             elif step == self.step:
                 kept = f"{found[-1].name} holds all {step} steps: --resume, train(resume=True), writes the concept then"
