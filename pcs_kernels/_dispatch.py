@@ -133,6 +133,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def autocast_is_on() -> bool:
+    """Whether torch's own products would be computed in another dtype than their inputs'."""
+    return any(torch.is_autocast_enabled(kind) for kind in DEVICES)
+
+
 def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `run` so that it computes in its inputs' dtype: autocast would change torch's products, and no kernel."""
 

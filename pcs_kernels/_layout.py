@@ -22,6 +22,15 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def image_format(x: Tensor) -> torch.memory_format:
+    """The format of what is made from x [B, C, H, W]: channels-last where x or what it is a slice of is, else plain.
+
+    Slices: the gradient of two images joined by `torch.cat` comes as two slices of its channels.
+    """
+    channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def in_memory_order(p: Tensor, t: Tensor) -> Tensor:
     """t with p's dimensions in the order of p's memory: an optimizer's blocks are blocks of memory."""
     channels_last = p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..._layout import image_format
 from ..._packed import packed
 from . import reference
 
@@ -32,7 +33,7 @@ def _dense(x: Tensor) -> Tensor:
     """oneDNN reads strides of plain and channels-last tensors only; anything else is copied first."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
-    return x.contiguous()
+    return x.contiguous(memory_format=image_format(x)) if x.dim() == 4 else x.contiguous()
 
 
 def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool) -> Tensor:

@@ -1,7 +1,9 @@
 """frozen_conv2d and frozen_linear: products with a frozen weight; nothing is kept for the backward but that weight.
 
 conv: x [B,C,H,W], weight [O,C,kh,kw] -> [B,O,H',W'], channels-last where x is.  linear: x [..., C], weight [O,C].
-On the CPU the weight is packed once for each direction and kept beside it; pack=False saves that memory.
+On the CPU the weight is packed once for each direction and kept beside it; pack=False saves that memory. Elsewhere
+torch's own functions run, without a copy where x and the weight are channels-last, and without the registered ops
+around them unless a backend is forced: a batch of 1 waits for the host there.
 """
 
 from __future__ import annotations
@@ -10,17 +12,40 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _check as check
-from ..._dispatch import Op, define, forced_backend
+from ..._dispatch import Op, autocast_is_on, define, forced_backend, without_autocast
+from ..._layout import image_format
 from ..._packed import may_pack
+from . import reference
 
 # cuDNN and cuBLAS have the fastest convolutions and products on a GPU: our Triton kernel runs only where it is forced.
 OP = Op("frozen_conv", __package__, order={"cuda": ("reference",), "cpu": ("native", "reference")})
 
 
+def _agree(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int) -> bool:
+    """Whether `_check_weights` finds nothing, at once: one by one they take longer than the launch."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims):
+        return False
+    operands = (x, weight)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+            return False
+        operands = (x, weight, bias)
+    dtype, device = x.dtype, x.device
+    return (
+        dtype in check.FLOATS
+        and x.numel() > 0
+        and weight.numel() > 0
+        and all(t.dtype == dtype and t.device == device and t.layout == torch.strided for t in operands)
+    )
+
+
 def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, letters: str) -> None:
+    if _agree(x, weight, bias, dims):
+        return
     check.floating("x", x)
     check.not_empty("x", x)
     check.floating("weight", weight)
@@ -59,19 +84,13 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     )
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """Channels-last tensors stay so; what is plainly contiguous (or ambiguous) stays contiguous."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool, backend: str
 ) -> Tensor:
     _check_conv(x, weight, bias, stride, padding)
     implementation = OP.select(backend, x.device.type, x, weight)
     y = implementation.forward_conv(x, weight, bias, stride, padding, pack)
-    return y.contiguous(memory_format=_format(x))
+    return y.contiguous(memory_format=image_format(x))
 
 
 def _conv_fake(
@@ -81,7 +100,7 @@ def _conv_fake(
     height = (x.shape[2] + 2 * padding - weight.shape[2]) // stride + 1
     width = (x.shape[3] + 2 * padding - weight.shape[3]) // stride + 1
     size = (x.shape[0], weight.shape[0], height, width)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format(x))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=image_format(x))
 
 
 def _conv_backward(
@@ -89,14 +108,14 @@ def _conv_backward(
 ) -> Tensor:
     implementation = OP.select(backend, dy.device.type, dy, weight)
     dx = implementation.backward_conv(dy, weight, height, width, stride, padding, pack)
-    return dx.contiguous(memory_format=_format(dy))
+    return dx.contiguous(memory_format=image_format(dy))
 
 
 def _conv_backward_fake(
     dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool, backend: str
 ) -> Tensor:
     size = (dy.shape[0], weight.shape[1], height, width)
-    return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=_format(dy))
+    return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=image_format(dy))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool, backend: str) -> Tensor:
@@ -165,6 +184,20 @@ define(
 )
 
 
+def _torch_alone(x: object) -> bool:
+    """Whether torch's own function is all that can run, so that the call needs no registered op around it.
+
+    Not where autocast is on, which would change its dtype, nor while a graph is compiled, which takes an op as it is.
+    """
+    elsewhere = isinstance(x, Tensor) and x.device.type != "cpu"
+    return elsewhere and not (forced_backend() or autocast_is_on() or torch.compiler.is_compiling())
+
+
+def _ordered(dy: Tensor, order: torch.memory_format) -> Tensor:
+    """dy in the order of x, which dx then has too: a loss's few channels cost less to copy than what they come from."""
+    return dy if image_format(dy) == order else dy.contiguous(memory_format=order)
+
+
 class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -172,6 +205,7 @@ class _FrozenConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.settings = x.shape[2], x.shape[3], stride, padding, pack and may_pack("backward"), backend
+        ctx.order = image_format(x)
         pack = pack and may_pack("forward")
         return torch.ops.pcs_kernels.frozen_conv2d_forward(x, weight, bias, stride, padding, pack, backend)
 
@@ -179,8 +213,32 @@ class _FrozenConv2d(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        dx = torch.ops.pcs_kernels.frozen_conv2d_backward(dy, weight, *ctx.settings)
+        dx = torch.ops.pcs_kernels.frozen_conv2d_backward(_ordered(dy, ctx.order), weight, *ctx.settings)
         return dx, None, None, None, None, None, None
+
+
+def _torch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight, bias, stride, padding).contiguous(memory_format=image_format(x))
+
+
+class _TorchConv2d(torch.autograd.Function):
+    """torch's convolution, whose own gradient would keep x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.numbers = x.shape[2], x.shape[3], stride, padding
+        ctx.order = image_format(x)
+        return _torch_conv(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        dx = _gradient(_ordered(dy, ctx.order), weight, *ctx.numbers)
+        return dx.contiguous(memory_format=ctx.order), None, None, None, None
+
+
+_gradient = without_autocast(reference.transposed)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -226,6 +284,10 @@ def frozen_conv2d(
         [B, O, H', W'], channels-last where x is.
     """
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
+    if _torch_alone(x) and type(stride) is type(padding) is int:  # the op's schema refuses other types
+        _check_conv(x, weight, bias, stride, padding)
+        keeps = torch.is_grad_enabled() and x.requires_grad
+        return (_TorchConv2d.apply if keeps else _torch_conv)(x, weight, bias, stride, padding)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenConv2d.apply(x, weight, bias, stride, padding, pack, forced_backend())
     pack = pack and may_pack("forward")
@@ -245,6 +307,11 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: b
         [..., O].
     """
     _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
+    # torch's product keeps the weight alone where that is all its gradient needs, but for Apple's, which has a backward
+    # of its own that keeps x too.
+    if _torch_alone(x) and x.device.type != "mps":
+        _check_linear(x, weight, bias)
+        return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenLinear.apply(x, weight, bias, pack, forced_backend())
     pack = pack and may_pack("forward")

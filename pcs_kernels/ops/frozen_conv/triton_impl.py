@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import MULTIPROCESSORS, AotCase, blocks, current_arch, launch, meta, record, unavailable
+from ..._layout import image_format
 from .triton_kernels import frozen_conv_kernel
 
 
@@ -78,9 +79,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: int,
 
 def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An empty [B, C, H, W] that is channels-last where `like` is."""
-    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=image_format(like))
 
 
 def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool) -> Tensor:

@@ -67,8 +67,8 @@ class _SecondRun:
 
     def pack_inside(self, tensor: Tensor) -> Any:
         """Count a tensor that fn saves, in its place in the order, and let go of it."""
-        if isinstance(tensor, torch.nn.Parameter):
-            return tensor  # it stays in memory anyway
+        if _stays(tensor):
+            return tensor
         self.packed += 1
         return self, self.packed - 1
 
@@ -84,7 +84,7 @@ class _SecondRun:
             return self.results
 
         def pack(tensor: Tensor) -> Any:
-            if isinstance(tensor, torch.nn.Parameter):
+            if _stays(tensor):
                 return tensor
             self.saved[len(self.saved)] = tensor.detach()
             if not self.uses and len(self.saved) == self.packed:
@@ -112,6 +112,11 @@ class _SecondRun:
         if self.uses_left == 0:
             self.results = None
         return result
+
+
+def _stays(tensor: Tensor) -> bool:
+    """Whether it is in memory anyway: a parameter, or a view of one (torch's products save the transposed weight)."""
+    return isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
 
 
 def _as_list(results: Any) -> list[Any]:
@@ -146,7 +151,7 @@ def rebuilt(fn: Callable[..., Any], *inputs: Tensor, then: Callable[..., Any], w
     storages = {r.untyped_storage()._cdata: i for i, r in enumerate(results) if isinstance(r, Tensor)}
 
     def pack(tensor: Tensor) -> Any:
-        if isinstance(tensor, torch.nn.Parameter):
+        if _stays(tensor):
             return tensor
         position = storages.get(tensor.untyped_storage()._cdata)
         if position is None:
