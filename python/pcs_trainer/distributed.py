@@ -129,6 +129,8 @@ def shard(network: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.
 
     mesh = init_device_mesh(next(network.parameters()).device.type, (rank_and_world()[1],))
     sums = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for p in network.parameters():
+        p.data = p.data.contiguous()  # FSDP2 refuses any other order of memory, such as a GPU's channels-last weights
     for layer in network.modules():
         if _is_large_convolution(layer):
             fully_shard(layer, mesh=mesh, mp_policy=sums)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model.fingerprint import fingerprint, same_base
 from ..model.text import encode
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, token_table
-from ..unet.layers import LowRank, replace_data
+from ..unet.layers import LowRank, laid_out_as, replace_data
 from .base_weights import is_projection, network, parameters_of
 from .concept import Concept
 from .grammar import OWN_WORD, UNET, Kind, Part, Slot, spell
@@ -162,7 +162,7 @@ def _put_values(
                 for strength, tensor, kind in parts:
                     tensor = tensor.to(base)
                     new += strength * (tensor if kind is Kind.DIFFERENCE else tensor - base)
-            replace_data(parameter, new.to(device=parameter.device, dtype=parameter.dtype))
+            replace_data(parameter, laid_out_as(parameter, new))
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def in_place(model: Model, concept: Concept) -> Iterator[Concept]:
     try:
         for slot, value in values.items():
             parameter = own[slot.layer]
-            replace_data(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
+            replace_data(parameter, laid_out_as(parameter, value))
         del own, parameter
         moved = {spell(slot) for slot in values}
         yield replace(concept, tensors={name: t for name, t in concept.tensors.items() if name not in moved})

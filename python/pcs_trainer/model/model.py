@@ -12,6 +12,7 @@ from ..errors import UnsupportedModel
 from ..machine import device_problem
 from ..unet.config import checked_config, family, reads_small_picture
 from ..unet.unet import UNet
+from .layout import lay_out
 from .quiet import quiet
 from .schedule import Schedule
 from .sources import TINY, Folder, SingleFile, find_source, read_json
@@ -128,13 +129,13 @@ class Model:
             peer = self.source.converted(UNet2DConditionModel, "unet")
             unet = UNet.from_config(dict(peer.config), device="meta")
             unet.load_state_dict(peer.state_dict(), strict=True, assign=True)
-            return self._settle(unet)
+            return lay_out(self._settle(unet), self.device)
         folder = self.source.part("unet")
         unet = _unet_of(folder / "config.json")
         if self.device == "meta":
             return self._settle(unet)
         load_weights(unet, weight_files(folder, "diffusion_pytorch_model", self.dtype), self.dtype, self.device)
-        return self._settle(unet)
+        return lay_out(self._settle(unet), self.device)
 
     @quiet("diffusers", "transformers")
     def _pipeline(self, source: SingleFile) -> Any:
@@ -190,13 +191,14 @@ class Model:
         from diffusers import AutoencoderKL
 
         if isinstance(self.source, SingleFile):
-            return _upcast(self._settle(self.source.converted(AutoencoderKL, "vae")))
-        folder = self.source.part("vae")
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
-        if self.device != "meta":
-            files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
-            load_weights(vae, files, self.dtype, self.device, OLD_VAE_NAMES)
+            vae: Any = self.source.converted(AutoencoderKL, "vae")
+        else:
+            folder = self.source.part("vae")
+            with torch.device("meta"):
+                vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
+            if self.device != "meta":
+                files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
+                load_weights(vae, files, self.dtype, self.device, OLD_VAE_NAMES)
         settled: Any = _upcast(self._settle(vae))
         return settled.to(memory_format=torch.channels_last)  # convolutions read it as the UNet's do
 

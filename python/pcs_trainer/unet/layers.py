@@ -55,6 +55,15 @@ def replace_data(parameter: nn.Parameter, value: Tensor) -> None:
     increment_version(parameter)
 
 
+def laid_out_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """The value on the parameter's device, in its dtype and its order of memory; itself where nothing differs."""
+    value = value.to(device=parameter.device, dtype=parameter.dtype)
+    if parameter.dim() != 4 or parameter.is_contiguous():
+        return value
+    last = parameter.is_contiguous(memory_format=torch.channels_last)
+    return value.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def masks_all(mask: Tensor | None) -> bool:
     """Whether a mask is all zero. CPU only: on a GPU the answer would force a synchronization at every projection."""
     return mask is not None and mask.device.type == "cpu" and not bool(mask.any())
