@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from pcs_trainer.concept.attach import attached
 from pcs_trainer.concept.concept import Concept
+from pcs_trainer.distributed import full_value, is_part, shard
 from pcs_trainer.model import layout
 from pcs_trainer.model.autoencoder import _unet_aside
 from pcs_trainer.training.losses import picture_losses
@@ -297,3 +298,18 @@ def test_a_plain_weight_is_found_by_that_count(model):
         assert any("weight" in c for c in step(model, "eager").made)
     finally:
         replace_data(weight, value)
+
+
+def test_several_processes_share_channels_last_weights(tmp_path):
+    """FSDP2 refuses parameters in any order but the plain one."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 1)).to(memory_format=LAST)
+    network.text_kv = network.forward  # of a UNet's methods, the one that runs apart from `forward`
+    values = {name: p.detach().clone() for name, p in network.named_parameters()}
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        parts = shard(network, {f"unet.{name}": p for name, p in network.named_parameters()})
+        for name, value in values.items():
+            assert is_part(parts[f"unet.{name}"]) and torch.equal(full_value(parts[f"unet.{name}"]), value)
+    finally:
+        torch.distributed.destroy_process_group()
