@@ -22,7 +22,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Fault(str):
-    """A reason that is no limit of the backend but a failure on this machine: who falls back on it is told once."""
+    """A reason that tells of a failure on this machine, not of a limit of the backend: its fallback is told, once."""
 
     __slots__ = ()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _probe
 
-# Triton before 3.4 has no knobs: its interpreter asks the environment
+# Triton 3.2 and 3.3, of torch 2.6 and 2.7, have no knobs: their interpreter asks the environment
 INTERPRETED = (
     bool(triton.knobs.runtime.interpret)
     if hasattr(triton, "knobs")
@@ -101,6 +101,11 @@ class Arch(int):
         return arch
 
 
+def arch_name(arch: int) -> str:
+    """As its maker names it: sm_86, gfx942."""
+    return f"gfx{arch:x}" if arch in AMD else f"sm_{arch}"
+
+
 def processors(arch: int) -> int:
     """Multiprocessors of the card where `arch` is one's, else the tabled ones of its architecture."""
     return arch.processors if isinstance(arch, Arch) else MULTIPROCESSORS[arch]
@@ -173,11 +178,11 @@ def _launch_reason(device: torch.device) -> str | None:
 def arch_reason(arch: int, dots: bool) -> str | None:
     """Why an architecture cannot run the kernels (those with matrix products when `dots`), or None."""
     if dots and arch in AMD_WITHOUT_DOTS:
-        return f"gfx{arch:x} is unsupported: it has no matrix instructions; use the reference"
+        return f"{arch_name(arch)} is unsupported: it has no matrix instructions; use the reference"
     if dots and arch < MIN_DOT_ARCH:
         return (
-            f"sm_{arch} is unsupported: Triton has no tensor-core path below sm_{MIN_DOT_ARCH}, so matrix products"
-            " would run on plain arithmetic; use the reference"
+            f"{arch_name(arch)} is unsupported: Triton has no tensor-core path below sm_{MIN_DOT_ARCH}, so matrix"
+            " products would run on plain arithmetic; use the reference"
         )
     return None
 
@@ -203,8 +208,7 @@ def shared_reason(needed: int, arch: int, what: str) -> str | None:
     limit = SHARED_LIMIT[arch]
     if needed <= limit:
         return None
-    name = f"gfx{arch:x}" if arch in AMD else f"sm_{arch}"
-    return f"{what} would take {needed} bytes of shared memory and {name} has {limit}; use the reference"
+    return f"{what} would take {needed} bytes of shared memory and {arch_name(arch)} has {limit}; use the reference"
 
 
 def pow2(n: int) -> int:

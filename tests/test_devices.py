@@ -80,10 +80,19 @@ def test_real_cards_count_their_own_multiprocessors(card):
         assert _launch.processors(_launch.current_arch(CUDA)) == 84, "a recording is of the tabled card"
 
 
-@pytest.mark.parametrize("name, arch", [
-    ("gfx942:sramecc+:xnack-", 0x942), ("gfx90a:sramecc+", 0x90A), ("gfx1100", 0x1100), ("gfx1030", 0x1030),
-    ("gfx950", 0x942), ("gfx1036", 0x1030), ("gfx1201", 0x1100), ("gfx906", 0x90A),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, arch",
+    [
+        ("gfx942:sramecc+:xnack-", 0x942),
+        ("gfx90a:sramecc+", 0x90A),
+        ("gfx1100", 0x1100),
+        ("gfx1030", 0x1030),
+        ("gfx950", 0x942),
+        ("gfx1036", 0x1030),
+        ("gfx1201", 0x1100),
+        ("gfx906", 0x90A),
+    ],
+)
 def test_amd_cards_are_not_read_as_nvidias(name, arch, card):
     """gfx1100 reports the capability (11, 0), which would be NVIDIA's sm_100 and its 227 KiB."""
     card((11, 0), multiprocessors=48, hip="6.4", name=name)

@@ -56,6 +56,16 @@ def an_op(monkeypatch, implementation, name="fake_op") -> Op:
     return Op(name, package, order={"cpu": ("triton", "reference")})
 
 
+def triton_loads_by(load, monkeypatch) -> None:
+    """The import of a Triton implementation is this function."""
+    whole = _dispatch.importlib.import_module
+
+    def import_module(name):
+        return load(name) if name.endswith("triton_impl") else whole(name)
+
+    monkeypatch.setattr(_dispatch.importlib, "import_module", import_module)
+
+
 def triton_module(**functions) -> types.ModuleType:
     module = types.ModuleType("triton_impl")
     module.reason = lambda *args: None
@@ -70,9 +80,7 @@ def test_any_error_of_an_import_is_a_reason(monkeypatch):
     def broken(name):
         raise AttributeError("module 'triton' has no attribute 'knobs'\nand a second line")
 
-    whole = _dispatch.importlib.import_module
-    load = lambda name: broken(name) if name.endswith("triton_impl") else whole(name)  # noqa: E731
-    monkeypatch.setattr(_dispatch.importlib, "import_module", load)
+    triton_loads_by(broken, monkeypatch)
     with pytest.warns(
         RuntimeWarning, match=r"triton backend fails.*plain torch runs instead.*'knobs'.*Fix: pip"
     ) as told:
@@ -92,9 +100,7 @@ def test_a_package_that_is_not_there_is_no_fault(monkeypatch):
     def absent(name):
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
-    whole = _dispatch.importlib.import_module
-    load = lambda name: absent(name) if name.endswith("triton_impl") else whole(name)  # noqa: E731
-    monkeypatch.setattr(_dispatch.importlib, "import_module", load)
+    triton_loads_by(absent, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert op.select("", "cpu").double(3) == 6
@@ -116,12 +122,18 @@ def test_an_old_triton_leaves_a_package_that_works():
     assert len(lines) == 7 and all("off: triton 3.1.0 cannot be loaded" in line for line in lines), ran.stdout
 
 
-@pytest.mark.parametrize("error, says", [
-    (OutOfResources("out of resource"), r"needs 120832 of shared memory and the card allows 101376"),
-    (PTXASError("`ptxas` failed with error code 255"), "could not build it"),
-    (RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device"), "no kernel image"),
-    (RuntimeError("PassManager::run failed"), "could not build it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OutOfResources("out of resource"), r"needs 120832 of shared memory and the card allows 101376"),
+        (PTXASError("`ptxas` failed with error code 255"), "could not build it"),
+        (
+            RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device"),
+            "no kernel image",
+        ),
+        (RuntimeError("PassManager::run failed"), "could not build it"),
+    ],
+)
 def test_a_launch_that_fails_is_done_by_the_reference_and_not_tried_again(error, says, monkeypatch):
     tried = []
 
@@ -142,11 +154,14 @@ def test_a_launch_that_fails_is_done_by_the_reference_and_not_tried_again(error,
         op.select("triton", "cpu", big).double(big)
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
-    ValueError("dout must be [B, H, N, D]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+        ValueError("dout must be [B, H, N, D]"),
+    ],
+)
 def test_another_error_is_not_hidden(error, monkeypatch):
     def run(x):
         raise error

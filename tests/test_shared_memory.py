@@ -114,12 +114,12 @@ def test_the_formulas_are_upper_bounds_of_every_launch_of_the_tables(arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [a for a in _launch.AOT_ARCHS if a != 89])
+@pytest.mark.parametrize("arch", [86, 90, 120])
 def test_no_accepted_attention_exceeds_any_card(arch):
-    """Both dtypes at every width and number of tokens where a part of the tiles grows."""
+    """Both dtypes, and every kind of call, at widths and numbers of tokens with one part and with two."""
     for dtype in (HALF, WHOLE):
-        for width in (40, 64, 80, 160, 256):
-            for tokens in (16, 77, 154, 231, 320):
+        for width in (64, 160):
+            for tokens in (77, 231, 320):
                 q, k, calls = attention_calls(width, tokens, dtype, heads=16)
                 c, d = (meta(1, 2, n, dtype=WHOLE) for n in (tokens, 1024))
                 calls += (
