@@ -99,7 +99,7 @@ def test_every_rank_fits_a_card_of_99_kib(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", _launch.AOT_ARCHS)
+@pytest.mark.parametrize("arch", triton_budget.architectures())
 def test_the_formulas_are_upper_bounds_of_every_launch_of_the_tables(arch):
     held = 0
     for op in ("cross_attention", "lowrank_residual"):
