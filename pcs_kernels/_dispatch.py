@@ -2,9 +2,10 @@
 
 Every op has up to three implementations, each a module with the same functions: `reference` (pure torch),
 `triton` and `native` (C++). CUDA tensors try triton, then reference; CPU tensors native, then reference; any
-other device takes the reference. `with backend("triton")` or PCS_BACKEND=triton forces one; a forced
-implementation never falls back: it raises with its reason. "sdpa" and "xformers" name self_attention's external
-backends and leave the other ops to choose for themselves.
+other device takes the reference, and so does an AMD GPU (torch calls it "cuda", see ROCM). `with backend("triton")` or
+PCS_BACKEND=triton forces one; a forced implementation never falls back: it raises with its reason. "sdpa" and
+"xformers" name self_attention's external backends and leave the other ops to choose for themselves. What happens where
+a backend fails to load, build or launch stands in _fallback.py.
 """
 
 from __future__ import annotations
@@ -13,15 +14,26 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
+from ._fallback import BackendUnavailable as BackendUnavailable
+from ._fallback import Fault, first_line, guarded, tell_of_fault
+
 BACKENDS = ("reference", "triton", "native")
 EXTERNAL = ("sdpa", "xformers")
-ORDER = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
+# Why an AMD GPU runs the reference; None elsewhere.
+ROCM = (
+    f"the Triton kernels compile for AMD GPUs (ROCm {torch.version.hip}) but were never run on one; PCS_BACKEND=triton"
+    " tries them"
+    if torch.version.hip
+    else None
+)
+ORDER = {"cuda": ("reference",) if ROCM else ("triton", "reference"), "cpu": ("native", "reference")}
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # where autocast may be on
 NEEDS = {"triton": "the triton package is not installed. Fix: pip install triton"}
 
@@ -42,10 +54,6 @@ COSTS: dict[str, Cost] = {}
 _forced: str = ""
 
 
-class BackendUnavailable(RuntimeError):
-    """A forced backend cannot do this call; the message is its reason."""
-
-
 class Op:
     """The implementations of one op, loaded when first asked for."""
 
@@ -54,6 +62,7 @@ class Op:
         self.package = package
         self.order = order or ORDER
         self._modules: dict[str, ModuleType | str] = {}
+        self._strict: dict[str, ModuleType] = {}  # of a backend that was forced: it raises where the other falls back
         OPS[name] = self
 
     def module(self, backend_name: str) -> ModuleType | str:
@@ -65,11 +74,21 @@ class Op:
         return found
 
     def _load(self, backend_name: str) -> ModuleType | str:
-        suffix = "reference" if backend_name == "reference" else f"{backend_name}_impl"
+        if backend_name == "reference":
+            return importlib.import_module(f"{self.package}.reference")
         try:
-            return importlib.import_module(f"{self.package}.{suffix}")
-        except ImportError as error:
-            return NEEDS[backend_name] if error.name == "triton" else str(error)
+            module = importlib.import_module(f"{self.package}.{backend_name}_impl")
+        except ModuleNotFoundError as error:
+            if error.name == "triton":
+                return NEEDS["triton"]
+            return _not_loaded(backend_name, error)
+        except Exception as error:  # an old or broken Triton raises anything: AttributeError, RuntimeError, OSError
+            return _not_loaded(backend_name, error)
+        if backend_name != "triton":
+            return module
+        reference = importlib.import_module(f"{self.package}.reference")
+        self._strict[backend_name] = guarded(self.name, module, reference, falls_back=False)
+        return guarded(self.name, module, reference, falls_back=True)
 
     def why_not(self, backend_name: str, *args: Any) -> str | None:
         """None when `backend_name` can run this call, else the reason in one sentence."""
@@ -85,13 +104,28 @@ class Op:
             module = self.module(candidate)
             if isinstance(module, str):
                 reason = module
-                continue
-            reason = None if candidate == "reference" else module.reason(*args)
-            if reason is None:
-                return module
+            else:
+                reason = None if candidate == "reference" else module.reason(*args)
+                if reason is None:
+                    return self._strict.get(candidate, module) if forced else module
+            if isinstance(reason, Fault) and not forced:
+                tell_of_fault(candidate, reason)
         if forced:
             raise BackendUnavailable(f"{self.name}: backend {forced!r} cannot run this call: {reason}")
         raise BackendUnavailable(f"{self.name}: no backend can run on device {device_type!r}: {reason}")
+
+
+def _not_loaded(backend_name: str, error: Exception) -> str:
+    """Why a backend could not be imported, in one sentence."""
+    if backend_name == "native" and type(error) is ImportError and error.name is None:
+        return str(error)  # the sentence of _native.library: nothing is broken, there is no build
+    version = getattr(sys.modules.get("triton"), "__version__", "") if backend_name == "triton" else ""
+    what = f"triton {version}".strip() if backend_name == "triton" else "the C++ build"
+    fix = {
+        "triton": "pip install --force-reinstall triton, in the version that torch asks for (pip show torch)",
+        "native": "install again with pip install --force-reinstall --no-deps",
+    }[backend_name]
+    return Fault(f"{what} cannot be loaded ({first_line(error)}). Fix: {fix}, or set PCS_BACKEND=reference")
 
 
 def _valid(name: str, source: str) -> str:

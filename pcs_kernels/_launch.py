@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,14 @@ import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from . import _probe
+
+# Triton 3.2 and 3.3, of torch 2.6 and 2.7, have no knobs: their interpreter asks the environment
+INTERPRETED = (
+    bool(triton.knobs.runtime.interpret)
+    if hasattr(triton, "knobs")
+    else os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+)
 
 KIB = 1024
 # architecture -> shared memory that one thread block may use: CUDA programming guide, technical specifications
@@ -30,11 +38,19 @@ SHARED_LIMIT = {
     100: 227 * KIB,
     120: 99 * KIB,
 }
-# architecture -> multiprocessors of one card of it: T4, A100, A40, RTX 4090, H100, B200, RTX 5090 (NVIDIA's data
-# sheets); a smaller card of the same architecture gets tiles that are smaller than it needs
+# architecture -> multiprocessors of one card of it, for recordings: T4, A100, A40, RTX 4090, H100, B200, RTX 5090
+# (NVIDIA's data sheets). Other cards of an architecture have fewer (RTX 3060: 28); a real tensor's card is asked.
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 AOT_ARCHS = (80, 86, 89, 90, 100, 120)  # every tabled one that runs all kernels: what the tests compile for
 MIN_DOT_ARCH = 80  # Triton 3.3 dropped the tensor cores of older cards: tl.dot compiles to plain arithmetic on them
+
+# AMD's architectures, numbered by their names (gfx942 -> 0x942), above every number of NVIDIA's. 64 KiB of local memory
+# a workgroup: AMD's instruction set documents of CDNA2, CDNA3, RDNA2 and RDNA3. Compute units: MI210, MI300X, RX 6800
+# XT and RX 7900 XTX (AMD's data sheets).
+AMD = {0x90A: 104, 0x942: 304, 0x1030: 72, 0x1100: 96}
+AMD_WITHOUT_DOTS = (0x1030,)  # RDNA2 has no matrix instructions: tl.dot compiles to plain arithmetic
+SHARED_LIMIT |= dict.fromkeys(AMD, 64 * KIB)
+MULTIPROCESSORS |= AMD
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -74,15 +90,53 @@ class _Recorder:
 _recorder: _Recorder | None = None
 
 
+class Arch(int):
+    """An architecture of the tables that knows the multiprocessors of its own card."""
+
+    processors: int
+
+    def __new__(cls, number: int, processors: int) -> Arch:
+        arch = super().__new__(cls, number)
+        arch.processors = processors
+        return arch
+
+
+def arch_name(arch: int) -> str:
+    """As its maker names it: sm_86, gfx942."""
+    return f"gfx{arch:x}" if arch in AMD else f"sm_{arch}"
+
+
+def processors(arch: int) -> int:
+    """Multiprocessors of the card where `arch` is one's, else the tabled ones of its architecture."""
+    return arch.processors if isinstance(arch, Arch) else MULTIPROCESSORS[arch]
+
+
 def known_arch(capability: int) -> int:
-    """The tabled architecture whose limits hold for `capability` (87 -> 86, 103 -> 100)."""
-    return max((arch for arch in SHARED_LIMIT if arch <= capability), default=min(SHARED_LIMIT))
+    """The tabled NVIDIA architecture whose limits hold for `capability` (87 -> 86, 103 -> 100)."""
+    nvidia = [arch for arch in SHARED_LIMIT if arch not in AMD]
+    return max((arch for arch in nvidia if arch <= capability), default=min(nvidia))
+
+
+def known_amd(name: str) -> int:
+    """The tabled AMD architecture for a device's name, such as "gfx942:sramecc+:xnack-"; unknown ones go by family."""
+    try:
+        number = int(name.split(":")[0].removeprefix("gfx"), 16)
+    except ValueError:
+        return 0x1030
+    if number in AMD:
+        return number
+    if number < 0x1000:  # CDNA; MI300 and later have at least what MI300 has
+        return 0x942 if number > 0x942 else 0x90A
+    return 0x1100 if number >= 0x1100 else 0x1030
 
 
 @functools.cache
-def _cuda_arch(index: int) -> int:
+def _cuda_arch(index: int) -> Arch:
+    card = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Arch(known_amd(card.gcnArchName), card.multi_processor_count)
     major, minor = torch.cuda.get_device_capability(index)
-    return known_arch(10 * major + minor)
+    return Arch(known_arch(10 * major + minor), card.multi_processor_count)
 
 
 def current_arch(device: torch.device) -> int:
@@ -111,15 +165,24 @@ def unavailable_for(device: torch.device, dtype: torch.dtype, dots: bool) -> str
         if dots and dtype == torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 matrices wrongly; interpret in float32 or float16"
         return None
-    return arch_reason(current_arch(device), dots)
+    return arch_reason(current_arch(device), dots) or _launch_reason(device)
+
+
+def _launch_reason(device: torch.device) -> str | None:
+    """Why no kernel can be launched on a CUDA device, or None; the first question launches one there."""
+    if INTERPRETED or _recorder is not None:
+        return None
+    return _probe.reason(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def arch_reason(arch: int, dots: bool) -> str | None:
     """Why an architecture cannot run the kernels (those with matrix products when `dots`), or None."""
+    if dots and arch in AMD_WITHOUT_DOTS:
+        return f"{arch_name(arch)} is unsupported: it has no matrix instructions; use the reference"
     if dots and arch < MIN_DOT_ARCH:
         return (
-            f"sm_{arch} is unsupported: Triton has no tensor-core path below sm_{MIN_DOT_ARCH}, so matrix products"
-            " would run on plain arithmetic; use the reference"
+            f"{arch_name(arch)} is unsupported: Triton has no tensor-core path below sm_{MIN_DOT_ARCH}, so matrix"
+            " products would run on plain arithmetic; use the reference"
         )
     return None
 
@@ -127,6 +190,25 @@ def arch_reason(arch: int, dots: bool) -> str | None:
 def blocks(total: int, block: int) -> int:
     """How many blocks cover `total`: the quotient rounded up."""
     return -(-total // block)
+
+
+def stages_that_fit(most: int, arch: int, needed: Callable[[int], int]) -> int:
+    """The most stages of loads, up to `most`, whose shared memory the architecture has; 1 where none fit.
+
+    Args:
+        most: stages to begin with.
+        arch: a tabled architecture.
+        needed: stages -> bytes of shared memory, or an upper bound.
+    """
+    return next((stages for stages in range(most, 1, -1) if needed(stages) <= SHARED_LIMIT[arch]), 1)
+
+
+def shared_reason(needed: int, arch: int, what: str) -> str | None:
+    """Why a kernel that takes `needed` bytes of shared memory cannot run on an architecture, or None."""
+    limit = SHARED_LIMIT[arch]
+    if needed <= limit:
+        return None
+    return f"{what} would take {needed} bytes of shared memory and {arch_name(arch)} has {limit}; use the reference"
 
 
 def pow2(n: int) -> int:

@@ -35,3 +35,8 @@ def in_memory_order(p: Tensor, t: Tensor) -> Tensor:
     """t with p's dimensions in the order of p's memory: an optimizer's blocks are blocks of memory."""
     channels_last = p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
     return t.permute(0, 2, 3, 1) if channels_last else t
+
+
+def rows_far_apart(x: Tensor) -> bool:
+    """Whether the rows of one head of [B, H, N, D] span 2^31 or more elements, more than the kernels' offsets hold."""
+    return x.dim() == 4 and bool(x.shape[2] * abs(x.stride(2)) + x.shape[3] >= 2**31)

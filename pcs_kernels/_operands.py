@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._launch import blocks, launch
+from ._layout import rows_far_apart
 from ._math import LOG2E, sum_partials_kernel
 
 LOG2_E: float = LOG2E.value  # the kernels' constant on the host's side
@@ -49,6 +50,6 @@ def head_reason(*tensors: Tensor) -> str | None:
     if too_wide:
         return too_wide
     for x in tensors:
-        if x.shape[2] * abs(x.stride(2)) + x.shape[3] >= 2**31:
+        if rows_far_apart(x):
             return "the rows of one head lie 2^31 or more elements apart. Fix: .contiguous(), or use the reference"
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import __version__, _native
 from ._dispatch import BACKENDS as BACKENDS
-from ._dispatch import NEEDS, OPS, Op
+from ._dispatch import NEEDS, OPS, ROCM, Op
 from ._dispatch import forced_backend as forced_backend
 from .ops.self_attention.op import backend_of, flash_reason, xformers_reason
 
@@ -79,8 +78,14 @@ def native_build() -> NativeBuild:
 
 
 def triton_reason() -> str | None:
-    """Why no Triton kernel can run in this environment, or None where the package is installed."""
-    return None if importlib.util.find_spec("triton") else NEEDS["triton"]
+    """Why no Triton kernel can run in this environment, or None; on a GPU a trivial kernel is launched to know it."""
+    if ROCM:
+        return ROCM
+    module = OPS["geglu"].module("triton")
+    if isinstance(module, str):
+        return module
+    reason: str | None = module.reason(*example("geglu", "cuda")) if device_type() == "cuda" else None
+    return reason
 
 
 def example(op: str, device: str) -> tuple[object, ...]:
@@ -133,8 +138,9 @@ def _backends_of(op: Op, kind: str) -> list[Verdict]:
     if op.name == "self_attention" and _attention(kind) != "op":
         chosen = _attention(kind)
     first = f"{chosen} comes first here"
+    ready = {backend: ROCM if ROCM and backend == "triton" and kind == "cuda" else first for backend in BACKENDS}
     return [
-        Verdict(op.name, backend, backend == chosen, reason is None, first if reason is None else reason)
+        Verdict(op.name, backend, backend == chosen, reason is None, ready[backend] if reason is None else reason)
         for backend, reason in reasons.items()
     ]
 
@@ -159,10 +165,10 @@ def hardware() -> dict[str, dict[str, str]]:
     Returns:
         op -> {"CPU": backend of a float32 call, "sm_75": backend of a bfloat16 call, ...}.
     """
-    from ._launch import SHARED_LIMIT, recording
+    from ._launch import AMD, SHARED_LIMIT, recording
 
     found = {name: {"CPU": _chosen(OPS[name], "cpu", "cpu")} for name in op_names()}
-    for arch in SHARED_LIMIT:
+    for arch in (arch for arch in SHARED_LIMIT if arch not in AMD):
         with recording(arch):
             for name in op_names():
                 found[name][f"sm_{arch}"] = _chosen(OPS[name], "cuda", "meta")
@@ -181,7 +187,8 @@ def table() -> str:
     """The text of `python -m pcs_kernels`: versions and device, then one line for each op and backend."""
     build = native_build()
     native = f"native build {build.instruction_set}" if build.instruction_set else build.reason
-    triton = "triton not installed" if triton_reason() else "triton installed"
+    reason = triton_reason()
+    triton = "triton not installed" if reason == NEEDS["triton"] else f"triton {'off' if reason else 'installed'}"
     device = torch.cuda.get_device_name() if device_type() == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     python = sys.version.split()[0]
     head = f"pcs_kernels {__version__}, torch {torch.__version__}, Python {python}, {device}; {native}; {triton}"

@@ -151,6 +151,19 @@ def test_cross_attention_gives_only_the_needed_gradients(needs):
         assert torch.equal(gradient, full) if needed else gradient.numel() == 0
 
 
+def test_cross_attention_on_a_card_of_little_shared_memory(monkeypatch):
+    """Without loads ahead, and with rows saved that nobody reads, it computes the same."""
+    q, k = heads_last(1, 2, 33, 40, torch.float32), heads_last(1, 2, 77, 40, torch.float32)
+    calls = (
+        lambda: cross.forward(q, k, k, torch.rand(1, 2, 77), 0.2)[0],
+        lambda: cross.backward(q, None, q, k, k, None, 0.2, CrossNeeds(True, False, False))[0],
+    )
+    ample = [call() for call in calls]
+    monkeypatch.setitem(cross.SHARED_LIMIT, 80, 1024)
+    for call, expected in zip(calls, ample, strict=True):
+        assert torch.equal(call(), expected)
+
+
 ATTENTION_SHAPES = (2, 2, 63, 63, 40), (1, 2, 1, 3, 64), (1, 3, 17, 77, 80), (1, 1, 130, 35, 160), (2, 1, 70, 16, 8)
 
 

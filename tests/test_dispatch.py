@@ -196,32 +196,3 @@ def test_the_version_of_a_weight_changes_with_each_replacement_and_each_write():
     before, weight.data = weight.data, torch.randn(4, 4)  # kept alive, so that its storage's place is not taken again
     seen.append(pcs_kernels.weight_version(weight))
     assert len(set(seen)) == 3 and before.numel()
-
-
-@pytest.mark.parametrize(
-    "capability, dtype, width, runs",
-    [
-        ((7, 5), torch.float32, 40, "sdpa"),  # Triton multiplies no matrices there
-        ((8, 6), torch.float32, 40, "op"),
-        ((8, 6), torch.float32, 320, "sdpa"),  # wider than the Triton kernel's heads
-        ((8, 6), torch.float64, 40, "sdpa"),
-        ((7, 5), torch.float16, 40, "sdpa"),
-        ((8, 6), torch.bfloat16, 40, "sdpa"),
-    ],
-)
-def test_no_gpu_gets_self_attentions_reference(capability, dtype, width, runs, monkeypatch):
-    """The reference stores all N x N scores; where no kernel of ours runs, torch's attention does."""
-    pytest.importorskip("triton", reason="triton is not installed here; its reasons cannot be asked")
-    from pcs_kernels import _launch
-    from pcs_kernels.ops.self_attention import op
-
-    _launch._cuda_arch.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(op, "xformers_reason", lambda kind: "not installed")
-    try:
-        assert op.backend_of(torch.device("cuda", 0), dtype, width) == runs
-        for kind in ("xpu", "mps"):
-            assert op.backend_of(torch.device(kind), dtype, width) == "sdpa"
-    finally:
-        _launch._cuda_arch.cache_clear()

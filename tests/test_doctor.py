@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_named(monkeypatch):
     assert error > allowed
     state = doctor.OpState("geglu", "native", {}, error, allowed)
     assert state.wrong
-    advice = doctor._advice("cpu", True, [state], nvidia=False, triton=True)
+    advice = doctor._advice("cpu", True, [state], nvidia=False, triton=None)
     assert advice.startswith("geglu errs") and "PCS_BACKEND=reference" in advice
     assert "WRONG" in doctor.report(dataclasses.replace(doctor.examine(), ops=[state]))
 
@@ -63,11 +63,11 @@ def _off_by_a_percent(op):
 
 
 @pytest.mark.parametrize("facts, says", [
-    (dict(kind="cpu", has_native=True, nvidia=False, triton=True), "All good"),
-    (dict(kind="cpu", has_native=False, nvidia=False, triton=True), "C++ compiler"),
-    (dict(kind="cpu", has_native=True, nvidia=True, triton=True), "torch with CUDA"),
-    (dict(kind="cuda", has_native=True, nvidia=True, triton=False), "Triton"),
-    (dict(kind="cuda", has_native=False, nvidia=True, triton=True), "All good"),
+    (dict(kind="cpu", has_native=True, nvidia=False, triton=None), "All good"),
+    (dict(kind="cpu", has_native=False, nvidia=False, triton=None), "C++ compiler"),
+    (dict(kind="cpu", has_native=True, nvidia=True, triton=None), "torch with CUDA"),
+    (dict(kind="cuda", has_native=True, nvidia=True, triton="there is no C compiler"), "torch: there is no C compiler"),
+    (dict(kind="cuda", has_native=False, nvidia=True, triton=None), "All good"),
 ])  # fmt: skip
 def test_one_line_to_do(facts, says, monkeypatch):
     monkeypatch.delenv("PCS_BACKEND", raising=False)
@@ -76,7 +76,7 @@ def test_one_line_to_do(facts, says, monkeypatch):
 
 def test_a_forced_backend_is_said(monkeypatch):
     monkeypatch.setenv("PCS_BACKEND", "reference")
-    assert "unset it" in doctor._advice("cpu", True, [], nvidia=False, triton=True)
+    assert "unset it" in doctor._advice("cpu", True, [], nvidia=False, triton=None)
 
 
 def test_without_the_native_build_the_reference_runs(monkeypatch):

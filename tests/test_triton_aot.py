@@ -59,7 +59,7 @@ def test_nothing_spills(compiled):
 
 def test_products_compile_to_matrix_instructions(compiled):
     """On every architecture: `tl.dot` on plain arithmetic would be right, and many times slower."""
-    products = {"cross_attention", "self_attention", "lowrank_residual", "frozen_conv"}
+    products = triton_budget.PRODUCTS
     kernels = {k: v["matrix"] for k, v in compiled.items() if k[0] in products and not k[1].startswith("sum_partials")}
     plain = sorted(k for k, matrix in kernels.items() if not matrix)
     assert kernels and not plain, f"without matrix instructions: {plain}"
@@ -87,6 +87,19 @@ def test_registers_and_shared_memory_stay_within_the_budget(compiled, budget):
             if found["registers"] > registers or found["shared"] > shared:
                 grown.append(f"{op} {name} sm_{arch}: {found}, budget {registers} registers, {shared} shared bytes")
     assert not grown, "above the budget:\n" + "\n".join(grown)
+
+
+@pytest.mark.parametrize("arch", triton_budget.AMD_ARCHS, ids=_launch.arch_name)
+def test_kernels_compile_for_amd_within_their_local_memory(arch):
+    """One launch of each kernel, or all with PCS_EVERY_ARCH: compiled only, for who asks for them there."""
+    jobs = triton_budget.amd_jobs(arch)
+    products = {op for op, _, _ in jobs} & set(triton_budget.PRODUCTS)
+    assert bool(products) == (_launch.arch_reason(arch, dots=True) is None)
+    for (op, _, index), found in zip(jobs, triton_budget.measure(jobs), strict=True):
+        name = triton_budget.labels_of(op, arch)[index]
+        assert found["shared"] <= _launch.SHARED_LIMIT[arch], f"{name}: {found}"
+        if op in products and not name.startswith("sum_partials"):
+            assert found["matrix"], f"{name} has no matrix instructions"
 
 
 def test_turing_is_unsupported_for_products_and_says_why():

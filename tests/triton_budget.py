@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of every Triton kernel, and the budget of registers, spills and shared memory.
 
 `python tests/triton_budget.py` compiles all ops for all architectures and rewrites triton_budget.json;
-`python tests/triton_budget.py geglu 80` only prints one op's numbers for one architecture.
+`python tests/triton_budget.py geglu 80` only prints one op's numbers for one architecture, `geglu gfx942` AMD's, and
+`all gfx942` rewrites what the budget says of that one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ OPS = (
     "adamw8bit",
     "frozen_conv",
 )
+PRODUCTS = ("cross_attention", "self_attention", "lowrank_residual", "frozen_conv")
+AMD_ARCHS = (0x942, 0x1100, 0x1030)  # a CDNA3, an RDNA3 and an RDNA2 card, as torch's ROCm builds support them
 ODD, ODD_ARCH = "odd", 86
 BUDGET = Path(__file__).with_name("triton_budget.json")
 FIELDS = ("registers", "spill", "shared")
@@ -97,8 +100,16 @@ def compile_case(job: tuple[str, int, int]) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from pcs_kernels._launch import AMD, arch_name
+
     case = cases_of(op, arch)[index]
     source = ASTSource(case.fn, case.signature, case.constexprs, case.attrs)
+    if arch in AMD:
+        wave = 64 if arch < 0x1000 else 32  # threads of a warp: CDNA has 64, RDNA 32
+        compiled = triton.compile(source, target=GPUTarget("hip", arch_name(arch), wave), options=case.options)
+        text = compiled.asm["amdgcn"]
+        matrix = len(re.findall(r"\bv_s?w?mf?mac?_", text))
+        return _amd_resources(text) | {"shared": compiled.metadata.shared, "matrix": matrix}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     registers, stack = _resources(compiled.asm["cubin"])
     matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"]))
@@ -118,6 +129,32 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, f"cuobjdump printed no resource usage: {text!r}"
     return int(found[1]), int(found[2])
+
+
+def _amd_resources(assembly: str) -> dict[str, int]:
+    """Vector registers a thread and bytes of spilled ones, as AMD's assembler notes them."""
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    assert registers and spilled, "the assembly names no registers"
+    return {"registers": int(registers[1]), "spill": 4 * int(spilled[1])}
+
+
+def amd_ops(arch: int) -> tuple[str, ...]:
+    """The ops that an AMD architecture runs: on one without matrix instructions those without products."""
+    from pcs_kernels._launch import arch_reason
+
+    return tuple(op for op in OPS if op not in PRODUCTS or arch_reason(arch, dots=True) is None)
+
+
+def amd_jobs(arch: int) -> list[tuple[str, int, int]]:
+    """With PCS_EVERY_ARCH all specialisations, else one of each kernel."""
+    jobs = jobs_for(amd_ops(arch), (arch,))
+    if os.environ.get("PCS_EVERY_ARCH"):
+        return jobs
+    first: dict[tuple[str, str], tuple[str, int, int]] = {}
+    for op, _, index in jobs:
+        first.setdefault((op, cases_of(op, arch)[index].fn.__name__), (op, arch, index))
+    return list(first.values())
 
 
 def measure(jobs: list[tuple[str, int, int]]) -> list[dict[str, int]]:
@@ -143,12 +180,22 @@ def all_jobs() -> list[tuple[str, int, int]]:
 
 
 def table(jobs: list[tuple[str, int, int]], results: list[dict[str, int]]) -> dict[str, dict]:
-    """op -> kernel and shape -> sm_xx -> [registers, spill, shared]."""
+    """op -> kernel and shape -> sm_xx or gfxxxx -> [registers, spill, shared]."""
+    from pcs_kernels._launch import arch_name
+
     numbers: dict[str, dict[str, dict[str, list[int]]]] = {}
     for (op, arch, index), result in zip(jobs, results, strict=True):
         label = labels_of(op, arch)[index]
-        numbers.setdefault(op, {}).setdefault(label, {})[f"sm_{arch}"] = [result[f] for f in FIELDS]
+        numbers.setdefault(op, {}).setdefault(label, {})[arch_name(arch)] = [result[f] for f in FIELDS]
     return numbers
+
+
+def merged(before: dict, now: dict) -> dict:
+    """The budget with some architectures measured anew."""
+    for op, kernels in now.items():
+        for name, by_arch in kernels.items():
+            before.setdefault(op, {}).setdefault(name, {}).update(by_arch)
+    return before
 
 
 def write(numbers: dict) -> None:
@@ -171,12 +218,16 @@ def write(numbers: dict) -> None:
 def main() -> None:
     from pcs_kernels._launch import AOT_ARCHS
 
-    ops = (sys.argv[1],) if len(sys.argv) > 1 else OPS
-    archs = (int(sys.argv[2]),) if len(sys.argv) > 2 else AOT_ARCHS
-    jobs = jobs_for(ops, archs)
+    asked = sys.argv[2] if len(sys.argv) > 2 else ""
+    archs = (int(asked.removeprefix("gfx"), 16 if asked.startswith("gfx") else 10),) if asked else AOT_ARCHS
+    whole = sys.argv[1:2] in ([], ["all"])
+    jobs = jobs_for(OPS if whole else (sys.argv[1],), archs)
+    if whole:
+        amd = [arch for arch in (archs if asked else AMD_ARCHS) if arch in AMD_ARCHS]
+        jobs = [j for j in jobs if j[1] not in AMD_ARCHS] + [j for a in amd for j in jobs_for(amd_ops(a), (a,))]
     numbers = table(jobs, measure(jobs))
-    if len(sys.argv) == 1:
-        write(numbers)
+    if whole:
+        write(numbers if not asked else merged(json.loads(BUDGET.read_text())["ops"], numbers))
     for op, kernels in numbers.items():
         for name, by_arch in kernels.items():
             print(f"{op:18} {name:56}", *(f"{arch} {values}" for arch, values in by_arch.items()))

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from ..._launch import (
-    MULTIPROCESSORS,
+    KIB,
+    SHARED_LIMIT,
     AotCase,
     blocks,
     current_arch,
     launch,
     meta,
     pow2,
+    processors,
     record,
+    shared_reason,
     split_width,
+    stages_that_fit,
     unavailable,
 )
 from ..._layout import heads_last_empty, unit_rows
@@ -115,17 +119,60 @@ def launch_config(
         stages = 2 if (t0 + t1) * (d0 + d1) <= PREFETCHED else 1
         # eight warps share at least 32 queries: with 16, D = 80 spills 8 on sm_80
         least, programs = min(own, 16 if warps == 4 else 32), batch
-    while own > least and programs * blocks(queries, own) < MULTIPROCESSORS[arch]:
+    while own > least and programs * blocks(queries, own) < processors(arch):
         own //= 2
+    # nothing is loaded ahead where it does not fit: D = 160, T = 77 in float32 takes 118 KiB with that and 50 without
+    size = 2 if half else 4
+    stages = stages_that_fit(stages, arch, lambda s: shared_bound(own, tokens, width, size, kernel, s))
     tiles = {"BLOCK_N": own, "num_warps": warps, "num_stages": stages}
     return tiles | {"D": width, "D0": d0, "D1": d1, "T0": t0, "T1": t1}
+
+
+def shared_bound(
+    own: int, tokens: int, width: int, size: int, kernel: Kernel, stages: int = 1, saves_rows: bool = True
+) -> int:
+    """The most bytes of shared memory that a kernel over tiles of queries takes; `Kernel.TOKENS` always fits.
+
+    Keys or values of the tokens' first part lie there, beside the queries' tile: of q and dout, of the output or of the
+    scores, whichever is largest. A second stage doubles them, for the next head. tests/test_shared_memory.py holds
+    this against the compiler: in float32 with one stage it is exact, in 16 bits less is taken.
+
+    Args:
+        own: queries of a program.
+        tokens: T.
+        width: D.
+        size: bytes of an element.
+        kernel: which kernel.
+        stages: of its loads.
+        saves_rows: of `Kernel.ROWS`: without its stores the compiler keeps all keys and values to the end.
+    """
+    columns, row = sum(split_width(tokens)), sum(split_width(width))
+    first = split_width(tokens)[0]
+    if stages > 1:
+        elements = 2 * columns * row + own * (2 * row + columns)
+    elif kernel is not Kernel.ROWS:
+        elements = first * row + own * max(columns, row)
+    elif saves_rows:
+        elements = first * row + own * max(first, 2 * row)
+    else:
+        elements = 2 * columns * row + 2 * own * row
+    # from 64 queries on, sm_90 and sm_100 read every operand of a product from there; sm_100 adds its barriers
+    return size * elements * (2 if own >= 64 else 1) + KIB
 
 
 def reason(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None = None, *_: object) -> str | None:
     why = unavailable(q, dots=True)
     if why is None and k.shape[2] > MAX_TOKENS:
         why = f"{k.shape[2]} tokens are above {MAX_TOKENS}; use self_attention, which takes any number of keys"
-    return why or head_reason(q, k, v)
+    return why or head_reason(q, k, v) or _shared_reason(q, k, current_arch(q.device))
+
+
+def _shared_reason(q: Tensor, k: Tensor, arch: int) -> str | None:
+    """Why the least tiles of forward or backward exceed an architecture's shared memory, or None."""
+    tokens, width = k.shape[2], q.shape[3]
+    kernels = Kernel.FORWARD, Kernel.CAPTURE, Kernel.ROWS
+    needed = max(shared_bound(16, tokens, width, q.element_size(), kernel) for kernel in kernels)
+    return shared_reason(needed, arch, f"{tokens} tokens of width {width} in {str(q.dtype)[6:]}")
 
 
 def _config(q: Tensor, k: Tensor, kernel: Kernel, align: int) -> dict[str, int]:
@@ -187,7 +234,11 @@ def backward(
     given = {"HAS_DOUT": dout is not None, "HAS_DMAPS": dmaps is not None}
     inputs = q, k, v, *(q if t is None else t for t in (dout, capture, dmaps))
     dq = heads_last_empty(q) if needs.q else q.new_empty(0)
-    rows = q.new_empty((2, batch, heads, queries), dtype=torch.float32) if needs.k or needs.v else None
+    tokens_too = needs.k or needs.v
+    bound = shared_bound(config["BLOCK_N"], tokens, q.shape[3], q.element_size(), Kernel.ROWS, saves_rows=False)
+    # rows that nobody reads are saved where the kernel would not fit otherwise: D = 160, T = 77 in float32 on sm_86
+    saves_rows = tokens_too or bound > SHARED_LIMIT[current_arch(q.device)]
+    rows = q.new_empty((2, batch, heads, queries), dtype=torch.float32) if saves_rows else None
     lse, delta = (None, None) if rows is None else (rows[0], rows[1])
     tiles = blocks(queries, config["BLOCK_N"])
     if needs.q or rows is not None:
@@ -195,7 +246,7 @@ def backward(
         kind = {"NEED_Q": needs.q, "SAVE_ROWS": rows is not None}
         grid = (batch * heads * tiles,)
         launch(cross_bwd_rows_kernel, grid, *inputs, dq, lse, delta, *sizes, *layout, **kind, **given, **config)
-    if rows is None:
+    if not tokens_too:
         return dq, q.new_empty(0), q.new_empty(0)
     config = _config(q, k, Kernel.TOKENS, align)
     columns = blocks(tokens, config["BLOCK_T"])
@@ -222,7 +273,7 @@ def backward(
 
 def _splits(programs: int, queries: int, block: int, arch: int) -> tuple[int, int]:
     """(splits, queries in each): about two programs a multiprocessor, so that one loads while the other multiplies."""
-    wanted = max(1, min(blocks(2 * MULTIPROCESSORS[arch], programs), blocks(queries, block)))
+    wanted = max(1, min(blocks(2 * processors(arch), programs), blocks(queries, block)))
     per_split = block * blocks(blocks(queries, wanted), block)
     return blocks(queries, per_split), per_split
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._launch import MULTIPROCESSORS, AotCase, blocks, current_arch, launch, meta, record, unavailable
+from ..._launch import AotCase, blocks, current_arch, launch, meta, processors, record, unavailable
 from ..._layout import image_format
 from .triton_kernels import frozen_conv_kernel
 
@@ -51,7 +51,7 @@ def launch_config(pixels: int, outs: int, arch: int, half: bool = True) -> dict[
         The kernel's constexprs, `num_warps` and `num_stages`.
     """
     tiles = TILES if half else (FLOAT32_TILE,)
-    fits = [t for t in tiles if blocks(pixels, t.pixels) * blocks(outs, t.channels) >= MULTIPROCESSORS[arch]]
+    fits = [t for t in tiles if blocks(pixels, t.pixels) * blocks(outs, t.channels) >= processors(arch)]
     tile = fits[0] if fits else tiles[-1]
     config = {"BLOCK_P": tile.pixels, "BLOCK_O": tile.channels, "BLOCK_C": tile.step}
     return config | {"num_warps": tile.warps, "num_stages": tile.stages}

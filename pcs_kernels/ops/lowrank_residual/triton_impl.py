@@ -13,12 +13,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._launch import MULTIPROCESSORS, AotCase, blocks, current_arch, launch, meta, pow2, record, unavailable
+from ..._launch import (
+    AotCase,
+    blocks,
+    current_arch,
+    launch,
+    meta,
+    pow2,
+    processors,
+    record,
+    stages_that_fit,
+    unavailable,
+)
 from ..._operands import sum_partials
 from .op import Needs
 from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank_project_kernel
 
-MAX_RANK = 256  # the widest BLOCK_R; lowrank_project_kernel then takes 102 KiB of shared memory
+MAX_RANK = 256  # the widest BLOCK_R; lowrank_project_kernel then takes 102 KiB of shared memory with four stages
 MAX_FUSED_RANK = 16  # at 32 the product's own loop takes 170 registers for 128 (sm_80) and 60 KiB for 54
 
 
@@ -73,17 +84,30 @@ def launch_config(
     if kernel is Kernel.PROJECT:
         # with a step of 64, rank 64 spills 8 bytes a thread on sm_86 and rank 128 takes 108 KiB of shared memory
         block_k = 64 if half and block_r <= 32 else 32
-        return {"BLOCK_M": 32, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 4}
+        stages = stages_that_fit(4, arch, lambda s: project_bound(block_r, block_k, 2 if half else 4, s))
+        return {"BLOCK_M": 32, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
     if kernel is Kernel.GRAD:
         block_m, block_c = (32, 64) if half else (16, 32)
         # at rank 128 four warps take 168 registers a thread for 95, at rank 256 all 255
         warps = 4 if block_r < 128 else 8
         return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 2}
     tiles = PRODUCT_TILES if half else (FLOAT32_TILE,)
-    fits = [t for t in tiles if samples * blocks(rows, t.rows) * blocks(outs, t.features) >= MULTIPROCESSORS[arch]]
+    fits = [t for t in tiles if samples * blocks(rows, t.rows) * blocks(outs, t.features) >= processors(arch)]
     tile = fits[0] if fits else tiles[-1]
     config = {"BLOCK_M": tile.rows, "BLOCK_N": tile.features, "BLOCK_K": tile.step}
     return config | {"BLOCK_R": min(block_r, MAX_FUSED_RANK), "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def project_bound(block_r: int, block_k: int, size: int, stages: int) -> int:
+    """The most bytes of shared memory that `Kernel.PROJECT` takes: its loads ahead, or one step in x's dtype.
+
+    Args:
+        block_r: BLOCK_R; an adapter's elements have up to 4 bytes.
+        block_k: BLOCK_K.
+        size: bytes of an element of x.
+        stages: of its loads.
+    """
+    return max((stages - 1) * block_k * (4 * block_r + 32 * size), block_k * (block_r + 32) * size)
 
 
 def reason(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *_: object) -> str | None:
@@ -180,7 +204,7 @@ def _adapter_grad(
     config = _config(x, 0, rank, Kernel.GRAD)
     columns = blocks(features, config["BLOCK_C"])
     # two programs a multiprocessor, so that one loads while the other multiplies
-    wanted = max(1, blocks(2 * MULTIPROCESSORS[current_arch(x.device)], columns * samples))
+    wanted = max(1, blocks(2 * processors(current_arch(x.device)), columns * samples))
     per_split = config["BLOCK_M"] * blocks(blocks(rows, wanted), config["BLOCK_M"])
     splits = blocks(rows, per_split)
     part = x.new_empty((samples * splits, *like.shape[-2:]), dtype=torch.float32)

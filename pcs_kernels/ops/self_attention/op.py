@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ... import _check as check
-from ..._dispatch import BackendUnavailable, Op, define, forced_backend, forced_external, without_autocast
+from ..._dispatch import ROCM, BackendUnavailable, Op, define, forced_backend, forced_external, without_autocast
 from ..._dtypes import accumulator
-from ..._layout import heads_last_empty
+from ..._fallback import Fault, tell_of_fault
+from ..._layout import heads_last_empty, rows_far_apart
 
 OP = Op("self_attention", __package__)
 
@@ -131,7 +132,10 @@ def backend_of(device: torch.device, dtype: torch.dtype, width: int) -> str:
     if device.type == "cuda" and flash_reason(dtype, width) is not None:
         if xformers_reason(device.type) is None and dtype is not torch.float64:
             return "xformers"
-        return "op" if triton_reason(device, dtype, width) is None else "sdpa"
+        reason = triton_reason(device, dtype, width)
+        if isinstance(reason, Fault):
+            tell_of_fault("triton", reason)
+        return "op" if reason is None else "sdpa"
     return "sdpa"
 
 
@@ -141,6 +145,8 @@ backend_of.__dict__["_dynamo_marked_constant"] = True
 
 def triton_reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why our Triton kernel would not run on a GPU, or None."""
+    if ROCM:
+        return ROCM
     module = OP.module("triton")
     if isinstance(module, str):
         return module
@@ -165,6 +171,8 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     check.tensor("q", q)
     scale = check.attention_scale(scale, q)
     external = backend_of(q.device, q.dtype, q.shape[-1] if q.dim() else 0)
+    if external == "op" and q.device.type == "cuda" and not forced_backend() and any(map(rows_far_apart, (q, k, v))):
+        external = "sdpa"  # where our kernel refuses, the reference would store all scores
     if external != "op":
         for name, x in (("q", q), ("k", k), ("v", v)):
             check.tensor(name, x)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..._launch import (
-    MULTIPROCESSORS,
     AotCase,
     blocks,
     current_arch,
     launch,
     meta,
+    processors,
     record,
     split_width,
     unavailable,
@@ -96,7 +96,7 @@ def launch_config(
     own, inner, stages = tile.own, tile.inner, tile.stages
     if not half:  # float32 products run on plain arithmetic, which holds its operands in registers
         own, inner, stages = 16, 16, 1
-    while own > 16 and batch * heads * blocks(rows, own) < MULTIPROCESSORS[arch]:
+    while own > 16 and batch * heads * blocks(rows, own) < processors(arch):
         own //= 2
     tiles = {"BLOCK_M": own, "BLOCK_N": inner} if kernel is Kernel.BACKWARD_KV else {"BLOCK_N": own, "BLOCK_M": inner}
     return tiles | {"D": width, "D0": d0, "D1": d1, "num_warps": tile.warps, "num_stages": stages}

@@ -177,15 +177,15 @@ def _op_states(dtype: torch.dtype, kind: str) -> list[OpState]:
     return list(found.values())
 
 
-def _advice(kind: str, has_native: bool, ops: list[OpState], nvidia: bool, triton: bool) -> str:
-    """The one thing to do; of several, the gravest."""
+def _advice(kind: str, has_native: bool, ops: list[OpState], nvidia: bool, triton: str | None) -> str:
+    """The one thing to do; of several, the gravest. `triton` is why no Triton kernel runs, or None."""
     wrong = [op.name for op in ops if op.wrong]
     if wrong:
         return f"{wrong[0]} errs more than it may on this machine: set PCS_BACKEND=reference, and please report it."
     if kind == "cpu" and nvidia:
         return "This machine has an NVIDIA driver, but torch sees no GPU: install a build of torch with CUDA."
-    if kind == "cuda" and not triton:
-        return "Install Triton (pip install triton): on this GPU the operations run as plain torch without it."
+    if kind == "cuda" and triton:
+        return f"On this GPU the operations run as plain torch: {triton}"
     if kind == "cpu" and not has_native:
         return "Install a C++ compiler (g++) and reinstall: without it everything works, at the speed of plain torch."
     if os.environ.get("PCS_BACKEND"):
@@ -205,8 +205,7 @@ def examine() -> Diagnosis:
         else:
             versions[package] = torch.__version__ if package == "torch" else _version(package)
     ops = _op_states(dtype, kind)
-    triton = diagnostics.triton_reason() is None
-    advice = _advice(kind, has_native, ops, shutil.which("nvidia-smi") is not None, triton)
+    advice = _advice(kind, has_native, ops, shutil.which("nvidia-smi") is not None, diagnostics.triton_reason())
     name, others = machine.device_name(kind), diagnostics.other_devices()
     return Diagnosis(name, kind, dtype, reason, native, has_native, versions, ops, advice, others)
 
