@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pcs_kernels import _launch
+from pcs_kernels._direct import forget_choices
 
 from . import arithmetic, bitwise, control, matrix, transfers, warpgroup  # noqa: F401 - they register instructions
 from .global_memory import GlobalMemory
@@ -207,4 +208,6 @@ def ops_on(architecture: int, runtime: Any) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "unavailable_for", available))
         stack.enter_context(mock.patch.object(_launch, "unavailable_for", available))
         stack.enter_context(mock.patch.object(driver, "_active", runtime))
+        forget_choices()  # of before, and afterwards of the time inside
+        stack.callback(forget_choices)
         yield
