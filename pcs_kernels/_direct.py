@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._replay import Repeated
+
 KINDS = 4096  # of calls remembered for one op; beyond them all are forgotten: a network has a few hundred
 TENSORS = (Tensor, torch.nn.Parameter)  # their subclasses are the dispatcher's
 PLAIN = frozenset((*TENSORS, NoneType, bool, int, float, str))
 
-_choices: list[dict[Hashable, Any]] = []
+_choices: list[dict[Hashable, Repeated]] = []
 
 
 def forget_choices() -> None:
@@ -63,7 +65,7 @@ def kind_of(args: tuple[Any, ...]) -> Hashable | None:
 
 
 def _memorable(args: tuple[Any, ...]) -> bool:
-    """Not what the dispatcher changes on the way (a lazy negation), nor meta tensors, which recordings give a device."""
+    """Not what the dispatcher changes on its way (a lazy negation), nor meta tensors: recordings give them a device."""
     return not any(isinstance(a, Tensor) and (a.is_neg() or a.is_meta) for a in args)
 
 
@@ -75,7 +77,7 @@ def caller(packet: Callable[..., Any], choose: Callable[..., Any], run: Callable
         choose: checks the arguments and gives the implementation that takes them, by what `kind_of` sees alone.
         run: runs that implementation on the arguments.
     """
-    known: dict[Hashable, Any] = {}
+    known: dict[Hashable, Repeated] = {}
     _choices.append(known)
 
     def call(*args: Any) -> Any:
@@ -84,14 +86,14 @@ def caller(packet: Callable[..., Any], choose: Callable[..., Any], run: Callable
         kind = kind_of(args)
         if kind is None:
             return packet(*args)
-        chosen = known.get(kind)
-        if chosen is not None:
-            return run(chosen, *args)
+        repeated = known.get(kind)
+        if repeated is not None:
+            return repeated(*args)
         result = packet(*args)
         if _memorable(args):
             if len(known) >= KINDS:
                 known.clear()
-            known[kind] = choose(*args)
+            known[kind] = Repeated(run, choose(*args))
         return result
 
     return call

@@ -10,7 +10,9 @@ kernels depend on the tensors' sizes too), hooks around launches, a kernel that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -19,9 +21,9 @@ import triton
 from triton.runtime.driver import driver
 
 LAUNCHES = 8192  # remembered; beyond them all are forgotten: a network has a few hundred
-ORDINARY = bool(triton.knobs.runtime.interpret) or torch.version.hip is not None
+KNOBS = getattr(getattr(triton, "knobs", None), "runtime", None)  # since Triton 3.4
+ORDINARY = KNOBS is None or bool(KNOBS.interpret) or torch.version.hip is not None
 VALUES = frozenset((int, bool, NoneType))
-_runtime = triton.knobs.runtime
 
 
 class Ready(NamedTuple):
@@ -34,8 +36,36 @@ class Ready(NamedTuple):
     kernel: Any  # kept so that no other takes its place in memory, and in the key
 
 
+class Written(NamedTuple):
+    """A launch as `written_down` collects it."""
+
+    ready: Ready
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    device: int
+    made_with: tuple[Any, Any]
+
+
 _ready: dict[tuple[Any, ...], Ready] = {}
 _made_with: tuple[Any, Any] = (None, None)  # the driver and the hook on the compiler's stages of what is ready
+_writing: dict[int, list[Any]] = {}  # thread -> the launches that `written_down` collects
+
+
+def _driver() -> Any:
+    """Triton's driver, where what is ready may be launched now; None where every launch must go the ordinary way."""
+    global _made_with
+    if ORDINARY or _hooked(KNOBS.launch_enter_hook) or _hooked(KNOBS.launch_exit_hook):
+        return None
+    active, hook = driver.active, KNOBS.add_stages_inspection_hook
+    if _made_with[0] is not active or _made_with[1] is not hook:
+        _ready.clear()
+        _made_with = active, hook
+    return active
+
+
+def _hooked(hook: Any) -> bool:
+    """Whether a hook of Triton's would be called: None, or since Triton 3.5 a chain that may be empty."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def run(
@@ -47,40 +77,64 @@ def run(
     constexprs: dict[str, Any],
 ) -> None:
     """Run a kernel on the current device; the arguments are `launch`'s."""
-    global _made_with
-    if ORDINARY or _hooked(_runtime.launch_enter_hook) or _hooked(_runtime.launch_exit_hook):
+    active = _driver()
+    if active is None:
+        ready, device = None, -1
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-        return
-    active = driver.active
-    if _made_with[0] is not active or _made_with[1] is not _runtime.add_stages_inspection_hook:
-        _ready.clear()
-        _made_with = active, _runtime.add_stages_inspection_hook
-    device = active.get_current_device()
-    # of an integer its value stands for how it specializes the kernel; a float does not
-    kinds = [a if type(a) in VALUES else float if type(a) is float else (a.dtype, a.data_ptr() & 15 == 0) for a in args]
-    key = (id(kernel), device, num_warps, num_stages, *constexprs.values(), *kinds)
-    ready = _ready.get(key)
-    if ready is None:
-        compiled = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-        _keep(key, kernel, compiled, len(args), constexprs)
-        return
-    x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(device)
-    ready.run(x, y, z, stream, ready.function, ready.metadata, None, None, None, *args, *ready.constants)
+    else:
+        device = active.get_current_device()
+        # of an integer its value stands for how it specializes the kernel; a float does not
+        kinds = [
+            a if type(a) in VALUES else float if type(a) is float else (a.dtype, a.data_ptr() & 15 == 0) for a in args
+        ]
+        key = (id(kernel), device, num_warps, num_stages, *constexprs.values(), *kinds)
+        ready = _ready.get(key)
+        if ready is None:
+            compiled = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+            ready = _keep(key, kernel, compiled, len(args), constexprs)
+        else:
+            stream = active.get_current_stream(device)
+            constants = ready.constants
+            ready.run(*_padded(grid), stream, ready.function, ready.metadata, None, None, None, *args, *constants)
+    if _writing:
+        launches = _writing.get(threading.get_ident())
+        if launches is not None:
+            launches.append(ready and Written(ready, _padded(grid), args, device, _made_with))
 
 
-def _hooked(hook: Any) -> bool:
-    """Whether a hook of Triton's would be called: None, or since Triton 3.5 a chain that may be empty."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+def _padded(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (*grid, 1, 1)[:3]
 
 
-def _keep(key: tuple[Any, ...], kernel: Any, compiled: Any, given: int, constexprs: dict[str, Any]) -> None:
+def _keep(key: tuple[Any, ...], kernel: Any, compiled: Any, given: int, constexprs: dict[str, Any]) -> Ready | None:
     """Remember a launch, where kernel and launcher are as they are known here."""
     names = kernel.arg_names[given:]
     known = isinstance(compiled, triton.compiler.CompiledKernel) and compiled.function is not None
     if not known or kernel.pre_run_hooks or set(names) != set(constexprs):
-        return
+        return None
     if len(_ready) >= LAUNCHES:
         _ready.clear()
     constants = tuple(constexprs[name] for name in names)
-    _ready[key] = Ready(compiled.run, compiled.function, compiled.packed_metadata, constants, kernel)
+    ready = Ready(compiled.run, compiled.function, compiled.packed_metadata, constants, kernel)
+    _ready[key] = ready
+    return ready
+
+
+@contextlib.contextmanager
+def written_down() -> Iterator[list[Any]]:
+    """Inside, this thread's launches are also collected: as `Written`, or None for one that is not kept."""
+    thread = threading.get_ident()
+    launches: list[Any] = []
+    _writing[thread] = launches
+    try:
+        yield launches
+    finally:
+        del _writing[thread]
+
+
+def stream_of(made_with: tuple[Any, Any], device: int) -> tuple[Any] | None:
+    """The stream for launches that were written down; None where another driver or device is at work now."""
+    active = _driver()
+    if active is None or made_with is not _made_with or active.get_current_device() != device:
+        return None
+    return (active.get_current_stream(device),)

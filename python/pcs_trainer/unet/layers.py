@@ -62,12 +62,8 @@ def masks_all(mask: Tensor | None) -> bool:
 
 def trained(layer: nn.Module) -> bool:
     """Whether any of the layer's own parameters trains."""
-    for (
-        p
-    ) in layer._parameters.values():  # asked several times for each layer in a step: `parameters()` is 20 us of host
-        if p is not None and p.requires_grad:
-            return True
-    return False
+    # asked several times for each layer in a step, where `layer.parameters()` would be a tenth of its host time
+    return True in [p.requires_grad for p in layer._parameters.values() if p is not None]
 
 
 def keeps_input(layer: Linear | Conv2d) -> bool:
