@@ -21,7 +21,7 @@ import triton
 from triton.runtime.driver import driver
 
 LAUNCHES = 8192  # remembered; beyond them all are forgotten: a network has a few hundred
-KNOBS = getattr(getattr(triton, "knobs", None), "runtime", None)  # since Triton 3.4
+KNOBS: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # since Triton 3.4
 ORDINARY = KNOBS is None or bool(KNOBS.interpret) or torch.version.hip is not None
 VALUES = frozenset((int, bool, NoneType))
 

@@ -76,11 +76,9 @@ class _Addresses:
         self.first_made = len(self.given)
         self.sizes: list[int] = []
         for number, tensor in enumerate(made):
-            self.storages[tensor.untyped_storage()._cdata] = (
-                self.first_made + number,
-                tensor.untyped_storage().data_ptr(),
-            )
-            self.sizes.append(tensor.untyped_storage().nbytes())
+            storage = tensor.untyped_storage()
+            self.storages[storage._cdata] = self.first_made + number, storage.data_ptr()
+            self.sizes.append(storage.nbytes())
 
     def of(self, tensor: Tensor) -> tuple[int, int]:
         """The source of a tensor's address and its offset there."""
