@@ -142,7 +142,7 @@ class _Plan:
     def _scratch(
         addresses: _Addresses, outputs: dict[int, int], places: dict[int, tuple[int, int]], number: int
     ) -> int:
-        """Give every new tensor that is no result its place in one buffer; the buffer's bytes."""
+        """Give every new tensor but the results its place in one buffer; the buffer's bytes."""
         total = 0
         for made, size in enumerate(addresses.sizes):
             source = addresses.first_made + made

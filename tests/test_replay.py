@@ -18,6 +18,10 @@ R = torch.randn
 LAST = torch.channels_last
 
 
+def address(a):
+    return a.data_ptr() if isinstance(a, Tensor) else a
+
+
 class Launches:
     """A driver that keeps what a launcher is given, and runs nothing."""
 
@@ -41,8 +45,11 @@ class Launches:
         """(function, grid and arguments of each launch of a call, with tensors as their addresses; its result)"""
         self.kept = []
         result = call()
-        address = lambda a: a.data_ptr() if isinstance(a, Tensor) else a  # noqa: E731
         return [(one[4], one[:3], tuple(map(address, one[9:]))) for one in self.kept], result
+
+
+def without_bias(given):
+    return (*given[:2], *given[3:])
 
 
 def calls():
@@ -55,6 +62,9 @@ def calls():
     def picture(layout=LAST):
         return R(2, 32, 6, 5).contiguous(memory_format=layout)
 
+    def maps(capture):
+        return None if capture is None else capture.clone()
+
     def rows(rank, masked):
         return R(2, 20, 32), R(48, 32), R(48), R(rank, 32), R(48, rank), torch.rand(2, 20) if masked else None, 0.5
 
@@ -63,19 +73,17 @@ def calls():
     for layout in (LAST, torch.contiguous_format):
         yield "group_norm_silu", "forward", lambda f=layout: (picture(f), 8, R(32), R(32), 1e-5, True)
         norm = pcs_kernels.ops.group_norm_silu.op.Needs(True, True, False)
-        stats = lambda: (R(2, 8), R(2, 8))  # noqa: E731
         yield (
             "group_norm_silu",
             "backward",
-            lambda f=layout, n=norm, s=stats: (picture(f), picture(f), *s(), 8, R(32), R(32), True, n),
+            lambda f=layout, n=norm: (picture(f), picture(f), R(2, 8), R(2, 8), 8, R(32), R(32), True, n),
         )
     for capture in (None, torch.rand(2, 5, 7)):
-        given = lambda c=capture: None if c is None else c.clone()  # noqa: E731
-        yield "cross_attention", "forward", lambda c=given: (heads(9), heads(7), heads(7), c(), 0.3)
+        yield "cross_attention", "forward", lambda c=capture: (heads(9), heads(7), heads(7), maps(c), 0.3)
         yield (
             "cross_attention",
             "backward",
-            lambda c=given: (heads(9), R(2, 5, 9), heads(9), heads(7), heads(7), c(), 0.3, every),
+            lambda c=capture: (heads(9), R(2, 5, 9), heads(9), heads(7), heads(7), maps(c), 0.3, every),
         )
     yield "self_attention", "forward", lambda: (heads(9), heads(9), heads(9), 0.3)
     for rank, masked in ((8, False), (32, True)):
@@ -84,10 +92,8 @@ def calls():
         yield (
             "lowrank_residual",
             "backward",
-            lambda r=rank, m=masked, n=low: (
-                R(2, 20, 48), *(t for i, t in enumerate(rows(r, m)) if i != 2), None, n,
-            ),
-        )  # fmt: skip
+            lambda r=rank, m=masked, n=low: (R(2, 20, 48), *without_bias(rows(r, m)), None, n),
+        )
 
 
 def same_places(found: list[tuple], expected: list[tuple], results: list[tuple[int, int]]) -> None:
