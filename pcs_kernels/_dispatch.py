@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._direct import caller
 from ._fallback import BackendUnavailable as BackendUnavailable
 from ._fallback import Fault, first_line, guarded, tell_of_fault
 
@@ -177,6 +178,8 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def plain(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():  # one look for all devices
+            return run(*args)
         for kind in DEVICES:
             if torch.is_autocast_enabled(kind):
                 with torch.autocast(kind, enabled=False):
@@ -192,13 +195,38 @@ def define(
     fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
     packed: str | None = None,
-) -> None:
-    """Register a torch.library op: its schema, its implementation on every device, its fake, and its costs."""
+    choose: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register a torch.library op: its schema, its implementation on every device, its fake, and its costs.
+
+    Args:
+        schema: as torch.library takes it.
+        run: computes the op from its arguments; with `choose`, from what that chose and the arguments.
+        fake: the op on tensors without values.
+        flops: as `Cost` has it.
+        packed: as `Cost` has it.
+        choose: checks the arguments and selects an implementation, by shapes, strides, dtypes, devices and numbers
+            alone: it is not called for every call (see `_direct.py`). What reads values belongs into `run`.
+
+    Returns:
+        The op for calls from Python.
+    """
     name = schema.split("(", 1)[0]
+    whole = run if choose is None else _chosen_each_time(choose, run)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, without_autocast(run), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(whole), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcs_kernels::{name}", fake, lib=LIBRARY)
-    COSTS[name] = Cost(flops, packed, run)
+    COSTS[name] = Cost(flops, packed, whole)
+    packet: Callable[..., Any] = getattr(torch.ops.pcs_kernels, name)
+    return packet if choose is None else caller(packet, choose, run)
+
+
+def _chosen_each_time(choose: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    def whole(*args: Any) -> Any:
+        result = run(choose(*args), *args)
+        return distinct(result) if isinstance(result, tuple) else result
+
+    return whole
 
 
 def distinct(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from . import _probe
+from ._relaunch import run
 
 # Triton 3.2 and 3.3, of torch 2.6 and 2.7, have no knobs: their interpreter asks the environment
 INTERPRETED = (
@@ -247,13 +248,13 @@ def launch(
     if _recorder is not None:
         _recorder.cases.append(_specialized(kernel, args, constexprs, num_warps, num_stages))
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    run = functools.partial(kernel[grid], *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    first = args[0] if isinstance(args[0], Tensor) else next(a for a in args if isinstance(a, Tensor))
+    device = first.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            run()
+            run(kernel, grid, args, num_warps, num_stages, constexprs)
     else:
-        run()
+        run(kernel, grid, args, num_warps, num_stages, constexprs)
 
 
 def _specialized(

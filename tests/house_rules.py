@@ -39,6 +39,7 @@ HAND_FORMATTED: dict[str, int] = {
 
 # Whoever else names data_ptr compares addresses, and hands none to native code.
 TAKES_ADDRESSES = ("pcs_kernels/_native.py", "pcs_kernels/_packed.py", "pcs_kernels/ops/adamw8bit/op.py")
+TAKES_ADDRESSES += ("pcs_kernels/_relaunch.py", "pcs_kernels/_replay.py")  # of what Triton's own launcher is given
 
 
 def files() -> Iterator[Path]:

@@ -21,7 +21,7 @@ from quality import jobs
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("float16.py", "gpu.py", "lag.py", "memory.py", "own_prior.py", "plot.py", "quality", "roofline.py", "run.py")
-SCRIPTS += ("step.py", "step_methods.py", "super_resolution.py")
+SCRIPTS += ("host_time.py", "step.py", "step_methods.py", "super_resolution.py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

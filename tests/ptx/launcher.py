@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pcs_kernels import _launch
+from pcs_kernels._direct import forget_choices
 
 from . import arithmetic, bitwise, control, matrix, transfers, warpgroup  # noqa: F401 - they register instructions
 from .global_memory import GlobalMemory
@@ -179,16 +180,9 @@ def device(architecture: int, **options: Any) -> Iterator[Gpu]:
     """Inside, the ops' Triton kernels take CPU tensors and run as compiled for `architecture`; options are Gpu's."""
     gpu = Gpu(architecture, **options)
     with contextlib.ExitStack() as stack:
-        for op in OPS:
-            module = importlib.import_module(f"pcs_kernels.ops.{op}.triton_impl")
-            if hasattr(module, "current_arch"):
-                stack.enter_context(mock.patch.object(module, "current_arch", lambda _: architecture))
-            if hasattr(module, "unavailable_for"):
-                stack.enter_context(mock.patch.object(module, "unavailable_for", _available))
-        stack.enter_context(mock.patch.object(_launch, "unavailable_for", _available))
+        stack.enter_context(ops_on(architecture, _Driver(gpu)))
         if gpu.multiprocessors is not None:
             stack.enter_context(mock.patch.dict(_launch.MULTIPROCESSORS, {architecture: gpu.multiprocessors}))
-        stack.enter_context(mock.patch.object(driver, "_active", _Driver(gpu)))
         hook = mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", _without_ptxas)
         stack.enter_context(hook)
         stack.enter_context(gpu.written)
@@ -197,5 +191,23 @@ def device(architecture: int, **options: Any) -> Iterator[Gpu]:
         yield gpu
 
 
-def _available(device: torch.device, dtype: torch.dtype, dots: bool) -> str | None:
-    return _launch.arch_reason(_CURRENT[-1].architecture, dots)
+@contextlib.contextmanager
+def ops_on(architecture: int, runtime: Any) -> Iterator[None]:
+    """Inside, Triton compiles for this architecture and launches through `runtime`, a driver; the ops take CPU tensors
+    for its own."""
+
+    def available(device: torch.device, dtype: torch.dtype, dots: bool) -> str | None:
+        return _launch.arch_reason(architecture, dots)
+
+    with contextlib.ExitStack() as stack:
+        for op in OPS:
+            module = importlib.import_module(f"pcs_kernels.ops.{op}.triton_impl")
+            if hasattr(module, "current_arch"):
+                stack.enter_context(mock.patch.object(module, "current_arch", lambda _: architecture))
+            if hasattr(module, "unavailable_for"):
+                stack.enter_context(mock.patch.object(module, "unavailable_for", available))
+        stack.enter_context(mock.patch.object(_launch, "unavailable_for", available))
+        stack.enter_context(mock.patch.object(driver, "_active", runtime))
+        forget_choices()  # of before, and afterwards of the time inside
+        stack.callback(forget_choices)
+        yield

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import _check as check
-from ..._dispatch import Op, define, distinct, forced_backend
+from ..._dispatch import Op, define, forced_backend
 from ..._dtypes import accumulator
 from ..._layout import heads_last_empty
 
@@ -53,11 +53,13 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: 
         check.same_device("capture", capture, "q", q)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _choose(q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float, backend: str) -> Any:
     _check_call(q, k, v, capture, scale)
-    return OP.select(backend, q.device.type, q, k, v, capture, scale).forward(q, k, v, capture, scale)
+    return OP.select(backend, q.device.type, q, k, v, capture, scale)
+
+
+def _forward(chosen: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    return chosen.forward(*args[:-1])
 
 
 def _forward_fake(
@@ -68,7 +70,7 @@ def _forward_fake(
     return heads_last_empty(q), q.new_empty((q.shape[0], groups, q.shape[2]), dtype=accumulator(q.dtype))
 
 
-def _backward(
+def _choose_backward(
     dout: Tensor | None,
     dmaps: Tensor | None,
     q: Tensor,
@@ -80,10 +82,12 @@ def _backward(
     need_k: bool,
     need_v: bool,
     backend: str,
-) -> tuple[Tensor, ...]:
-    needs = Needs(need_q, need_k, need_v)
-    implementation = OP.select(backend, q.device.type, q, k, v, capture, scale)
-    return distinct(implementation.backward(dout, dmaps, q, k, v, capture, scale, needs))
+) -> Any:
+    return OP.select(backend, q.device.type, q, k, v, capture, scale)
+
+
+def _backward(chosen: Any, *args: Any) -> tuple[Tensor, ...]:
+    return chosen.backward(*args[:7], Needs(*args[7:10]))
 
 
 def _backward_fake(
@@ -113,19 +117,21 @@ def _backward_flops(q: Tensor, k: Tensor) -> int:
     return 10 * q.numel() * k.shape[2]
 
 
-define(
+_FORWARD = define(
     "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? capture, float scale, str backend)"
     " -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _flops,
+    choose=_choose,
 )
-define(
+_BACKWARD = define(
     "cross_attention_backward(Tensor? dout, Tensor? dmaps, Tensor q, Tensor k, Tensor v, Tensor? capture, float scale,"
     " bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     _backward_flops,
+    choose=_choose_backward,
 )
 
 
@@ -134,7 +140,7 @@ class _CrossAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, capture: Tensor | None, scale: float, backend: str
     ) -> tuple[Tensor, Tensor]:
-        out, maps = torch.ops.pcs_kernels.cross_attention_forward(q, k, v, capture, scale, backend)
+        out, maps = _FORWARD(q, k, v, capture, scale, backend)
         ctx.save_for_backward(q, k, v, capture)
         ctx.settings = scale, backend
         ctx.set_materialize_grads(False)
@@ -146,9 +152,7 @@ class _CrossAttention(torch.autograd.Function):
         q, k, v, capture = ctx.saved_tensors
         scale, backend = ctx.settings
         need = ctx.needs_input_grad[:3]
-        gradients = torch.ops.pcs_kernels.cross_attention_backward(
-            dout, None if capture is None else dmaps, q, k, v, capture, scale, *need, backend
-        )
+        gradients = _BACKWARD(dout, None if capture is None else dmaps, q, k, v, capture, scale, *need, backend)
         return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None)
 
 
@@ -174,5 +178,5 @@ def cross_attention(
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (q, k, v)):
         out, maps = _CrossAttention.apply(q, k, v, capture, scale, forced_backend())
     else:
-        out, maps = torch.ops.pcs_kernels.cross_attention_forward(q, k, v, capture, scale, forced_backend())
+        out, maps = _FORWARD(q, k, v, capture, scale, forced_backend())
     return out, (None if capture is None else maps)

@@ -23,9 +23,13 @@ def _check_x(x: Tensor) -> None:
     check.not_empty("x", x)
 
 
-def _forward(x: Tensor, backend: str) -> Tensor:
+def _choose(x: Tensor, backend: str) -> Any:
     _check_x(x)
-    return OP.select(backend, x.device.type, x).forward(x)
+    return OP.select(backend, x.device.type, x)
+
+
+def _forward(chosen: Any, x: Tensor, backend: str) -> Tensor:
+    return chosen.forward(x)
 
 
 def _forward_fake(x: Tensor, backend: str) -> Tensor:
@@ -33,16 +37,22 @@ def _forward_fake(x: Tensor, backend: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-def _backward(dy: Tensor, x: Tensor, backend: str) -> Tensor:
-    return OP.select(backend, x.device.type, x).backward(dy, x)
+def _choose_backward(dy: Tensor, x: Tensor, backend: str) -> Any:
+    return OP.select(backend, x.device.type, x)
+
+
+def _backward(chosen: Any, dy: Tensor, x: Tensor, backend: str) -> Tensor:
+    return chosen.backward(dy, x)
 
 
 def _backward_fake(dy: Tensor, x: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-define("geglu_forward(Tensor x, str backend) -> Tensor", _forward, _forward_fake)
-define("geglu_backward(Tensor dy, Tensor x, str backend) -> Tensor", _backward, _backward_fake)
+_FORWARD = define("geglu_forward(Tensor x, str backend) -> Tensor", _forward, _forward_fake, choose=_choose)
+_BACKWARD = define(
+    "geglu_backward(Tensor dy, Tensor x, str backend) -> Tensor", _backward, _backward_fake, choose=_choose_backward
+)
 
 
 class _Geglu(torch.autograd.Function):
@@ -50,13 +60,13 @@ class _Geglu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.backend = backend
-        return torch.ops.pcs_kernels.geglu_forward(x, backend)
+        return _FORWARD(x, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return torch.ops.pcs_kernels.geglu_backward(dy, x, ctx.backend), None
+        return _BACKWARD(dy, x, ctx.backend), None
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -70,4 +80,4 @@ def geglu(x: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _Geglu.apply(x, forced_backend())
-    return torch.ops.pcs_kernels.geglu_forward(x, forced_backend())
+    return _FORWARD(x, forced_backend())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _check as check
-from ..._dispatch import Op, define, distinct, forced_backend
+from ..._dispatch import Op, define, forced_backend
 from ..._dtypes import accumulator
 
 OP = Op("group_norm_silu", __package__)
@@ -42,12 +42,15 @@ def _check_call(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
             check.same_device(name, p, "x", x)
 
 
-def _forward(
+def _choose(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Any:
     _check_call(x, groups, weight, bias, eps)
-    implementation = OP.select(backend, x.device.type, x, groups, weight, bias, eps, silu)
-    return implementation.forward(x, groups, weight, bias, eps, silu)
+    return OP.select(backend, x.device.type, x, groups, weight, bias, eps, silu)
+
+
+def _forward(chosen: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return chosen.forward(*args[:-1])
 
 
 def _forward_fake(
@@ -58,7 +61,7 @@ def _forward_fake(
     return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
 
-def _backward(
+def _choose_backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -71,10 +74,12 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
     backend: str,
-) -> tuple[Tensor, ...]:
-    needs = Needs(need_x, need_weight, need_bias)
-    implementation = OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu)
-    return distinct(implementation.backward(dy, x, mean, rstd, groups, weight, bias, silu, needs))
+) -> Any:
+    return OP.select(backend, x.device.type, x, groups, weight, bias, 0.0, silu)
+
+
+def _backward(chosen: Any, *args: Any) -> tuple[Tensor, ...]:
+    return chosen.backward(*args[:8], Needs(*args[8:11]))
 
 
 def _backward_fake(
@@ -97,17 +102,19 @@ def _backward_fake(
     return gradient(need_x, x), gradient(need_weight, weight), gradient(need_bias, bias)
 
 
-define(
+_FORWARD = define(
     "group_norm_silu_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    choose=_choose,
 )
-define(
+_BACKWARD = define(
     "group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int groups, Tensor? weight, Tensor? bias,"
     " bool silu, bool need_x, bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    choose=_choose_backward,
 )
 
 
@@ -123,7 +130,7 @@ class _GroupNormSilu(torch.autograd.Function):
         silu: bool,
         backend: str,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.pcs_kernels.group_norm_silu_forward(x, groups, weight, bias, eps, silu, backend)
+        y, mean, rstd = _FORWARD(x, groups, weight, bias, eps, silu, backend)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.settings = groups, silu, backend
         return y
@@ -135,9 +142,7 @@ class _GroupNormSilu(torch.autograd.Function):
         groups, silu, backend = ctx.settings
         need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         needs = need_x, need_weight, need_bias
-        gradients = torch.ops.pcs_kernels.group_norm_silu_backward(
-            dy, x, mean, rstd, groups, weight, bias, silu, *needs, backend
-        )
+        gradients = _BACKWARD(dy, x, mean, rstd, groups, weight, bias, silu, *needs, backend)
         dx, dweight, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return dx, None, dweight, dbias, None, None, None
 
@@ -167,4 +172,4 @@ def group_norm_silu(
     silu = activation == "silu"
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias)):
         return _GroupNormSilu.apply(x, groups, weight, bias, eps, silu, forced_backend())
-    return torch.ops.pcs_kernels.group_norm_silu_forward(x, groups, weight, bias, eps, silu, forced_backend())[0]
+    return _FORWARD(x, groups, weight, bias, eps, silu, forced_backend())[0]

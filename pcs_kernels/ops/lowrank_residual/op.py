@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import _check as check
-from ..._dispatch import Op, define, distinct, forced_backend
+from ..._dispatch import Op, define, forced_backend
 
 OP = Op("lowrank_residual", __package__)
 
@@ -92,7 +92,7 @@ def _check_index(index: Tensor | None, concepts: int) -> None:
     )
 
 
-def _forward(
+def _choose(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -102,11 +102,15 @@ def _forward(
     scale: float,
     index: Tensor | None,
     backend: str,
-) -> Tensor:
+) -> Any:
     _check_call(x, weight, bias, down, up, mask, scale, index)
+    return OP.select(backend, x.device.type, x, weight, bias, down, up, mask, scale, index)
+
+
+def _forward(chosen: Any, *args: Any) -> Tensor:
+    _, _, _, down, _, _, _, index, _ = args
     _check_index(index, down.shape[0])
-    implementation = OP.select(backend, x.device.type, x, weight, bias, down, up, mask, scale, index)
-    return implementation.forward(x, weight, bias, down, up, mask, scale, index)
+    return chosen.forward(*args[:-1])
 
 
 def _forward_fake(
@@ -124,7 +128,7 @@ def _forward_fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _backward(
+def _choose_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -140,10 +144,12 @@ def _backward(
     need_up: bool,
     need_mask: bool,
     backend: str,
-) -> tuple[Tensor, ...]:
-    needs = Needs(need_x, need_weight, need_bias, need_down, need_up, need_mask)
-    implementation = OP.select(backend, dy.device.type, dy, weight, None, down, up, mask, scale, index)
-    return distinct(implementation.backward(dy, x, weight, down, up, mask, scale, index, needs))
+) -> Any:
+    return OP.select(backend, dy.device.type, dy, weight, None, down, up, mask, scale, index)
+
+
+def _backward(chosen: Any, *args: Any) -> tuple[Tensor, ...]:
+    return chosen.backward(*args[:8], Needs(*args[8:14]))
 
 
 def _backward_fake(
@@ -188,15 +194,16 @@ def _backward_flops(dy: Tensor, weight: Tensor) -> int:
     return 2 * dy.numel() * weight.shape[1]
 
 
-define(
+_FORWARD = define(
     "lowrank_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? mask,"
     " float scale, Tensor? index, str backend) -> Tensor",
     _forward,
     _forward_fake,
     _flops,
     packed="weight",
+    choose=_choose,
 )
-define(
+_BACKWARD = define(
     "lowrank_residual_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? mask, float scale,"
     " Tensor? index, bool need_x, bool need_weight, bool need_bias, bool need_down, bool need_up, bool need_mask,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -204,6 +211,7 @@ define(
     _backward_fake,
     _backward_flops,
     packed="weight",
+    choose=_choose_backward,
 )
 
 
@@ -225,7 +233,7 @@ class _LowrankResidual(torch.autograd.Function):
         keeps_x = need_weight or need_down or need_up or need_mask
         ctx.save_for_backward(x if keeps_x else None, weight, down, up, mask, index)
         ctx.settings = scale, backend
-        return torch.ops.pcs_kernels.lowrank_residual_forward(x, weight, bias, down, up, mask, scale, index, backend)
+        return _FORWARD(x, weight, bias, down, up, mask, scale, index, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -233,9 +241,7 @@ class _LowrankResidual(torch.autograd.Function):
         x, weight, down, up, mask, index = ctx.saved_tensors
         scale, backend = ctx.settings
         need = ctx.needs_input_grad[:6]
-        gradients = torch.ops.pcs_kernels.lowrank_residual_backward(
-            dy, x, weight, down, up, mask, scale, index, *need, backend
-        )
+        gradients = _BACKWARD(dy, x, weight, down, up, mask, scale, index, *need, backend)
         return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None)
 
 
@@ -273,4 +279,4 @@ def lowrank_residual(
     arguments = (x, weight, bias, down, up, mask, check.number("scale", scale), index, forced_backend())
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         return _LowrankResidual.apply(*arguments)
-    return torch.ops.pcs_kernels.lowrank_residual_forward(*arguments)
+    return _FORWARD(*arguments)

@@ -39,9 +39,13 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     check.finite("scale", scale)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Any:
     _check_call(q, k, v, scale)
-    return OP.select(backend, q.device.type, q, k, v, scale).forward(q, k, v, scale)
+    return OP.select(backend, q.device.type, q, k, v, scale)
+
+
+def _forward(chosen: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    return chosen.forward(*args[:-1])
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -49,10 +53,14 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -
     return heads_last_empty(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
-def _backward(
+def _choose_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return OP.select(backend, q.device.type, q, k, v, scale).backward(dout, q, k, v, out, lse, scale)
+) -> Any:
+    return OP.select(backend, q.device.type, q, k, v, scale)
+
+
+def _backward(chosen: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return chosen.backward(*args[:-1])
 
 
 def _backward_fake(
@@ -71,25 +79,27 @@ def _backward_flops(q: Tensor, k: Tensor) -> int:
     return 10 * q.numel() * k.shape[2]
 
 
-define(
+_FORWARD = define(
     "self_attention_forward(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _flops,
+    choose=_choose,
 )
-define(
+_BACKWARD = define(
     "self_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     _backward_flops,
+    choose=_choose_backward,
 )
 
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-        out, lse = torch.ops.pcs_kernels.self_attention_forward(q, k, v, scale, backend)
+        out, lse = _FORWARD(q, k, v, scale, backend)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = scale, backend
         return out
@@ -99,7 +109,7 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         scale, backend = ctx.settings
-        gradients = torch.ops.pcs_kernels.self_attention_backward(dout, q, k, v, out, lse, scale, backend)
+        gradients = _BACKWARD(dout, q, k, v, out, lse, scale, backend)
         return (*(g if n else None for g, n in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None, None)
 
 
@@ -180,7 +190,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
         return _sdpa(q, k, v, scale) if external == "sdpa" else _xformers(q, k, v, scale)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (q, k, v)):
         return _SelfAttention.apply(q, k, v, scale, forced_backend())
-    return torch.ops.pcs_kernels.self_attention_forward(q, k, v, scale, forced_backend())[0]
+    return _FORWARD(q, k, v, scale, forced_backend())[0]
 
 
 @without_autocast
