@@ -18,7 +18,7 @@ from ..._operands import sum_partials
 from .op import Needs
 from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank_project_kernel
 
-MAX_RANK = 256  # the widest BLOCK_R; lowrank_project_kernel then takes 102 KiB of shared memory
+MAX_RANK = 256  # the widest PAD
 MAX_FUSED_RANK = 16  # at 32 the product's own loop takes 170 registers for 128 (sm_80) and 60 KiB for 54
 
 
@@ -73,10 +73,12 @@ def launch_config(
     if kernel is Kernel.PROJECT:
         # with a step of 64, rank 64 spills 8 bytes a thread on sm_86 and rank 128 takes 108 KiB of shared memory
         block_k = 64 if half and pad <= 32 else 32
-        # x and a of one shape would be given one layout, 8 elements a thread: 32 bytes of a float32 adapter, by two copies
-        # that each move whole sectors for half of them
+        # x and a of one shape would be given one layout, 8 elements a thread: 32 bytes of a float32 adapter, by two
+        # copies that each move whole sectors for half of them
         block_m = 64 if pad == 32 else 32
-        return {"BLOCK_M": block_m, "BLOCK_K": block_k, "PAD": pad, "num_warps": 4, "num_stages": 4}
+        # with 4 stages rank 256 takes 102 KiB of shared memory, and sm_86, sm_89 and sm_120 have 99
+        stages = 4 if pad < 256 else 3
+        return {"BLOCK_M": block_m, "BLOCK_K": block_k, "PAD": pad, "num_warps": 4, "num_stages": stages}
     if kernel is Kernel.GRAD:
         block_m, block_c = (32, 64) if half else (16, 32)
         # at rank 128 four warps take 168 registers a thread for 95, at rank 256 all 255
