@@ -53,8 +53,8 @@ EXCEPTIONS = (
         r"^gn_group_(bwd_)?kernel .* NHWC",
         r"^global",
         1.6,
-        "a group of 40 or 20 channels is 80 or 40 bytes a pixel and begins or ends within a sector; its neighbour's program"
-        " asks for the rest",
+        "a group of 40 or 20 channels is 80 or 40 bytes a pixel and begins or ends within a sector; its neighbour's"
+        " program asks for the rest",
     ),
     Allowed(
         r"^lowrank_(product|project)_kernel .*r(4|16|32|64) ",
@@ -67,8 +67,8 @@ EXCEPTIONS = (
         r"^lowrank_product_kernel SDXL",
         r"^(global|shared) copy 16$",
         1.09,
-        "the last two steps: s and the second adapter have tiles of one shape, so that a thread copies 32 bytes of float32"
-        " by two requests",
+        "the last two steps: s and the second adapter have tiles of one shape, so that a thread copies 32 bytes of"
+        " float32 by two requests",
     ),
     Allowed(
         r"^adamw32bit_kernel",
