@@ -108,15 +108,14 @@ def cases_table(rows: list[Row]) -> str:
 
 
 def count_all(shown: bool) -> tuple[dict[int, dict[str, list[dict]]], list[str]]:
-    """Every launch of the tables, or those of report.SHOWN but for report.WHOLE: what they do on each architecture, and
-    which move more than they must."""
+    """Every launch of the tables, or those of report.some_shapes: what they do on each architecture, and which move more
+    than they must."""
     _prepare()
     found, wasteful = {}, []
     for architecture in COUNTED:
         found[architecture] = {}
         for op in OPS:
-            some = shown and op not in report.WHOLE
-            kernels = counted(op, architecture, report.shown_shape(op)) if some else counted(op, architecture)
+            kernels = counted(op, architecture, report.some_shapes(op)) if shown else counted(op, architecture)
             wasteful += [f"sm_{architecture}: {sentence}" for sentence in report.wasteful(kernels)]
             found[architecture][op] = [asdict(kernel) for kernel in kernels]
             print(f"counted {op} on sm_{architecture}", flush=True)
