@@ -62,7 +62,19 @@ class Reason(NamedTuple):
     text: str
 
 
-REASONS: tuple[Reason, ...] = ()
+REASONS = (
+    Reason("^adamw8bit", "issue", "codes are found by comparisons, 1,700 instructions for 8 elements of a thread"),
+    Reason("^frozen_conv", "", "runs where it is asked for by name; cuDNN takes this convolution"),
+    Reason("^self_", "", "the fallback for float32 and odd widths; flash attention takes this shape"),
+    Reason("^geglu", "issue", "erf is a polynomial"),
+    Reason("^cross_fwd", "issue", "a softmax of 77 tokens beside two short products"),
+    Reason("^cross_bwd_tokens", "issue|banks", "every query's softmax anew; the tiles of 77 tokens are padded to 80"),
+    Reason("^cross_bwd_rows", "issue", "a softmax of 77 tokens beside three short products"),
+    Reason("^gn_bwd_", "issue", "SiLU's slope of each element, read as 8 elements of two inputs a thread"),
+    Reason("^gn_group", "issue", "32 programs for a sample, 40 channels in a tile of 64; three launches take longer"),
+    Reason("^lowrank_product", "matrix", "few tiles for the multiprocessors; smaller ones would read more"),
+    Reason("^lowrank_product", "issue|banks|sectors", "few tiles of few steps; large images and batches have more"),
+)
 
 
 class Times(NamedTuple):
@@ -136,11 +148,11 @@ def table(card: Card) -> str:
 
 def why(name: str, found: Times) -> str:
     """Why it is below GOOD; a kernel without a reason is an error."""
+    if found.modelled <= SHORT:
+        return "shorter than its launch"
     for reason in REASONS:
         if re.search(reason.kernel, name) and re.search(reason.binds, found.binds):
             return reason.text
-    if found.modelled <= SHORT:
-        return "shorter than its launch"
     raise SystemExit(f"{name} is at {found.share:.0%}, bound by {found.binds}. Fix: mend it, or say why in REASONS")
 
 

@@ -108,8 +108,8 @@ def cases_table(rows: list[Row]) -> str:
 
 
 def count_all(shown: bool) -> tuple[dict[int, dict[str, list[dict]]], list[str]]:
-    """Every launch of the tables, or those of report.some_shapes: what they do on each architecture, and which move more
-    than they must."""
+    """Every launch of the tables, or report.some_shapes: what they do on each architecture, and which move more than
+    they must."""
     _prepare()
     found, wasteful = {}, []
     for architecture in COUNTED:
