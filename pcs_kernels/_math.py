@@ -42,19 +42,32 @@ def normal_pdf(x):
 
 @triton.jit(do_not_specialize=["count", "per_owner"])
 def sum_partials_kernel(
-    part_ptr, owner_ptr, out_ptr, n, count, per_owner, HAS_OWNER: tl.constexpr, BLOCK: tl.constexpr
+    part_ptr,
+    owner_ptr,
+    out_ptr,
+    n,
+    count,
+    per_owner,
+    HAS_OWNER: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """out[j, i] = sum of part[s, i] over s (with owners: over the s whose owner[s // per_owner] is j), in order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """out[j, i] = sum of part[s, i] over s; with owners, over the s whose owner[s // per_owner] is j.
+
+    Every BLOCK_S-th slot is added one after another, then the BLOCK_S sums by a tree: the same order in every run.
+    """
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.program_id(1)
-    inside = i < n
-    total = tl.zeros([BLOCK], tl.float32)
-    for s in range(count):
-        mine = inside
+    total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        mine = s < count
         if HAS_OWNER:
-            mine = inside & (tl.load(owner_ptr + s // per_owner) == j)
-        total += tl.load(part_ptr + s * tl.cast(n, tl.int64) + i, mask=mine, other=0.0)
-    tl.store(out_ptr + j * tl.cast(n, tl.int64) + i, total.to(out_ptr.dtype.element_ty), mask=inside)
+            mine = mine & (tl.load(owner_ptr + s // per_owner, mask=mine, other=-1) == j)
+        at = part_ptr + s[:, None].to(tl.int64) * n + i[None, :]
+        total += tl.load(at, mask=mine[:, None] & (i < n)[None, :], other=0.0)
+    out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + j.to(tl.int64) * n + i, out, mask=i < n)
 
 
 # A head width D is covered by two power-of-two parts, D0 and D1 (40 = 32 + 16, 80 = 64 + 16), D1 = 0 where one will do.

@@ -94,9 +94,13 @@ def norm_input(layout: str, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 
 @dtypes
+@pytest.mark.parametrize("pieces", (False, True), ids=("whole groups", "pieces"))
 @pytest.mark.parametrize("silu", (True, False), ids=("silu", "plain"))
 @pytest.mark.parametrize("layout", ("channels_last", "nchw", "tokens", "permuted", "one pixel"))
-def test_group_norm_silu(layout, silu, dtype):
+def test_group_norm_silu(layout, silu, pieces, dtype, monkeypatch):
+    if pieces:  # as an image whose groups no program can hold
+        monkeypatch.setattr(norm, "GROUP_TILE", 0)
+        monkeypatch.setattr(norm, "GROUP_BACKWARD_TILE", 0)
     x, groups = norm_input(layout, dtype)
     dy = torch.randn(x.shape).to(dtype)
     weight, bias = torch.randn(x.shape[1]).to(dtype), torch.randn(x.shape[1])

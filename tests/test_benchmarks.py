@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_methods
 import memory
 import plot
+import roofline
 import step_methods
 import super_resolution
 from pcs_trainer.methods import TITLES
@@ -127,3 +128,7 @@ def test_the_gpu_script_runs_to_the_end(tmp_path):
         "gpu_lag.json",
     }
     assert written <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_the_roofline_is_of_what_is_counted_and_every_slower_kernel_has_a_reason():
+    assert roofline.page() == roofline.SAVED.read_text(), "run: python benchmarks/roofline.py --save"

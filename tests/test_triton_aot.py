@@ -116,6 +116,18 @@ def test_turing_is_unsupported_for_products_and_says_why():
         assert reason.endswith("use the reference")
 
 
+@pytest.mark.parametrize("multiprocessors, tile", ((28, (128, 128)), (84, (128, 128)), (128, (128, 64))))
+def test_a_product_takes_the_tile_that_leaves_fewest_multiprocessors_waiting(multiprocessors, tile):
+    """[4096, 640] is 160 tiles of 128 x 128: two rounds of 128 multiprocessors, the second of 32."""
+    assert lowrank.product_tile(1, 4096, 640, multiprocessors)[:2] == tile
+
+
+def test_features_are_split_only_where_rows_leave_multiprocessors_idle():
+    assert lowrank.split_features(1280, 32, 128, 128) == (1, 1280)
+    assert lowrank.split_features(1280, 32, 8, 128) == (14, 96)
+    assert lowrank.split_features(40, 32, 1, 128) == (1, 64), "two steps at least"
+
+
 def test_reasons_on_the_cpu_name_the_mend():
     assert "set TRITON_INTERPRET=1" in geglu.reason(torch.zeros(2, 4))
 

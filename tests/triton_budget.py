@@ -64,6 +64,7 @@ def odd_cases(arch: int) -> list:
     lse, maps, weight = meta(1, 2, 80, dtype=full), meta(1, 6, 80, dtype=full), meta(1, 1, 1, dtype=full)
     rows, adapter, stack = meta(2, 80, 64, dtype=full), meta(40, 64, dtype=full), meta(3, 1, 64, dtype=full)
     index, image = meta(2, dtype=torch.int64), meta(1, 8, 9, 9, dtype=full)
+    widest = meta(256, 64, dtype=full), meta(64, 256, dtype=full)
     calls = (
         lambda: geglu.backward(meta(1, 1), meta(1, 2)),
         lambda: norm.forward(pixel, 1, None, None, 1e-5, True),
@@ -77,6 +78,7 @@ def odd_cases(arch: int) -> list:
         lambda: lowrank.forward(meta(1, 1), meta(1, 1), None, meta(1, 1), meta(1, 1), None, 1.0, None),
         lambda: lowrank.backward(rows, rows, square, adapter, adapter.t(), None, 1.0, None, some),
         lambda: lowrank.forward(rows, square, None, stack, stack.transpose(1, 2), None, 1.0, index),
+        lambda: lowrank.forward(meta(1, 64, 64), meta(64, 64), None, *widest, None, 1.0, None),
         lambda: conv.forward_conv(image, meta(8, 8, 3, 3, dtype=full), None, 2, 0, True),
         lambda: conv.backward_linear(meta(1, 1), meta(1, 1), True),
     )

@@ -23,7 +23,7 @@ def main() -> None:
         "--kinds", nargs="+", choices=running.KINDS, default=list(running.KINDS), help="of runs of all cases"
     )
     parser.add_argument("--only", choices=("cases", "counts", "mutants"), help="one of the three parts")
-    parser.add_argument("--shown", action="store_true", help="count at one real shape an op, as the tests do")
+    parser.add_argument("--shown", action="store_true", help="count at a few real shapes an op")
     given = parser.parse_args()
     failures: list[str] = []
     if given.only in (None, "cases"):

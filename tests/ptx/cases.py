@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import pcs_kernels
 from pcs_kernels.ops.adamw8bit import codes
+from pcs_kernels.ops.group_norm_silu import triton_impl as norm
 from tests.closeness import assert_no_worse_than
 from tests.op_cases import Case, all_cases, evaluate
 
@@ -25,6 +27,7 @@ ORDINARY = (
     "geglu (7, 682)",
     "group_norm 64/32 contiguous silu",
     "group_norm 341/11 channels last silu",
+    "group_norm 341/11 channels last silu in pieces",
     "self_attention (1, 2, 300, 77, 80)",
     "cross_attention (2, 2, 63, 77, 40) with maps",
     "lowrank 7x341->63 r5 masked",
@@ -54,6 +57,16 @@ def of_case(case: Case) -> Check:
         return gpu
 
     return Check(case.name, run)
+
+
+def in_pieces(check: Check) -> Check:
+    """A norm whose groups are held by no program: sums over splits of the pixels, as those of a large image."""
+
+    def run(dtype: str, architecture: int, **options: Any) -> Gpu:
+        with mock.patch.object(norm, "GROUP_TILE", 0), mock.patch.object(norm, "GROUP_BACKWARD_TILE", 0):
+            return check.run(dtype, architecture, **options)
+
+    return Check(f"{check.name} in pieces", run)
 
 
 def _optimizer_state(n: int, kind: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -118,7 +131,9 @@ def optimizer_32bit(dtype: str, architecture: int, **options: Any) -> Gpu:
 
 def every_check() -> list[Check]:
     optimizer = [Check("adamw 8 bit", optimizer_8bit), Check("adamw 32 bit", optimizer_32bit)]
-    return [*map(of_case, all_cases()), *optimizer]
+    cases = [*map(of_case, all_cases())]
+    norms = [in_pieces(check) for check in cases if check.name.startswith("group_norm")]
+    return [*cases, *norms, *optimizer]
 
 
 def ordinary_checks() -> list[Check]:

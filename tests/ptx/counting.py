@@ -6,6 +6,7 @@ The tables are the ops' own `aot_cases`: the same calls that are compiled for th
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from tests.triton_budget import implementation
 
 from .launcher import Launch, device
 
-MATRIX = ("mma", "wgmma.mma_async")
+WARPGROUP = re.compile(r"wgmma\.mma_async\S*\.m64n(\d+)k16")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class Counted:
     programs: int
     warps: int
     instructions: int
-    matrix: int
+    matrix: int  # products of 16 x 8 x 16: a wgmma of m64nNk16 is N / 8 of them for each of its four warps
     ratios: dict[str, float]  # of sectors or passes to the fewest possible, by kind of access
     sectors: int  # of global memory, of 32 bytes
+    passes: int  # over the banks of shared memory; those of a wgmma's own reading are left out
     tensor_bytes: int  # of all programs' tensors, each argument for itself: the tables pass one tensor as several
 
 
@@ -82,8 +84,14 @@ def _count(name: str, launch: Launch) -> Counted:
         programs=launch.grid[0] * launch.grid[1] * launch.grid[2],
         warps=launch.kernel.threads // 32,
         instructions=launch.executed.total(),
-        matrix=sum(n for opcode, n in launch.executed.items() if opcode.startswith(MATRIX)),
+        matrix=sum(n * _products(opcode) for opcode, n in launch.executed.items()),
         ratios={kind: round(cost.ratio, 2) for kind, cost in sorted(costs.items())},
         sectors=sum(cost.done for kind, cost in costs.items() if kind.startswith("global")),
+        passes=sum(cost.done for kind, cost in costs.items() if kind.startswith("shared")),
         tensor_bytes=launch.tensor_bytes,
     )
+
+
+def _products(opcode: str) -> int:
+    group = WARPGROUP.match(opcode)
+    return int(group[1]) // 8 if group else int(opcode.startswith("mma"))

@@ -30,7 +30,7 @@ class Mutant:
         return changed
 
 
-ATTENTION, NORM = "self_attention (1, 2, 300, 77, 80)", "group_norm 64/32 contiguous silu"
+ATTENTION, NORM = "self_attention (1, 2, 300, 77, 80)", "group_norm 64/32 contiguous silu in pieces"
 GEGLU, ADAPTER = "geglu (7, 682)", "lowrank 100x64->640 r32 stacked"
 A_OPERAND = r"(mma\.sync[^{]*\{[^}]*\}, )\{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}"
 WAIT, BARRIER = r"cp\.async\.wait_group\s+\d+;", r"\tbar\.sync\s+0;"

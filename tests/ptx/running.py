@@ -28,7 +28,7 @@ KINDS = {  # dtype, tiles, when copies land
     "largest": ("bf16", "largest", "late"),
 }
 LARGEST_TILES = 1  # multiprocessors
-COUNTED = 86
+COUNTED = (86, 89, 90)  # RTX 3060, RTX 4090, H100: benchmarks/roofline.py
 
 
 @dataclass
@@ -107,26 +107,32 @@ def cases_table(rows: list[Row]) -> str:
     return report._table(head, [tuple(map(str, line)) for line in cells])
 
 
-def count_all(shown: bool) -> tuple[dict[str, list[dict]], list[str]]:
-    """Every launch of the tables, or those of report.SHOWN: what they do, and which move more than they must."""
+def count_all(shown: bool) -> tuple[dict[int, dict[str, list[dict]]], list[str]]:
+    """Every launch of the tables, or report.some_shapes: what they do on each architecture, and which move more than
+    they must."""
     _prepare()
     found, wasteful = {}, []
-    for op in OPS:
-        kernels = counted(op, COUNTED, report.shown_shape(op)) if shown else counted(op, COUNTED)
-        wasteful += report.wasteful(kernels)
-        found[op] = [asdict(kernel) for kernel in kernels]
+    for architecture in COUNTED:
+        found[architecture] = {}
+        for op in OPS:
+            kernels = counted(op, architecture, report.some_shapes(op)) if shown else counted(op, architecture)
+            wasteful += [f"sm_{architecture}: {sentence}" for sentence in report.wasteful(kernels)]
+            found[architecture][op] = [asdict(kernel) for kernel in kernels]
+            print(f"counted {op} on sm_{architecture}", flush=True)
     return found, wasteful
 
 
-def write_counts(found: dict[str, list[dict]]) -> None:
+def write_counts(found: dict[int, dict[str, list[dict]]]) -> None:
     """One line a kernel and shape."""
-    parts = [
-        f" {json.dumps(op)}: [\n" + ",\n".join(f"  {json.dumps(k)}" for k in kernels) + "\n ]"
-        for op, kernels in found.items()
-    ]
+    parts = []
+    for architecture, ops in found.items():
+        lists = [
+            f"  {json.dumps(op)}: [\n" + ",\n".join(f"   {json.dumps(k)}" for k in kernels) + "\n  ]"
+            for op, kernels in ops.items()
+        ]
+        parts.append(f' "sm_{architecture}": {{\n' + ",\n".join(lists) + "\n }")
     temporary = report.COUNTS.with_suffix(".tmp")
-    head = f' "triton": {json.dumps(triton.__version__)},\n "architecture": {COUNTED},\n'
-    temporary.write_text("{\n" + head + ",\n".join(parts) + "\n}\n")
+    temporary.write_text(f'{{\n "triton": {json.dumps(triton.__version__)},\n' + ",\n".join(parts) + "\n}\n")
     temporary.replace(report.COUNTS)
 
 

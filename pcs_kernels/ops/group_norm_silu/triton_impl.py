@@ -1,4 +1,5 @@
-"""Group normalisation and SiLU in Triton: statistics split over pixels, combined per group, then one pass over x.
+"""Group normalisation and SiLU in Triton: a group in one program where that holds it; else statistics split over
+pixels, combined per group, then one pass over x.
 
 B batch, C channels, S pixels; channels-last and NCHW take the same kernels with tiles of another shape.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..._launch import AotCase, blocks, launch, meta, pow2, record, unavailable
 from ..._operands import sum_partials
 from .op import Needs
+from .triton_group_kernels import gn_group_bwd_kernel, gn_group_kernel
 from .triton_kernels import (
     gn_apply_kernel,
     gn_bwd_combine_kernel,
@@ -26,6 +28,29 @@ COMBINE = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}  # slots of a group a
 MAX_SPLITS = 128  # slots of a channel: one program combines all of a group, so that more would only make it slower
 # elements of a tile: 16 a thread; 8 in the backward, which holds two inputs (sm_80: 2048 take 96 registers for 72)
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024
+# elements that a program of one launch holds, at most 16 warps of it: 64 floats a thread, or twice 32
+GROUP_TILE, GROUP_BACKWARD_TILE = 32768, 16384
+
+
+def group_config(x: Tensor, groups: int, backward: bool = False) -> dict[str, int] | None:
+    """The tile that holds a whole group of x [B, C, S], or None where it is too large for one program.
+
+    Args:
+        x: its shape and strides.
+        groups: of its channels.
+        backward: whether the kernel holds two inputs.
+
+    Returns:
+        The kernel's constexprs, `num_warps` and `num_stages`.
+    """
+    width, pixels = x.shape[1] // groups, x.shape[2]
+    block_c, block_s = pow2(width), pow2(pixels)
+    tile = block_c * block_s
+    reach = (width - 1) * x.stride(1) + (pixels - 1) * x.stride(2)
+    if tile > (GROUP_BACKWARD_TILE if backward else GROUP_TILE) or reach >= 2**31:  # offsets in a group are 32 bits
+        return None
+    warps = min(max(tile // 1024, 1), 16)  # 32 elements a thread
+    return {"WIDTH": width, "BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps, "num_stages": 1}
 
 
 def launch_config(channels: int, pixels: int, channels_last: bool, backward: bool = False) -> dict[str, int]:
@@ -96,20 +121,24 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     xf = _flat(x)
     batch, channels, pixels = xf.shape
+    mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
+    weight, bias = _dense(weight), _dense(bias)
+    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
+    y, yf, is_view = _new_like(x)
+    tensors = xf, yf, mean, rstd, weight, bias
+    layout = *xf.stride(), *yf.stride()
+    whole = group_config(xf, groups)
+    if whole is not None:
+        launch(gn_group_kernel, (groups, batch), *tensors, pixels, float(eps), *layout, **affine, **whole)
+        return y if is_view else y.copy_(yf.view(y.shape)), mean, rstd
     config, splits, per_split = _tiles(xf, backward=False)
     columns = blocks(channels, config["BLOCK_C"])
     part = x.new_empty((2, batch, splits, channels), dtype=torch.float32)
-    mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
-    weight, bias = _dense(weight), _dense(bias)
     sizes = channels, pixels, splits, per_split
     launch(gn_stats_kernel, (batch * splits, columns), xf, part[0], part[1], *sizes, *xf.stride(), **config)
     launch(gn_combine_kernel, (batch * groups,), part[0], part[1], mean, rstd, *sizes, groups, float(eps), **COMBINE)
-    y, yf, is_view = _new_like(x)
     tiles = blocks(pixels, config["BLOCK_S"])
     sizes = channels, pixels, tiles, groups
-    tensors = xf, yf, mean, rstd, weight, bias
-    layout = *xf.stride(), *yf.stride()
-    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
     launch(gn_apply_kernel, (batch * tiles, columns), *tensors, *sizes, *layout, **affine, **config)
     return y if is_view else y.copy_(yf.view(y.shape)), mean, rstd
 
@@ -128,6 +157,8 @@ def backward(
     xf, dyf = _flat(x), _flat(dy)
     mean, rstd, weight, bias = mean.contiguous(), rstd.contiguous(), _dense(weight), _dense(bias)
     batch, channels, pixels = xf.shape
+    if needs.x and group_config(xf, groups, backward=True) is not None:
+        return _backward_of_groups(dyf, xf, x, mean, rstd, groups, weight, bias, silu, needs)
     config, splits, per_split = _tiles(xf, backward=True)
     columns = blocks(channels, config["BLOCK_C"])
     affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
@@ -156,10 +187,50 @@ def backward(
     return dx, dweight, dbias
 
 
+def _backward_of_groups(
+    dyf: Tensor,
+    xf: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` by one program a group: one launch, and one a parameter to add samples up."""
+    batch, channels, pixels = xf.shape
+    config = group_config(xf, groups, backward=True)
+    assert config is not None
+    dx, dxf, is_view = _new_like(x)
+    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
+    dbias, dweight = (
+        None if not wanted or like is None else like.new_empty(channels)
+        for like, wanted in ((bias, needs.bias), (weight, needs.weight))
+    )
+    # one sample's sums are the gradients themselves
+    parts = [
+        out if out is None or batch == 1 else x.new_empty((batch, channels), dtype=torch.float32)
+        for out in (dbias, dweight)
+    ]
+    tensors = xf, dyf, dxf, mean, rstd, weight, bias, *parts
+    layout = *xf.stride(), *dyf.stride(), *dxf.stride()
+    wanted = {"WANT_SUM": dbias is not None, "WANT_DOT": dweight is not None}
+    launch(gn_group_bwd_kernel, (groups, batch), *tensors, pixels, *layout, **affine, **wanted, **config)
+    for part, out in zip(parts, (dbias, dweight), strict=True):
+        if part is not None and out is not None and batch > 1:
+            sum_partials(part, out)
+    none = x.new_empty(0)
+    dx = dx if is_view else dx.copy_(dxf.view(dx.shape))
+    return dx, none if dweight is None else dweight, x.new_empty(0) if dbias is None else dbias
+
+
 def aot_cases(arch: int) -> list[AotCase]:
     """The first ResNet block, the widest one and a transformer's norm of each model, both layouts."""
     shapes = (
         ("SD1.5 64x64", (1, 320, 64, 64), True),
+        ("SD1.5 16x16", (1, 1280, 16, 16), True),
         ("SD1.5 8x8", (1, 2560, 8, 8), True),
         ("SD2.1 96x96", (1, 320, 96, 96), False),
         ("SDXL 128x128", (1, 320, 128, 128), True),

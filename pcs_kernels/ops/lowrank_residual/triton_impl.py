@@ -29,7 +29,7 @@ from ..._operands import sum_partials
 from .op import Needs
 from .triton_kernels import lowrank_grad_kernel, lowrank_product_kernel, lowrank_project_kernel
 
-MAX_RANK = 256  # the widest BLOCK_R; lowrank_project_kernel then takes 102 KiB of shared memory with four stages
+MAX_RANK = 256  # the widest PAD
 MAX_FUSED_RANK = 16  # at 32 the product's own loop takes 170 registers for 128 (sm_80) and 60 KiB for 54
 
 
@@ -51,14 +51,14 @@ class ProductTile(NamedTuple):
     stages: int
 
 
-# The first that gives every multiprocessor a program is taken: each row has half the output of the one before it.
+# `product_tile` takes the one whose programs the multiprocessors finish first.
 # Compiled by Triton 3.8 for sm_80 at rank 16: registers and bytes of spilled registers a thread, shared memory.
 PRODUCT_TILES = (
     ProductTile(128, 128, 32, 8, 4),  # 128 registers, 54 KiB; 128 x 256 spills 56, 4 warps 48; a step of 64: 108 KiB
     ProductTile(128, 64, 32, 4, 4),  # 182 registers, 42 KiB
     ProductTile(64, 64, 32, 4, 4),
-    ProductTile(32, 64, 32, 4, 4),
-    ProductTile(16, 64, 32, 4, 4),  # 16 is the least dimension of a tl.dot
+    ProductTile(32, 64, 64, 4, 4),
+    ProductTile(32, 32, 64, 4, 4),
 )
 FLOAT32_TILE = ProductTile(32, 32, 32, 4, 1)  # float32 products run on plain arithmetic, with operands in registers
 
@@ -80,34 +80,70 @@ def launch_config(
     Returns:
         The kernel's constexprs, `num_warps` and `num_stages`.
     """
-    block_r = max(16, pow2(rank))
+    pad = max(16, pow2(rank))
     if kernel is Kernel.PROJECT:
         # with a step of 64, rank 64 spills 8 bytes a thread on sm_86 and rank 128 takes 108 KiB of shared memory
-        block_k = 64 if half and block_r <= 32 else 32
-        stages = stages_that_fit(4, arch, lambda s: project_bound(block_r, block_k, 2 if half else 4, s))
-        return {"BLOCK_M": 32, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
+        block_k = 64 if half and pad <= 32 else 32
+        # x and a of one shape would be given one layout, 8 elements a thread: 32 bytes of a float32 adapter, by two
+        # copies that each move whole sectors for half of them
+        block_m = 64 if pad == 32 else 32
+        stages = stages_that_fit(4, arch, lambda s: project_bound(pad, block_m, block_k, 2 if half else 4, s))
+        return {"BLOCK_M": block_m, "BLOCK_K": block_k, "PAD": pad, "num_warps": 4, "num_stages": stages}
     if kernel is Kernel.GRAD:
         block_m, block_c = (32, 64) if half else (16, 32)
+        if half and pad == 64:
+            block_m = 64  # with 32 rows a step sm_100 spills 24 bytes a thread at rank 64
         # at rank 128 four warps take 168 registers a thread for 95, at rank 256 all 255
-        warps = 4 if block_r < 128 else 8
-        return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 2}
-    tiles = PRODUCT_TILES if half else (FLOAT32_TILE,)
-    fits = [t for t in tiles if samples * blocks(rows, t.rows) * blocks(outs, t.features) >= processors(arch)]
-    tile = fits[0] if fits else tiles[-1]
+        warps = 4 if pad < 128 else 8
+        return {"BLOCK_M": block_m, "BLOCK_C": block_c, "PAD": pad, "num_warps": warps, "num_stages": 2}
+    tile = product_tile(samples, rows, outs, processors(arch)) if half else FLOAT32_TILE
     config = {"BLOCK_M": tile.rows, "BLOCK_N": tile.features, "BLOCK_K": tile.step}
-    return config | {"BLOCK_R": min(block_r, MAX_FUSED_RANK), "num_warps": tile.warps, "num_stages": tile.stages}
+    config |= {"PAD": pad, "BLOCK_R": min(pad, MAX_FUSED_RANK)}
+    return config | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def project_bound(block_r: int, block_k: int, size: int, stages: int) -> int:
+def product_tile(samples: int, rows: int, outs: int, multiprocessors: int) -> ProductTile:
+    """The tile whose busiest multiprocessor has least to do: its outputs, and what is loaded for them.
+
+    With 160 tiles of 128 x 128 a card of 128 multiprocessors waits for 32 of them; 320 of half the size take three
+    rounds, three quarters of the time.
+    """
+
+    def cost(tile: ProductTile) -> int:
+        rounds = blocks(samples * blocks(rows, tile.rows) * blocks(outs, tile.features), multiprocessors)
+        # 32 numbers of a row take a cycle from the cache, 64 bytes; an H100 adds to 64 outputs 32 products each in one
+        return rounds * (tile.rows * tile.features + 64 * (tile.rows + tile.features))
+
+    return min(PRODUCT_TILES, key=cost)
+
+
+def split_features(features: int, step: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+    """Share the features of a projection out where its rows alone leave multiprocessors idle.
+
+    Args:
+        features: that are summed.
+        step: features of a step of the kernel.
+        programs: of one split.
+        multiprocessors: of the card.
+
+    Returns:
+        The number of splits, and the features in each: two steps at least.
+    """
+    steps = max(2, blocks(blocks(features, step), max(1, multiprocessors // programs)))
+    return blocks(features, steps * step), steps * step
+
+
+def project_bound(pad: int, block_m: int, block_k: int, size: int, stages: int) -> int:
     """The most bytes of shared memory that `Kernel.PROJECT` takes: its loads ahead, or one step in x's dtype.
 
     Args:
-        block_r: BLOCK_R; an adapter's elements have up to 4 bytes.
+        pad: PAD; an adapter's elements have up to 4 bytes.
+        block_m: BLOCK_M.
         block_k: BLOCK_K.
         size: bytes of an element of x.
         stages: of its loads.
     """
-    return max((stages - 1) * block_k * (4 * block_r + 32 * size), block_k * (block_r + 32) * size)
+    return max((stages - 1) * block_k * (4 * pad + block_m * size), block_k * (pad + block_m) * size)
 
 
 def reason(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *_: object) -> str | None:
@@ -131,76 +167,78 @@ def _dense_rows(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
-def _concept_strides(adapter: Tensor) -> tuple[int, ...]:
-    return (0, *adapter.stride()) if adapter.dim() == 2 else adapter.stride()
-
-
 def _config(x: Tensor, outs: int, rank: int, kernel: Kernel) -> dict[str, int]:
     half = x.dtype != torch.float32
     return launch_config(x.shape[0], x.shape[1], outs, rank, current_arch(x.device), kernel, half)
 
 
-def _project(x: Tensor, a: Tensor, index: Tensor | None) -> Tensor:
-    """x [B, L, K] with a [(concepts,) R, K] -> float32 [B, L, R]."""
+def _project(
+    x: Tensor,
+    adapter: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    forward: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """mask scale x a, [B, L, PAD] in x's dtype or the one given: a is down^T in the forward, up in the backward."""
     samples, rows, ins = x.shape
-    rank = a.shape[-2]
-    s = x.new_empty((samples, rows, rank), dtype=torch.float32)
+    rank = adapter.shape[-2 if forward else -1]
     config = _config(x, 0, rank, Kernel.PROJECT)
-    grid = (blocks(rows, config["BLOCK_M"]), samples)
-    tensors = x, a, x if index is None else index, s
-    layout = *x.stride(), *_concept_strides(a)
-    launch(lowrank_project_kernel, grid, *tensors, rows, ins, rank, *layout, HAS_INDEX=index is not None, **config)
-    return s
+    programs = blocks(rows, config["BLOCK_M"]) * samples
+    splits, per_split = split_features(ins, config["BLOCK_K"], programs, processors(current_arch(x.device)))
+    s = x.new_empty((samples, rows, config["PAD"]), dtype=dtype)
+    part = s if splits == 1 else s.new_empty((splits, *s.shape), dtype=torch.float32)
+    given = {"HAS_MASK": mask is not None, "HAS_INDEX": index is not None, "FORWARD": forward}
+    given |= {"EVEN": ins % config["BLOCK_K"] == 0, "R": rank}
+    tensors = x, adapter, x if mask is None else mask, x if index is None else index, part
+    grid = blocks(rows, config["BLOCK_M"]), samples, splits
+    launch(lowrank_project_kernel, grid, *tensors, rows, ins, per_split, float(scale), *x.stride(), **given, **config)
+    return s if splits == 1 else sum_partials(part, s)
 
 
 def _product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    adapters: tuple[Tensor, Tensor],
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
-    keep_s: bool,
+    forward: bool,
+    keep_s: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y = x weight^T + bias + mask scale (x a^T) b^T for x [B, L, K], and x a^T [B, L, R] when kept."""
+    """y = x weight^T + bias + s b for x [B, L, K], and s = mask scale x a when kept.
+
+    adapters: a and b: down and up in the forward, up and down in the backward.
+    """
     samples, rows, ins = x.shape
-    outs, rank = weight.shape[0], a.shape[-2]
+    a, b = adapters
+    outs, rank = weight.shape[0], a.shape[-2 if forward else -1]
     config = _config(x, outs, rank, Kernel.PRODUCT)
     fused = rank <= MAX_FUSED_RANK
     if fused:
-        s = x.new_empty((samples, rows, rank) if keep_s else 0, dtype=torch.float32)
+        s = x.new_empty((samples, rows, config["PAD"]) if keep_s else 0)
     else:
-        s = _project(x, a, index)
+        s = _project(x, a, mask, scale, index, forward)
     y = x.new_empty((samples, rows, outs))
     tiles_n = blocks(outs, config["BLOCK_N"])
     # a pointer must be some tensor even where the flags say that it is not read
     optional = (x if t is None else t for t in (mask, index))
     tensors = x, weight, x if bias is None else bias, a, b, *optional, s, y
-    sizes = rows, outs, ins, rank, tiles_n, float(scale)
-    layout = *x.stride(), *weight.stride(), *_concept_strides(a), *_concept_strides(b)
+    sizes = rows, outs, ins, tiles_n, float(scale)
     given = {"HAS_BIAS": bias is not None, "HAS_MASK": mask is not None, "HAS_INDEX": index is not None}
-    launch(
-        lowrank_product_kernel,
-        (blocks(rows, config["BLOCK_M"]) * tiles_n, samples),
-        *tensors,
-        *sizes,
-        *layout,
-        READ_S=not fused,
-        SAVE_S=fused and keep_s,
-        **given,
-        **config,
-    )
+    how = {"FORWARD": forward, "READ_S": not fused, "SAVE_S": fused and keep_s, "R": rank}
+    how["EVEN"] = ins % config["BLOCK_K"] == 0
+    grid = blocks(rows, config["BLOCK_M"]) * tiles_n, samples
+    launch(lowrank_product_kernel, grid, *tensors, *sizes, *x.stride(), *weight.stride(), **given, **how, **config)
     return y, s
 
 
-def _adapter_grad(
-    x: Tensor, s: Tensor, mask: Tensor | None, scale: float, index: Tensor | None, like: Tensor, features_first: bool
-) -> Tensor:
-    """x^T (mask scale s) [features, R], or its transpose, of each sample, added up by concept; laid out as `like`."""
+def _adapter_grad(x: Tensor, s: Tensor, index: Tensor | None, like: Tensor, down: bool) -> Tensor:
+    """s^T x [R, features] of `down`, x^T s [features, R] of `up`, of each sample, added up by concept."""
     samples, rows, features = x.shape
-    rank = s.shape[2]
+    rank = like.shape[-2 if down else -1]
     config = _config(x, 0, rank, Kernel.GRAD)
     columns = blocks(features, config["BLOCK_C"])
     # two programs a multiprocessor, so that one loads while the other multiplies
@@ -208,11 +246,9 @@ def _adapter_grad(
     per_split = config["BLOCK_M"] * blocks(blocks(rows, wanted), config["BLOCK_M"])
     splits = blocks(rows, per_split)
     part = x.new_empty((samples * splits, *like.shape[-2:]), dtype=torch.float32)
-    order = (rank, 1) if features_first else (1, features)
-    tensors = x, s, x if mask is None else mask, part
-    sizes = rows, features, rank, splits, per_split, float(scale)
+    sizes = rows, features, splits, per_split
     grid = (columns, samples * splits)
-    launch(lowrank_grad_kernel, grid, *tensors, *sizes, *x.stride(), *order, HAS_MASK=mask is not None, **config)
+    launch(lowrank_grad_kernel, grid, x, s, part, *sizes, *x.stride(), FORWARD=down, R=rank, **config)
     return sum_partials(part, like.new_empty(like.shape), index)
 
 
@@ -228,7 +264,8 @@ def forward(
 ) -> Tensor:
     rows_mask, index = _dense_rows(mask), _dense_rows(index)
     bias = None if bias is None else bias.contiguous()
-    y, _ = _product(_samples(x, index), weight, bias, down, up, rows_mask, scale, index, keep_s=False)
+    adapters = down.contiguous(), up.contiguous()
+    y, _ = _product(_samples(x, index), weight, bias, adapters, rows_mask, scale, index, forward=True)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -244,31 +281,32 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """t = dy up;  dx = dy W + mask scale t down;  ddown = (mask scale t)^T x;  dup = (mask scale dy)^T (x down^T)"""
-    dx = dweight = dbias = ddown = dup = dmask = dy.new_empty(0)
-    rows_mask, index = _dense_rows(mask), _dense_rows(index)
+    dx = dweight = dbias = ddown = dup = dmask = t = dy.new_empty(0)
+    rows_mask, index, down, up = _dense_rows(mask), _dense_rows(index), down.contiguous(), up.contiguous()
     dy3 = _samples(dy, index)
     if needs.bias:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    t = dy3.new_empty(0)
     if needs.x:
-        flipped = weight.transpose(0, 1), None, up.transpose(-1, -2), down.transpose(-1, -2)
-        dx, t = _product(dy3, *flipped, rows_mask, scale, index, keep_s=needs.down or needs.mask)
+        how = rows_mask, scale, index, False
+        dx, t = _product(dy3, weight.transpose(0, 1), None, (up, down), *how, keep_s=needs.down)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    elif needs.down or needs.mask:
-        t = _project(dy3, up.transpose(-1, -2), index)
+    elif needs.down:
+        t = _project(dy3, up, rows_mask, scale, index, forward=False)
     if x is None:
         return dx, dweight, dbias, ddown, dup, dmask
     x3 = _samples(x, index)
     if needs.weight:
         dweight = dy.reshape(-1, dy.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
     if needs.down:
-        ddown = _adapter_grad(x3, t.view(*x3.shape[:2], -1), rows_mask, scale, index, down, features_first=False)
-    if needs.up or needs.mask:
-        s = _project(x3, down, index)
-        if needs.up:
-            dup = _adapter_grad(dy3, s.view(*dy3.shape[:2], -1), rows_mask, scale, index, up, features_first=True)
-        if needs.mask and mask is not None:
-            dmask = ((s.view(t.shape) * t).sum(-1) * scale).to(mask.dtype).view(mask.shape)
+        ddown = _adapter_grad(x3, t.view(*x3.shape[:2], -1), index, down, down=True)
+    if needs.up:
+        s = _project(x3, down, rows_mask, scale, index, forward=True)
+        dup = _adapter_grad(dy3, s.view(*dy3.shape[:2], -1), index, up, down=False)
+    if needs.mask and mask is not None:
+        # where the mask is 0 the weighted projections above say nothing
+        s = _project(x3, down, None, 1.0, index, forward=True, dtype=torch.float32)
+        t = _project(dy3, up, None, 1.0, index, forward=False, dtype=torch.float32)
+        dmask = ((s.view(t.shape) * t).sum(-1) * scale).to(mask.dtype).view(mask.shape)
     return dx, dweight, dbias, ddown, dup, dmask
 
 
@@ -299,6 +337,6 @@ def _recorded(arch: int, label: str, shape: tuple[int, ...], dtype: torch.dtype)
     down, up = meta(*stack, rank, ins, dtype=torch.float32), meta(*stack, outs, rank, dtype=torch.float32)
     mask = meta(batch, rows, dtype=torch.float32)
     index = meta(batch, dtype=torch.int64) if concepts else None
-    needs = Needs(True, False, False, True, True, True)
+    needs = Needs(True, False, False, True, True, mask=rank == 4)
     cases = record(arch, label, lambda: forward(x, weight, bias, down, up, mask, 1.0, index))
     return cases + record(arch, label, lambda: backward(dy, x, weight, down, up, mask, 1.0, index, needs))
