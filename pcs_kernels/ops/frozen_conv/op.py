@@ -29,7 +29,7 @@ def _agree(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int) -> bool:
     """Whether `_check_weights` finds nothing, at once: one by one they take longer than the launch."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims):
         return False
-    operands = (x, weight)
+    operands: tuple[Tensor, ...] = (x, weight)
     if bias is not None:
         if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
             return False
