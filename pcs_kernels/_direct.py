@@ -57,10 +57,10 @@ def kind_of(args: tuple[Any, ...]) -> Hashable | None:
         return None
     try:
         return types, *[
-            (a.shape, a.stride(), a.dtype, a.device, a.is_neg()) if kind in TENSORS else a
+            (a.shape, a.stride(), a.dtype, a.device, a.layout, a.is_neg()) if kind in TENSORS else a
             for kind, a in zip(types, args, strict=True)
         ]
-    except RuntimeError:  # a layout without strides: the checks have a sentence for it
+    except RuntimeError:  # of a layout without strides: the checks have a sentence for it
         return None
 
 
