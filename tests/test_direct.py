@@ -105,6 +105,8 @@ def test_a_call_of_another_kind_is_checked_again():
     remembered(pcs_kernels.group_norm_silu, x, 1)
     with pytest.raises(RuntimeError, match="int"):
         pcs_kernels.group_norm_silu(x, 1.0)  # equal to 1, and no integer
+    for _ in range(3):  # of an integer the schema makes a float
+        assert torch.isfinite(pcs_kernels.group_norm_silu(x, 1, eps=2**70)).all()
     with pytest.raises(ValueError, match="groups = 3"):
         pcs_kernels.group_norm_silu(x, 3)
     remembered(pcs_kernels.geglu, x)
