@@ -57,16 +57,26 @@ def kind_of(args: tuple[Any, ...]) -> Hashable | None:
         return None
     try:
         return types, *[
-            (a.shape, a.stride(), a.dtype, a.device, a.is_neg()) if kind in TENSORS else a
+            (a.shape, a.stride(), a.dtype, a.device, a.layout, a.is_neg()) if kind in TENSORS else a
             for kind, a in zip(types, args, strict=True)
         ]
-    except RuntimeError:  # a layout without strides: the checks have a sentence for it
+    except RuntimeError:  # of a layout without strides: the checks have a sentence for it
         return None
 
 
-def _memorable(args: tuple[Any, ...]) -> bool:
-    """Not what the dispatcher changes on its way (a lazy negation), nor meta tensors: recordings give them a device."""
-    return not any(isinstance(a, Tensor) and (a.is_neg() or a.is_meta) for a in args)
+NUMBERS = {"int": int, "float": float, "bool": bool}
+
+
+def _memorable(packet: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher hands these on as they are: it makes a float of an integer where the schema says so, and
+    negates what is lazily negated. Meta tensors are left to it too: recordings give them a device."""
+    for a, declared in zip(args, packet.default._schema.arguments, strict=True):
+        if isinstance(a, Tensor):
+            if a.is_neg() or a.is_meta:
+                return False
+        elif type(a) is not NUMBERS.get(str(declared.type), type(a)):
+            return False
+    return True
 
 
 def caller(packet: Callable[..., Any], choose: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +100,7 @@ def caller(packet: Callable[..., Any], choose: Callable[..., Any], run: Callable
         if repeated is not None:
             return repeated(*args)
         result = packet(*args)
-        if _memorable(args):
+        if _memorable(packet, args):
             if len(known) >= KINDS:
                 known.clear()
             known[kind] = Repeated(run, choose(*args))

@@ -105,10 +105,13 @@ def test_a_call_of_another_kind_is_checked_again():
     remembered(pcs_kernels.group_norm_silu, x, 1)
     with pytest.raises(RuntimeError, match="int"):
         pcs_kernels.group_norm_silu(x, 1.0)  # equal to 1, and no integer
+    for _ in range(3):  # of an integer the schema makes a float
+        assert torch.isfinite(pcs_kernels.group_norm_silu(x, 1, eps=2**70)).all()
     with pytest.raises(ValueError, match="groups = 3"):
         pcs_kernels.group_norm_silu(x, 3)
+    remembered(pcs_kernels.geglu, x)
     with pytest.raises(TypeError, match="dense strided"):
-        pcs_kernels.geglu(x.to_sparse())
+        pcs_kernels.geglu(x.to_sparse())  # it has the strides of a dense tensor
     index = torch.tensor([0, 1])
     stack = R(2, 3, 8), R(2, 8, 3)
     call = (R(2, 5, 8), R(8, 8), None, *stack, None, 1.0)
