@@ -227,3 +227,86 @@ def adamw32bit_kernel(
     if not _taken(row_ptr, finite_ptr, tile == 0):
         return
     _step_32bit(param_ptr, grad_ptr, m_ptr, v_ptr, row_ptr, n, tile, BLOCK, STOCHASTIC)
+
+
+@triton.jit
+def _entry(table_ptr, tiles_ptr, rows_ptr):
+    """(the tensor's line of the table, its size, its row of numbers, this program's tile of it)."""
+    program = tl.program_id(0)
+    line_ptr = table_ptr + tl.load(tiles_ptr + program).to(tl.int64) * 16
+    tile = program - tl.load(line_ptr + 7).to(tl.int32)
+    row_ptr = tl.multiple_of(rows_ptr + tl.load(line_ptr + 8) * 12, 4)
+    return line_ptr, tl.load(line_ptr + 6), row_ptr, tile
+
+
+@triton.jit
+def _pointer(line_ptr, i: tl.constexpr, TYPE: tl.constexpr):
+    return tl.multiple_of(tl.load(line_ptr + i).to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def adamw8bit_many_kernel(
+    table_ptr,
+    tiles_ptr,
+    rows_ptr,
+    map1_ptr,
+    map2_ptr,
+    bounds1_ptr,
+    bounds2_ptr,
+    first1_ptr,
+    first2_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Every tensor of a table (many.py)."""
+    line_ptr, n, row_ptr, tile = _entry(table_ptr, tiles_ptr, rows_ptr)
+    if n == 0:  # a table that nothing has filled yet
+        return
+    if not _taken(row_ptr, None, tile == 0):
+        return
+    _step_8bit(
+        _pointer(line_ptr, 0, PARAM),
+        _pointer(line_ptr, 1, GRAD),
+        _pointer(line_ptr, 2, tl.uint8),
+        _pointer(line_ptr, 3, tl.uint8),
+        _pointer(line_ptr, 4, tl.float32),
+        _pointer(line_ptr, 5, tl.float32),
+        row_ptr,
+        map1_ptr,
+        map2_ptr,
+        bounds1_ptr,
+        bounds2_ptr,
+        first1_ptr,
+        first2_ptr,
+        n,
+        tile,
+        BLOCK_SIZE,
+        ROWS,
+        COLS,
+        STOCHASTIC,
+    )
+
+
+@triton.jit
+def adamw32bit_many_kernel(
+    table_ptr,
+    tiles_ptr,
+    rows_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Every tensor of a table, whose states are float32."""
+    line_ptr, n, row_ptr, tile = _entry(table_ptr, tiles_ptr, rows_ptr)
+    if n == 0:
+        return
+    if not _taken(row_ptr, None, tile == 0):
+        return
+    m_ptr, v_ptr = _pointer(line_ptr, 2, tl.float32), _pointer(line_ptr, 3, tl.float32)
+    param_ptr, grad_ptr = _pointer(line_ptr, 0, PARAM), _pointer(line_ptr, 1, GRAD)
+    _step_32bit(param_ptr, grad_ptr, m_ptr, v_ptr, row_ptr, n, tile, BLOCK, STOCHASTIC)
