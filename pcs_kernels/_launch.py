@@ -156,7 +156,7 @@ def launch(
     *args: Any,
     num_warps: int = 4,
     num_stages: int = 2,
-    reached: Sequence[Tensor] = (),
+    reached: Any = (),
     **constexprs: Any,
 ) -> None:
     """Run (or record) one kernel on the device of its first tensor.
@@ -167,7 +167,7 @@ def launch(
         *args: in the kernel's order.
         num_warps: as Triton takes it.
         num_stages: as Triton takes it.
-        reached: tensors that the kernel touches by addresses in a table, for who runs kernels without a GPU.
+        reached: the tensors that the kernel touches by addresses in a table, for who runs kernels without a GPU.
         **constexprs: the kernel's `tl.constexpr` arguments by name.
     """
     global _reached

@@ -4,8 +4,8 @@
     of 8     param  grad  state1  state2  absmax1  absmax2  n  first tile  row
     of 32    param  grad  m       v                         n  first tile  row
 
-A program finds its tensor by `tiles` [programs]. The table is made anew where an address has changed. While a CUDA graph
-is captured no host memory may be read: the graph then gets a table of zeros, which does nothing, made before, and
+A program finds its tensor by `tiles` [programs]. The table is made anew where an address has changed. While a CUDA
+graph is captured no host memory may be read: the graph then gets a table of zeros, which does nothing, made before, and
 `send` fills it before the first replay.
 """
 
@@ -72,7 +72,8 @@ class Many:
         types = {"PARAM": TYPES[param], "GRAD": TYPES[grad]}
         reached = [t for entry in entries for t in (entry.param, entry.grad, *entry.states)]
         stochastic = self.stochastic and param != torch.float32
-        given, kernel, tail = (table, tiles, rows), adamw32bit_many_kernel, {"BLOCK": TILE}
+        given: tuple[Tensor, ...] = table, tiles, rows
+        kernel, tail = adamw32bit_many_kernel, {"BLOCK": TILE}
         if self.block_size is not None:
             (bounds1, first1), (bounds2, first2) = (search_tables(signed, rows.device) for signed in (True, False))
             maps = device_map(True, rows.device), device_map(False, rows.device)
@@ -104,8 +105,9 @@ class Many:
             self._table, self._spare = self._spare, None
             self._unsent.append(((table, tiles), self._table))
         else:
-            self._table = tuple(_pinned(t, device).to(device, non_blocking=True) for t in (table, tiles))
-            self._spare = torch.zeros_like(self._table[0]), torch.zeros_like(self._table[1])
+            here = [_pinned(t, device).to(device, non_blocking=True) for t in (table, tiles)]
+            self._table = here[0], here[1]
+            self._spare = torch.zeros_like(here[0]), torch.zeros_like(here[1])
         self._known = lines
 
 

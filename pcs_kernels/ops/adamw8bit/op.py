@@ -105,13 +105,14 @@ def _check_8bit(
 def check_step(param: Tensor, grad: Tensor, states: tuple[Tensor, ...], block_size: int | None) -> None:
     """What the single ops check of their tensors, but for the code maps; no block_size means float32 states."""
     if block_size is None:
-        _check_32bit(param, grad, *states)
-        names = ("exp_avg", "exp_avg_sq")
-    else:
-        maps = (device_map(signed, param.device) for signed in (True, False))
-        _check_8bit(param, grad, *states, *maps, block_size)
-        names = ("state1", "state2", "absmax1", "absmax2")
-    _check_apart(param=param, grad=grad, **dict(zip(names, states, strict=True)))
+        exp_avg, exp_avg_sq = states
+        _check_32bit(param, grad, exp_avg, exp_avg_sq)
+        _check_apart(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        return
+    state1, state2, absmax1, absmax2 = states
+    qmap1, qmap2 = (device_map(signed, param.device) for signed in (True, False))
+    _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size)
+    _check_apart(param=param, grad=grad, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
 
 
 def written(*tensors: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels of adamw8bit: one pass over parameter, gradient and states, of one tensor or of many at once.
 
-A code is decoded by the map itself, and found again by two look-ups (codes.search_tables). Of the tables, what a block's
-values reach stays in the L1 cache: the codes' 2 KiB, and 128 bytes for each octave of the values.
+A code is decoded by the map itself, and found again by two look-ups (codes.search_tables). What a block's values reach
+of the tables stays in the L1 cache: the codes' 2 KiB, and 128 bytes for each octave of the values.
 """
 
 from __future__ import annotations
@@ -194,9 +194,7 @@ def adamw8bit_kernel(
 
 
 @triton.jit
-def _step_32bit(
-    param_ptr, grad_ptr, m_ptr, v_ptr, row_ptr, n, tile, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr
-):
+def _step_32bit(param_ptr, grad_ptr, m_ptr, v_ptr, row_ptr, n, tile, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr):
     start = tile.to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     inside = i < tl.minimum(n - start, BLOCK).to(tl.int32)
