@@ -11,7 +11,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed here; there are no kernels to compile")
 
+import pcs_kernels  # noqa: E402
 from pcs_kernels import _launch  # noqa: E402
+from pcs_kernels.optim import AdamW8bit, adamw8bit, together  # noqa: E402
 
 if _launch.INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1: interpreted kernels do not compile", allow_module_level=True)
@@ -152,6 +154,36 @@ def test_a_program_moves_no_more_than_it_must_and_multiplies_by_matrix_instructi
     if op in PRODUCTS:
         plain = [k.name for k in kernels if not k.matrix and not k.name.startswith("sum_partials")]
         assert not plain, f"their products run on plain arithmetic: {plain}"
+
+
+@pytest.mark.slow
+def test_a_captured_step_does_nothing_until_its_table_is_sent(monkeypatch):
+    """While a graph is captured no address may be sent: `prepare` sends them, and the next replay steps."""
+    params = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (5000, 77)]
+    optimizer = AdamW8bit(params, lr=1e-2)
+    with device(ARCHITECTURE), pcs_kernels.backend("triton"):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        before = [p.detach().clone() for p in params]
+        for module in (adamw8bit, together):
+            monkeypatch.setattr(module, "capturing", lambda: True)
+        for p in params:
+            p.grad = torch.ones_like(p)  # elsewhere
+        optimizer.step()  # the capture: what it launches finds a table of zeros
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+        optimizer.prepare()
+        optimizer.step()  # the replay
+    assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert [s["step"] for s in optimizer.state_dict()["state"].values()] == [2, 2]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with (
+        device(ARCHITECTURE),
+        pcs_kernels.backend("triton"),
+        pytest.raises(RuntimeError, match="take one step before each CUDA graph"),
+    ):
+        optimizer.step()  # another capture without a step between them
 
 
 def test_an_instruction_that_is_not_known_is_refused():

@@ -33,6 +33,7 @@ class Mutant:
 ATTENTION, NORM = "self_attention (1, 2, 300, 77, 80)", "group_norm 64/32 contiguous silu in pieces"
 GEGLU, ADAPTER = "geglu (7, 682)", "lowrank 100x64->640 r32 stacked"
 A_OPERAND = r"(mma\.sync[^{]*\{[^}]*\}, )\{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}"
+MANY = "adamw many"
 WAIT, BARRIER = r"cp\.async\.wait_group\s+\d+;", r"\tbar\.sync\s+0;"
 
 MUTANTS = (
@@ -143,6 +144,22 @@ MUTANTS = (
         rf"{BARRIER}",
         "\tmov.u32 %r1, %tid.x;\n\tsetp.lt.s32 %p1, %r1, 16;\n\t@%p1 bar.sync 0;",
         "Divergence",
+    ),
+    Mutant(
+        "programs that all take the first tile of the first tensor",
+        MANY,
+        "adamw8bit_many_kernel",
+        r"mov\.u32(\s+%r\d+), %ctaid\.x;",
+        r"mov.u32\1, 0;",
+        "Race",
+    ),
+    Mutant(
+        "a step that nobody counts",
+        MANY,
+        "adamw32bit_many_kernel",
+        r"@%p\d+ st\.global\.b32[^;]*;",
+        "",
+        VALUES,
     ),
 )
 
