@@ -69,6 +69,7 @@ docs: setup
 # Every case's compiled kernels executed from their PTX, for five architectures: tests/ptx/README.md. An hour.
 ptx: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx --page
+	$(BIN)/python benchmarks/roofline.py --save
 
 # Ops, training steps, LAG, memory and quality, compared with peers; then the README's tables, docs pages and figures.
 # About half an hour on two cores.

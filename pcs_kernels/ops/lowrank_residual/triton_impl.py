@@ -189,8 +189,8 @@ def _project(
     splits, per_split = split_features(ins, config["BLOCK_K"], programs, processors(current_arch(x.device)))
     s = x.new_empty((samples, rows, config["PAD"]), dtype=dtype)
     part = s if splits == 1 else s.new_empty((splits, *s.shape), dtype=torch.float32)
-    given = {"HAS_MASK": mask is not None, "HAS_INDEX": index is not None, "FORWARD": forward}
-    given |= {"EVEN": ins % config["BLOCK_K"] == 0, "R": rank}
+    given = {"HAS_MASK": mask is not None, "HAS_INDEX": index is not None, "FORWARD": forward, "R": rank}
+    given["EVEN"] = ins % config["BLOCK_K"] == 0
     tensors = x, adapter, x if mask is None else mask, x if index is None else index, part
     grid = blocks(rows, config["BLOCK_M"]), samples, splits
     launch(lowrank_project_kernel, grid, *tensors, rows, ins, per_split, float(scale), *x.stride(), **given, **config)
