@@ -158,7 +158,9 @@ def preservation(model: Model, subjects: Sequence[TextBoost]) -> SideLoss | None
     captions = preserved_captions(model, subjects)
 
     def draw(generator: torch.Generator) -> Reading:
-        return read(model, [captions[i] for i in torch.randint(len(captions), (s.batch,), generator=generator).tolist()])
+        return read(
+            model, [captions[i] for i in torch.randint(len(captions), (s.batch,), generator=generator).tolist()]
+        )
 
     def loss(said: Reading) -> Tensor:
         tuned = encode(model, said, hold_first=True).states

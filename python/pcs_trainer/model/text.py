@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class Text:
         """SDXL's further inputs for uncropped images of height x width pixels; None for other models."""
         if self.pooled is None:
             return None
-        # SDXL reads (original height, width, crop top, left, target height, width); filled on the device, as a copy from
-        # the host would wait for it
+        # SDXL reads (original height, width, crop top, left, target height, width); filled where they are read, as a
+        # copy from the host would wait for the device.
         sizes = torch.zeros((1, 6), device=self.pooled.device, dtype=torch.float32)
         sizes[:, 0::4], sizes[:, 1::4] = height, width
         return {"text_embeds": self.pooled, "time_ids": sizes.expand(len(self.pooled), -1)}
@@ -72,7 +72,9 @@ class Reading:
 
 def read(model: Model, prompts: Sequence[str], words: Words | None = None) -> Reading:
     """Prompts to what the model's text encoders read, on the CPU; the words as `encode` takes them."""
-    said, blank, ids = [], [], []
+    said: list[Said] = []
+    blank: list[Said] = []
+    ids: list[Ids] = []
     for e, (encoder, tokenizer) in enumerate(zip(model.text_encoders, model.tokenizers, strict=True)):
         sizes = {word: len(rows[e]) for word, rows in (words or {}).items()}
         state = adapters(encoder)

@@ -95,7 +95,9 @@ class Objective:
 
     def of_step(self, batch: Batch, step: int, micro: int) -> Inputs:
         """All that a micro-batch of a step reads."""
-        drawn = None if self.side_loss is None else self.side_loss.draw(seeded(self.s.seed, Stream.SIDE_LOSS, step, micro))
+        drawn = (
+            None if self.side_loss is None else self.side_loss.draw(seeded(self.s.seed, Stream.SIDE_LOSS, step, micro))
+        )
         return self.inputs(batch, drawn)
 
     def loss_of(self, given: Inputs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -255,7 +255,7 @@ class Stepper:
             return
         self.masters.take_gradients(factor)
         if fused:
-            self.optimizer.found_inf = (~good).float()  # as torch's GradScaler tells it
+            setattr(self.optimizer, "found_inf", (~good).float())  # noqa: B010 - as torch's GradScaler tells it
         self.optimizer.step()
         self.masters.give_values()
 

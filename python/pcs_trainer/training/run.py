@@ -9,10 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import pcs_kernels
 
@@ -23,8 +22,6 @@ from ..distributed import any_process, fill, full_value, is_part, rank_and_world
 from ..errors import NotSaved, TrainingStopped
 from ..files import free_bytes, written_text
 from ..run_folder import BEGUN, checkpoints, run_checkpoints, step_of
-from ..sampling.drawing import pictures_at_once, sample
-from ..sampling.upscaling import upscale
 from ..unet.layers import replace_data
 from ..units import bytes_text
 from .checkpoint import begins_anew, begun_with, check_same_run, read_checkpoint, write_checkpoint
@@ -35,12 +32,10 @@ from .late import Late
 from .log import Log
 from .objective import Objective
 from .optimizer import VERDICT, Stepper
+from .previews import preview_images
 from .probe import Probe
 from .proof import Movement
 from .result import base_predicts, file_proof, learned, memory_predicts
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PROOF_STEP = 20  # by then an optimizer has moved whatever trains, and little time is lost where it has not
 BAD_STEPS = 3  # in a row end a run: one is a bad batch, three are the learning rate
@@ -208,7 +203,7 @@ class Run:
         try:
             random = torch.get_rng_state()
             with torch.no_grad():
-                drawn = self.preview_images(list(self.s.preview_prompts))
+                drawn = preview_images(self.objective, list(self.s.preview_prompts))
             torch.set_rng_state(random)
             paths = []
             if self.out is not None:
@@ -223,31 +218,6 @@ class Run:
         finally:
             self.model.release(*({"vae", "text_encoders"} - before))
             pcs_kernels.forget_packed_weights()  # packed for the shapes of a drawing; a step packs for its own
-
-    def preview_images(self, prompts: list[str]) -> list[Image]:
-        """An image of each prompt; an up-scaler enlarges the first photos, as it reads them."""
-        learner, data = self.learner, self.objective.data
-        if data.bank.small is None:
-            return sample(
-                self.model,
-                prompts,
-                words=learner.rows,
-                seed=self.s.seed,
-                hold_first=learner.hold_first,
-                size=data.size,
-                batch=pictures_at_once(self.model, data.size),
-            )
-        small = data.bank.small[torch.arange(len(prompts)) % len(data.bank)]
-        pixels = ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return upscale(
-            self.model,
-            list(pixels),
-            prompts,
-            noise_level=self.objective.small_noise,
-            words=learner.rows,
-            seed=self.s.seed,
-            hold_first=learner.hold_first,
-        )
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""
