@@ -1,5 +1,5 @@
 // AdamW with 8-bit states, one pass over memory; bfloat16 parameters may be rounded stochastically.
-#include <cmath>
+#include <cstring>
 
 #include "codec.h"
 #include "ops.h"
@@ -49,21 +49,14 @@ PCS_INLINE vf root(vf v) {
 }
 
 struct Update {
-  float beta1, beta2, fresh1, fresh2, scale, keep_before, keep_after, size, eps;
+  float beta1, beta2, fresh1, fresh2, size, eps, keep_before, keep_after, scale;
   bool stochastic;
   uint32_t key;
-  explicit Update(const AdamW& s) {
-    const double correction2 = std::sqrt(1.0 - std::pow(double(s.beta2), double(s.step)));
-    beta1 = float(s.beta1), fresh1 = float(1.0 - s.beta1);  // 1 - 0.999f would be off by 1e-5
-    beta2 = float(s.beta2), fresh2 = float(1.0 - s.beta2);
-    scale = float(s.grad_scale);
-    const float keep = float(1.0 - double(s.lr) * s.weight_decay);
-    keep_before = s.decay_first ? keep : 1.0f;
-    keep_after = s.decay_first ? 1.0f : keep;
-    size = float(s.lr * correction2 / (1.0 - std::pow(double(s.beta1), double(s.step))));
-    eps = float(s.eps * correction2);
-    stochastic = s.stochastic;
-    key = hash32(hash32(uint32_t(s.seed)) ^ uint32_t(s.step));
+  explicit Update(const AdamW& s) : stochastic(s.stochastic) {
+    const float* row = pointer<const float>(s.row);
+    float* const fields[] = {&beta1, &beta2, &fresh1, &fresh2, &size, &eps, &keep_before, &keep_after, &scale};
+    for (int i = 0; i < 9; i++) *fields[i] = row[i];
+    std::memcpy(&key, row + 10, 4);
   }
   PCS_INLINE void moments(vf g, vf& m, vf& v) const {
     g = g * scale;
@@ -152,6 +145,14 @@ void step_32bit(P* p, const G* g, float* ms, float* vs, int64_t n, const AdamW& 
   });
 }
 
+// Whether the step is taken; it is counted then.
+bool counted(const AdamW& s) {
+  const float* row = pointer<const float>(s.row);
+  if (row[9] == 0.0f || (s.finite && !*pointer<const bool>(s.finite))) return false;
+  ++*(pointer<int32_t>(s.row) + 11);
+  return true;
+}
+
 template <class Run>
 void with_types(DType param, DType grad, const Run& run) {
   if (param == BFLOAT16 && grad == BFLOAT16)
@@ -171,6 +172,7 @@ bool adamw8bit_knows(intptr_t qmap, bool is_signed) {
 
 void adamw8bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t grad, intptr_t state1, intptr_t state2,
                     intptr_t absmax1, intptr_t absmax2, int64_t n, const AdamW& settings, int threads) {
+  if (!counted(settings)) return;
   with_types(param_type, grad_type, [&](auto p, auto g) {
     step_8bit(pointer<decltype(p)>(param), pointer<const decltype(g)>(grad), pointer<uint8_t>(state1),
               pointer<uint8_t>(state2), pointer<float>(absmax1), pointer<float>(absmax2), n, settings, threads);
@@ -179,6 +181,7 @@ void adamw8bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t 
 
 void adamw32bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t grad, intptr_t exp_avg,
                      intptr_t exp_avg_sq, int64_t n, const AdamW& settings, int threads) {
+  if (!counted(settings)) return;
   with_types(param_type, grad_type, [&](auto p, auto g) {
     step_32bit(pointer<decltype(p)>(param), pointer<const decltype(g)>(grad), pointer<float>(exp_avg),
                pointer<float>(exp_avg_sq), n, settings, threads);

@@ -21,13 +21,7 @@ NormShape norm_shape(const py::tuple& t) {
 }
 Values values(const py::tuple& t) { return {t[0].cast<intptr_t>(), DType(t[1].cast<int>())}; }
 AdamW adamw(const py::tuple& t) {
-  const bool stochastic = !t[8].is_none();
-  return {t[0].cast<double>(),  t[1].cast<double>(),
-          t[2].cast<double>(),  t[3].cast<double>(),
-          t[4].cast<double>(),  t[5].cast<int64_t>(),
-          t[6].cast<int64_t>(), t[7].cast<double>(),
-          stochastic,           stochastic ? t[8].cast<int64_t>() : 0,
-          t[9].cast<bool>()};
+  return {t[0].cast<intptr_t>(), t[1].cast<intptr_t>(), t[2].cast<int64_t>(), t[3].cast<bool>()};
 }
 
 }  // namespace

@@ -49,13 +49,13 @@ void group_norm_silu_backward(DType, intptr_t dy, intptr_t x, const NormShape&, 
                               Values weight, Values bias, bool silu, intptr_t dx, intptr_t dweight, intptr_t dbias,
                               int threads);
 
+// One step's numbers, a row of twelve: nine floats in the order of `Update`, whether the step is taken, the bits of the
+// random numbers' key, and the bits of the count of steps, which goes up where the step is taken. `finite` is a bool
+// that must hold too; 0 where there is none.
 struct AdamW {
-  double lr, beta1, beta2, eps, weight_decay;
-  int64_t step, block_size;
-  double grad_scale;
+  intptr_t row, finite;
+  int64_t block_size;
   bool stochastic;
-  int64_t seed;
-  bool decay_first;
 };
 bool adamw8bit_knows(intptr_t qmap, bool is_signed);
 void adamw8bit_step(DType param_type, DType grad_type, intptr_t param, intptr_t grad, intptr_t state1, intptr_t state2,

@@ -16,6 +16,7 @@ from pcs_kernels._launch import INTERPRETED
 from pcs_kernels.ops.adamw8bit import reference as adamw_reference
 from pcs_kernels.ops.adamw8bit import triton_impl as adamw
 from pcs_kernels.ops.adamw8bit.codes import code_map
+from pcs_kernels.ops.adamw8bit.row import COUNT, TAKEN, host_row
 from pcs_kernels.ops.cross_attention import reference as cross_reference
 from pcs_kernels.ops.cross_attention import triton_impl as cross
 from pcs_kernels.ops.cross_attention.op import Needs as CrossNeeds
@@ -248,8 +249,9 @@ def test_adamw8bit_matches_the_reference(n, block_size, decay_first):
     results = []
     for module in (adamw, adamw_reference):
         p, s = param.clone(), [t.clone() for t in state]
-        numbers = 1e-2, 0.9, 0.99, 1e-8, 0.1, 3, block_size, 0.5, None, decay_first
-        module.step_8bit(p, grad, *s, code_map(True), code_map(False), *numbers)
+        row = host_row(1e-2, 0.9, 0.99, 1e-8, 0.1, 3, 0.5, None, decay_first)
+        module.step_8bit(p, grad, *s, code_map(True), code_map(False), row, None, block_size, False)
+        assert int(row.view(torch.int32)[COUNT]) == 3
         results.append((p, s))
     (p, s), (p_wanted, s_wanted) = results
     torch.testing.assert_close(p, p_wanted, rtol=1e-6, atol=1e-6)  # eight float32 roundings
@@ -270,8 +272,8 @@ def test_adamw8bit_rounds_stochastically_like_the_reference(dtype):
     results = []
     for module in (adamw, adamw_reference):
         p, s = param.clone(), [t.clone() for t in state]
-        numbers = 1e-6, 0.9, 0.99, 1e-8, 0.1, 3, 256, 1.0, 12345678901, False
-        module.step_8bit(p, grad, *s, code_map(True), code_map(False), *numbers)
+        row = host_row(1e-6, 0.9, 0.99, 1e-8, 0.1, 3, 1.0, 12345678901, False)
+        module.step_8bit(p, grad, *s, code_map(True), code_map(False), row, None, 256, True)
         results.append(p)
     # a draw can fall the other way only where the float32 values differ in their last bits
     assert int((results[0] != results[1]).sum()) <= 2
@@ -284,9 +286,25 @@ def test_adamw8bit_takes_another_code_table():
     results = []
     for module in (adamw, adamw_reference):
         p, s = param.clone(), [t.clone() for t in state]
-        module.step_8bit(p, grad, *s, *table, 1e-2, 0.9, 0.99, 1e-8, 0.1, 3, 256, 1.0, None, False)
+        row = host_row(1e-2, 0.9, 0.99, 1e-8, 0.1, 3, 1.0, None, False)
+        module.step_8bit(p, grad, *s, *table, row, None, 256, False)
         results.append(p)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("flag", ("row", "finite"))
+def test_a_refused_step_changes_nothing(flag):
+    grad = torch.randn(300)
+    for module in (adamw, adamw_reference):
+        row = host_row(1e-2, 0.9, 0.99, 1e-8, 0.1, 2, 1.0, None, True)
+        row[TAKEN] = float(flag != "row")
+        finite = torch.tensor([flag != "finite"])
+        eight = [torch.randn(300), *adamw_state(300, 256)]
+        full = [torch.randn(300), torch.rand(300), torch.rand(300)]
+        before = [t.clone() for t in (*eight, *full, row)]
+        module.step_8bit(eight[0], grad, *eight[1:], code_map(True), code_map(False), row, finite, 256, False)
+        module.step_32bit(full[0], grad, *full[1:], row, finite, False)
+        assert all(torch.equal(a, b) for a, b in zip(before, (*eight, *full, row), strict=True))
 
 
 def test_adamw32bit_matches_the_reference():
@@ -294,7 +312,8 @@ def test_adamw32bit_matches_the_reference():
     results = []
     for module in (adamw, adamw_reference):
         state = [param.clone(), torch.full((77,), 0.1), torch.full((77,), 0.2)]
-        module.step_32bit(state[0], grad, *state[1:], 1e-2, 0.9, 0.99, 1e-8, 0.1, 2, 1.0, None, True)
+        row = host_row(1e-2, 0.9, 0.99, 1e-8, 0.1, 2, 1.0, None, True)
+        module.step_32bit(state[0], grad, *state[1:], row, None, False)
         results.append(state)
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)

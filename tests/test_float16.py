@@ -40,10 +40,17 @@ def stepped_gradients(model, method, monkeypatch, **settings) -> dict[str, torch
     names = {p: name for name, p in t.learner.parameters.items()}
     found = {}
 
-    def keep(self, p, group, grad_scale=1.0):
+    def keep(self, p, group, grad_scale=1.0, finite=None):
         found[names[p]] = p.grad.float() * grad_scale
 
+    def keep_all(self, closure=None, grad_scale=1.0, finite=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    keep(self, p, group, grad_scale)
+
     monkeypatch.setattr(AdamW8bit, "update", keep)
+    monkeypatch.setattr(AdamW8bit, "step", keep_all)
     share = batch.latents.numel() / SD15
     assert Stepper(t.learner, t.settings).step(lambda micro: objective.loss(batch, 0)[0] * share, 0)
     t.learner.restore()

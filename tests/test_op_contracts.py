@@ -45,9 +45,12 @@ def raw_calls():
     p, g = R(300), R(300)
     codes, scales = (lambda: torch.full((300,), 127, dtype=torch.uint8)), (lambda: torch.ones(2))
     maps = [pcs_kernels.ops.adamw8bit.codes.code_map(signed) for signed in (True, False)]
-    numbers = (1e-3, 0.9, 0.999, 1e-8, 1e-2, 1)
-    yield "adamw8bit_step", (p, g, codes(), codes(), scales(), scales(), *maps, *numbers, 256, 1.0, 7, True, "")
-    yield "adamw32bit_step", (R(30), R(30), R(30), torch.rand(30), *numbers, 1.0, None, False, "")
+    numbers = pcs_kernels.ops.adamw8bit.row.host_row(1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 1.0, 7, True)
+    yes, no = torch.tensor(True), torch.tensor([False])
+    for row, finite in ((numbers, None), (numbers.clone(), yes), (numbers.clone(), no)):
+        coded = codes(), codes(), scales(), scales(), *maps
+        yield "adamw8bit_step", (p, g, *coded, row, finite, 256, True, "")
+        yield "adamw32bit_step", (R(30), R(30), R(30), torch.rand(30), row.clone(), finite, False, "")
 
 
 @pytest.mark.slow

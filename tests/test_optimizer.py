@@ -174,22 +174,26 @@ NEIGHBOURS = {
 def test_stochastic_rounding_is_unbiased_and_repeats(case):
     dtype, low, high = NEIGHBOURS[case]
     value = torch.full((200_000,), low + 0.3 * (high - low))  # three tenths of the way between two numbers
-    rounded = reference.round_stochastically(value, 3, 1, dtype)
+
+    def rounded_by(seed, step):
+        return reference.round_stochastically(value, reference.step_key(seed, step, value.device), dtype)
+
+    rounded = rounded_by(3, 1)
     up = float((rounded.float() == high).float().mean())
     assert rounded.dtype is dtype and set(rounded.unique().tolist()) == {low, high}
     assert up == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 2e5) ** 0.5)  # four standard deviations of 200,000 draws
-    assert torch.equal(rounded, reference.round_stochastically(value, 3, 1, dtype))
-    assert not torch.equal(rounded, reference.round_stochastically(value, 3, 2, dtype))
-    assert not torch.equal(rounded, reference.round_stochastically(value, 4, 1, dtype))
+    assert torch.equal(rounded, rounded_by(3, 1))
+    assert not torch.equal(rounded, rounded_by(3, 2))
+    assert not torch.equal(rounded, rounded_by(4, 1))
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0])
-    found = reference.round_stochastically(special, 0, 1, dtype)
+    found = reference.round_stochastically(special, reference.step_key(0, 1, special.device), dtype)
     assert torch.equal(found[[0, 1, 3]], special[[0, 1, 3]].to(dtype)) and found[2].isnan()
 
 
 def test_every_number_of_16_bits_stays_as_it_is():
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
-        found = reference.round_stochastically(every.float(), 5, 2, dtype)
+        found = reference.round_stochastically(every.float(), reference.step_key(5, 2, every.device), dtype)
         assert bool(((found == every) | (found.isnan() & every.isnan())).all())
 
 

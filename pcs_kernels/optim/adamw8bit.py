@@ -2,6 +2,10 @@
 
 The decoupled weight decay comes before the update, as in torch.optim.AdamW and bitsandbytes on the CPU; bitsandbytes
 on CUDA applies it after (decay_first=False matches that, exactly). States have bitsandbytes' layout and names.
+
+After the first step, in which states are made, no step waits for the host: steps are counted on the device, their
+numbers are made there, and where a number is not finite the device refuses. A CUDA graph may hold the step; call
+`prepare()` before each replay, so that it finds the rates of the day.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dispatch import forced_backend
 from .._layout import in_memory_order
-from ..ops.adamw8bit import step_8bit, step_32bit
-from ..ops.adamw8bit.codes import blocks, code_map
+from ..ops.adamw8bit.codes import blocks, code_map, device_map, is_dynamic
+from .step_numbers import StepNumbers, capturing
 
 # bitsandbytes nests the coded state under this key since 0.46, so that FSDP leaves it alone.
 _BNB_NESTED = "__bnb_optimizer_quant_state__"
@@ -61,16 +66,29 @@ class AdamW8bit(torch.optim.Optimizer):
         self.min_8bit_size = min_8bit_size
         self.seed = seed
         self.decay_first = decay_first
+        self._numbers: dict[torch.device, StepNumbers] = {}
+        self._place: dict[Tensor, tuple[StepNumbers, int, dict[str, Any]]] = {}  # and the parameter's group
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
-        self._order: dict[Tensor, int] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; the steps counted so far stay."""
+        super().add_param_group(param_group)
+        self._place = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, grad_scale: float = 1.0) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        grad_scale: float | Tensor = 1.0,
+        finite: Tensor | None = None,
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
             closure: computes the loss anew, with gradients.
-            grad_scale: multiplies every gradient (clipping, accumulation).
+            grad_scale: multiplies every gradient (clipping, accumulation): a number or a one-element float32 tensor on
+                the parameters' device. Where a tensor is not finite, nothing changes.
+            finite: a one-element bool there; where it is False, nothing changes: no parameter, state or count of steps.
 
         Returns:
             The closure's loss, or None.
@@ -79,23 +97,69 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group, grad_scale)
+        _check_scale(grad_scale)
+        self._ready()
+        for numbers in self._numbers.values():
+            numbers.compute(grad_scale, finite)
+        for p, (numbers, i, _) in self._place.items():
+            if p.grad is not None:
+                self._apply(p, numbers.rows[i], None)
         return loss
 
     @torch.no_grad()
-    def update(self, p: Tensor, group: dict[str, Any], grad_scale: float = 1.0) -> None:
+    def update(
+        self, p: Tensor, group: dict[str, Any], grad_scale: float | Tensor = 1.0, finite: Tensor | None = None
+    ) -> None:
         """Step one parameter from its .grad.
 
         Args:
             p: a parameter of this optimizer.
             group: its parameter group.
-            grad_scale: multiplies the gradient.
+            grad_scale: multiplies the gradient, as in `step`. The numbers of all parameters are made together, so the
+                updates of one step should share it.
+            finite: a one-element bool on p's device; where it is False, nothing changes.
         """
         if p.grad is None:
             raise ValueError("update needs p.grad; it is None")
+        _check_scale(grad_scale)
+        self._ready()
+        if p not in self._place or self._place[p][2] is not group:
+            raise ValueError("update needs a parameter of this optimizer and the parameter group that holds it")
+        numbers, i, _ = self._place[p]
+        self._apply(p, numbers.row_for(i, grad_scale), finite)
+
+    def prepare(self) -> None:
+        """Send rates, betas and decays to the device where they changed; it does not wait.
+
+        Every step does this by itself, but for one that a CUDA graph replays: call it before each replay.
+        """
+        if not self._place:
+            self._count_anew()
+        for numbers in self._numbers.values():
+            numbers.fill(self.param_groups)
+
+    def _ready(self) -> None:
+        if not capturing():
+            self.prepare()
+        elif not self._place:
+            raise RuntimeError("AdamW8bit has nothing to capture yet. Fix: take one step before the CUDA graph")
+
+    def _count_anew(self) -> None:
+        """Rows of numbers for all parameters, with the counts that there are: new parameters come behind the others."""
+        counted = {device: numbers.counts for device, numbers in self._numbers.items()}
+        everyone = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        for device in dict.fromkeys(p.device for p, _ in everyone):
+            mine = [(place, p, g) for place, (p, g) in enumerate(everyone) if p.device == device]
+            groups, places = [g for _, _, g in mine], [place for place, _, _ in mine]
+            numbers = StepNumbers(device, groups, places, self.seed, self.decay_first)
+            if device in counted:
+                numbers.counts[: len(counted[device])].copy_(counted[device])
+            self._numbers[device] = numbers
+            self._place |= {p: (numbers, i, self.param_groups[g]) for i, (_, p, g) in enumerate(mine)}
+
+    def _apply(self, p: Tensor, row: Tensor, finite: Tensor | None) -> None:
+        """The op on one parameter, seen as its memory lies."""
+        assert p.grad is not None
         if p.grad.is_sparse:
             raise ValueError("p.grad is sparse, which AdamW8bit does not take. Fix: Embedding(sparse=False)")
         part, part_grad = own_part(p), own_part(p.grad)
@@ -104,27 +168,18 @@ class AdamW8bit(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             self._init_state(part, state)
-        state["step"] += 1
-        numbers = (group["lr"], *group["betas"][:2], group["eps"], group["weight_decay"], int(state["step"]))
-        # a prime above any number of parameters: no two pairs of seed and parameter draw the same bits
-        seed = None if self.seed is None else self.seed * 1_000_003 + self._index(p)
         value, grad = in_memory_order(part, part), in_memory_order(part, part_grad).contiguous()
+        stochastic, ops = self.seed is not None, torch.ops.pcs_kernels
         if state["state1"].dtype == torch.uint8:
-            names = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
-            coded = (state[name] for name in names)
-            step_8bit(value, grad, *coded, *numbers, self.block_size, grad_scale, seed, self.decay_first)
+            coded = (state[name] for name in ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"))
+            ops.adamw8bit_step(value, grad, *coded, row, finite, self.block_size, stochastic, forced_backend())
         else:
-            step_32bit(value, grad, state["state1"], state["state2"], *numbers, grad_scale, seed, self.decay_first)
-
-    def _index(self, p: Tensor) -> int:
-        """The parameter's place among all groups: each draws its own random bits."""
-        if p not in self._order:
-            everyone = [q for group in self.param_groups for q in group["params"]]
-            self._order = {q: i for i, q in enumerate(everyone)}
-        return self._order[p]
+            states = state["state1"], state["state2"]
+            ops.adamw32bit_step(value, grad, *states, row, finite, stochastic, forced_backend())
 
     def _init_state(self, p: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = 0
+        if capturing():
+            raise RuntimeError("a parameter has no optimizer state yet. Fix: take one step before the CUDA graph")
         dtype = torch.uint8 if p.numel() >= self.min_8bit_size else torch.float32
         like, contiguous = in_memory_order(p, p), torch.contiguous_format
         if dtype == torch.float32:
@@ -132,13 +187,23 @@ class AdamW8bit(torch.optim.Optimizer):
             state["state2"] = torch.zeros_like(like, dtype=dtype, memory_format=contiguous)
             return
         for number, signed in ((1, True), (2, False)):
-            qmap = code_map(signed).to(p.device)
-            zero = int((qmap == 0).nonzero()[0])
+            zero = int((code_map(signed) == 0).nonzero()[0])
             state[f"state{number}"] = torch.full_like(like, zero, dtype=dtype, memory_format=contiguous)
-            state[f"qmap{number}"] = qmap
+            state[f"qmap{number}"] = device_map(signed, p.device)
             state[f"absmax{number}"] = torch.zeros(
                 blocks(p.numel(), self.block_size), dtype=torch.float32, device=p.device
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As bitsandbytes has it, with each parameter's count of steps, which is read from its device here."""
+        if not self._place:
+            self._count_anew()
+        saved = super().state_dict()
+        counts = {id(numbers): numbers.counts.tolist() for numbers in self._numbers.values()}
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        steps = [counts[id(self._place[p][0])][self._place[p][1]] for p in everyone]
+        saved["state"] = {key: {"step": steps[key], **state} for key, state in saved["state"].items()}
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of bitsandbytes' AdamW8bit; codes and scales keep their dtypes.
@@ -152,17 +217,41 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(f"state_dict has parameter groups of {saved_sizes} tensors, this optimizer of {sizes}")
         ours = [p for g in groups for p in g["params"]]
         theirs = [key for g in saved_groups for key in g["params"]]
-        loaded = {}
+        loaded, steps = {}, {}
         for p, key in zip(ours, theirs, strict=True):
             if key in state_dict["state"]:
                 saved = dict(state_dict["state"][key])
                 saved.update(saved.pop(_BNB_NESTED, {}))
                 _check_saved_state(saved, own_part(p), key, self.block_size)
-                loaded[p] = {k: v.to(p.device).clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+                steps[p] = int(saved.pop("step"))
+                loaded[p] = {name: _loaded(name, value, p.device) for name, value in saved.items()}
         self.state.clear()
         self.state.update(loaded)
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({k: deepcopy(v) for k, v in saved_group.items() if k != "params"})
+        self._place = {}
+        self.prepare()
+        for numbers in self._numbers.values():
+            mine = [steps.get(p, 0) for p, (its, _, _) in self._place.items() if its is numbers]
+            numbers.counts.copy_(torch.tensor(mine, dtype=torch.int32))
+
+
+def _loaded(name: str, value: Any, device: torch.device) -> Any:
+    """A copy of a saved value on its parameter's device; the dynamic map is the one that all there share."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device).clone()
+    if name in ("qmap1", "qmap2") and is_dynamic(value, name == "qmap1"):
+        return device_map(name == "qmap1", value.device)
+    return value
+
+
+def _check_scale(grad_scale: float | Tensor) -> None:
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.numel() != 1:
+            raise ValueError(f"grad_scale must be a number or a tensor of one element, not {tuple(grad_scale.shape)}")
+    elif not math.isfinite(grad_scale):
+        raise ValueError(f"grad_scale must be a finite number, not {grad_scale}")
 
 
 def own_part(t: Tensor) -> Tensor:

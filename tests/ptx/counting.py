@@ -65,8 +65,8 @@ def _real_tensors(module: Any, record: Callable[..., Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(module, "meta", _zeros))
         stack.enter_context(mock.patch.object(module, "record", record))
-        if hasattr(module, "_is_dynamic"):  # the optimizer's tables of codes are zeros here
-            stack.enter_context(mock.patch.object(module, "_is_dynamic", lambda table, signed: True))
+        if hasattr(module, "is_dynamic"):  # the optimizer's tables of codes are zeros here
+            stack.enter_context(mock.patch.object(module, "is_dynamic", lambda table, signed: True))
         yield
 
 

@@ -11,6 +11,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 DECADES = 7  # as in bitsandbytes: the two maps then hold exactly 256 values
 
@@ -24,6 +25,26 @@ def code_map(signed: bool) -> Tensor:
         middles = (10 ** (decade - DECADES + 1)) * ((edges[:-1] + edges[1:]) / 2)
         values += middles.tolist() + ((-middles).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@functools.cache
+def device_map(signed: bool, device: torch.device) -> Tensor:
+    """The map on a device: one tensor for all parameters there."""
+    return code_map(signed).to(device)
+
+
+_compared = WeakIdKeyDictionary()  # tables of others: whether they are the dynamic map
+
+
+def is_dynamic(qmap: Tensor, signed: bool) -> bool:
+    """Whether qmap is the dynamic map: known of this module's own; any other tensor is read from its device once."""
+    if qmap is device_map(signed, qmap.device):
+        return True
+    known = _compared.get(qmap)
+    if known is None:
+        known = qmap.device.type == "meta" or torch.equal(qmap.cpu(), code_map(signed))
+        _compared[qmap] = known
+    return bool(known)
 
 
 def blocks(n: int, block_size: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import _native
@@ -25,21 +24,15 @@ def step_8bit(
     absmax2: Tensor,
     qmap1: Tensor,
     qmap2: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    row: Tensor,
+    finite: Tensor | None,
     block_size: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
+    stochastic: bool,
 ) -> None:
-    numbers = (lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first)
     if not (_is_known(qmap1, True) and _is_known(qmap2, False)):
         # Another code than the dynamic map is a table, not a formula: the reference looks it up.
-        reference.step_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *numbers)
+        tensors = param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2
+        reference.step_8bit(*tensors, row, finite, block_size, stochastic)
         return
     grad = grad.contiguous()
     LIBRARY.adamw8bit_step(
@@ -47,7 +40,7 @@ def step_8bit(
         _native.dtype_code(grad),
         *map(_native.address, (param, grad, state1, state2, absmax1, absmax2)),
         param.numel(),
-        _settings(param, *numbers),
+        (_native.address(row), _native.address(finite), block_size, stochastic),
         _native.threads(),
     )
 
@@ -56,46 +49,21 @@ def _is_known(qmap: Tensor, signed: bool) -> bool:
     return qmap is code_map(signed) or LIBRARY.adamw8bit_knows(_native.address(qmap), signed)
 
 
-def _settings(
-    param: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    block_size: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
-) -> tuple[float | None, ...]:
-    """The numbers as csrc takes them: the seed in 32 bits, and none where nothing is rounded."""
-    seed = None if seed is None or param.dtype != torch.bfloat16 else seed & 0xFFFFFFFF
-    return (lr, beta1, beta2, eps, weight_decay, step, block_size, grad_scale, seed, decay_first)
-
-
 def step_32bit(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
+    row: Tensor,
+    finite: Tensor | None,
+    stochastic: bool,
 ) -> None:
     grad = grad.contiguous()
-    settings = _settings(param, lr, beta1, beta2, eps, weight_decay, step, 0, grad_scale, seed, decay_first)
     LIBRARY.adamw32bit_step(
         _native.dtype_code(param),
         _native.dtype_code(grad),
         *map(_native.address, (param, grad, exp_avg, exp_avg_sq)),
         param.numel(),
-        settings,
+        (_native.address(row), _native.address(finite), 0, stochastic),
         _native.threads(),
     )

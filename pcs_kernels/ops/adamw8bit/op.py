@@ -1,7 +1,8 @@
 """adamw8bit: one AdamW step of one parameter, in place, with states of 8 bits (or 32 for small tensors).
 
 param and grad of any shape, n elements; state1 (m, signed codes) and state2 (v, unsigned codes) uint8 of n elements;
-absmax1, absmax2 float32 [ceil(n / block_size)]; qmap1, qmap2 float32 [256].
+absmax1, absmax2 float32 [ceil(n / block_size)]; qmap1, qmap2 float32 [256]; the numbers of the step are a row on the
+same device (row.py), so that no step waits for the host and a CUDA graph replays with other numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.autograd.graph import increment_version
 from ... import _check as check
 from ..._dispatch import Op, define, forced_backend
 from .codes import blocks
+from .row import WIDTH, host_row
 
 OP = Op("adamw8bit", __package__)
 
@@ -33,14 +35,28 @@ def _check_numbers(
 ) -> None:
     numbers = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, grad_scale=grad_scale)
     for name, value in numbers.items():
-        check.finite(name, value)
+        check.finite(name, check.number(name, value))
     for name in ("lr", "eps", "weight_decay"):
         value = numbers[name]
         check.require(value >= 0, lambda: f"{name} must not be negative: {value}")
     for name in ("beta1", "beta2"):
         value = numbers[name]
         check.require(0 <= value < 1, lambda: f"{name} must be in [0, 1), not {value}")
+    check.require_type(isinstance(step, int), lambda: f"step must be an integer, not {type(step).__name__}")
     check.require(step >= 1, lambda: f"step counts from 1, not {step}")
+
+
+def _check_row(row: Tensor, finite: Tensor | None, param: Tensor) -> None:
+    """The row and the flag that the step reads from the device."""
+    check.tensor("row", row)
+    check.dtype_in("row", row, (torch.float32,))
+    check.shape("row", row, (WIDTH,), "[numbers]")
+    check.require(row.is_contiguous(), lambda: "row must be contiguous")
+    check.same_device("row", row, "param", param)
+    if finite is not None:
+        check.dtype_in("finite", finite, (torch.bool,))
+        check.require(finite.numel() == 1, lambda: f"finite must have one element, not {tuple(finite.shape)}")
+        check.same_device("finite", finite, "param", param)
 
 
 def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> None:
@@ -100,42 +116,19 @@ def _step_8bit(
     absmax2: Tensor,
     qmap1: Tensor,
     qmap2: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    row: Tensor,
+    finite: Tensor | None,
     block_size: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
+    stochastic: bool,
     backend: str,
 ) -> None:
     _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size)
-    _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    _check_row(row, finite, param)
     _check_apart(param=param, grad=grad, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
-    OP.select(backend, param.device.type, param, grad).step_8bit(
-        param,
-        grad,
-        state1,
-        state2,
-        absmax1,
-        absmax2,
-        qmap1,
-        qmap2,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        step,
-        block_size,
-        grad_scale,
-        seed,
-        decay_first,
-    )
-    _written(param, state1, state2, absmax1, absmax2)
+    implementation = OP.select(backend, param.device.type, param, grad)
+    coded = state1, state2, absmax1, absmax2, qmap1, qmap2
+    implementation.step_8bit(param, grad, *coded, row, finite, block_size, stochastic)
+    _written(param, state1, state2, absmax1, absmax2, row)
 
 
 def _step_8bit_fake(
@@ -147,19 +140,14 @@ def _step_8bit_fake(
     absmax2: Tensor,
     qmap1: Tensor,
     qmap2: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    row: Tensor,
+    finite: Tensor | None,
     block_size: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
+    stochastic: bool,
     backend: str,
 ) -> None:
     _check_8bit(param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, block_size)
+    _check_row(row, finite, param)
 
 
 def _check_32bit(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -173,46 +161,59 @@ def _step_32bit(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
+    row: Tensor,
+    finite: Tensor | None,
+    stochastic: bool,
     backend: str,
 ) -> None:
     _check_32bit(param, grad, exp_avg, exp_avg_sq)
-    _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    _check_row(row, finite, param)
     _check_apart(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    OP.select(backend, param.device.type, param, grad).step_32bit(
-        param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale, seed, decay_first
-    )
-    _written(param, exp_avg, exp_avg_sq)
+    implementation = OP.select(backend, param.device.type, param, grad)
+    implementation.step_32bit(param, grad, exp_avg, exp_avg_sq, row, finite, stochastic)
+    _written(param, exp_avg, exp_avg_sq, row)
 
 
 def _step_32bit_fake(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float | str | None
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row: Tensor,
+    finite: Tensor | None,
+    stochastic: bool,
+    backend: str,
 ) -> None:
     _check_32bit(param, grad, exp_avg, exp_avg_sq)
+    _check_row(row, finite, param)
 
 
-_NUMBERS = "float lr, float beta1, float beta2, float eps, float weight_decay, int step"
 define(
     "adamw8bit_step(Tensor(a!) param, Tensor grad, Tensor(b!) state1, Tensor(c!) state2, Tensor(d!) absmax1,"
-    f" Tensor(e!) absmax2, Tensor qmap1, Tensor qmap2, {_NUMBERS}, int block_size, float grad_scale, int? seed,"
-    " bool decay_first, str backend) -> ()",
+    " Tensor(e!) absmax2, Tensor qmap1, Tensor qmap2, Tensor(f!) row, Tensor? finite, int block_size,"
+    " bool stochastic, str backend) -> ()",
     _step_8bit,
     _step_8bit_fake,
 )
 define(
-    f"adamw32bit_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_NUMBERS},"
-    " float grad_scale, int? seed, bool decay_first, str backend) -> ()",
+    "adamw32bit_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row,"
+    " Tensor? finite, bool stochastic, str backend) -> ()",
     _step_32bit,
     _step_32bit_fake,
 )
+
+
+def _row(numbers: tuple[float | None, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """(the row of numbers given by the host, whether 16 bits are rounded stochastically)."""
+    lr, beta1, beta2, eps, weight_decay, step, grad_scale, seed, decay_first = numbers
+    _check_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale)  # type: ignore[arg-type]
+    check.require_type(
+        seed is None or isinstance(seed, int), lambda: f"seed must be an integer or None, not {type(seed).__name__}"
+    )
+    check.require_type(
+        isinstance(decay_first, (bool, int)), lambda: f"decay_first must be a bool, not {type(decay_first).__name__}"
+    )
+    return host_row(*numbers).to(device), seed is not None  # type: ignore[arg-type]
 
 
 def step_8bit(
@@ -240,8 +241,14 @@ def step_8bit(
         *settings: lr, beta1, beta2, eps, weight_decay, step (from 1), block_size, grad_scale, seed or None,
             decay_first (whether the weight decay comes before the update).
     """
+    check.tensor("param", param)
+    *numbers, block_size, grad_scale, seed, decay_first = settings
+    check.require_type(
+        isinstance(block_size, int), lambda: f"block_size must be an integer, not {type(block_size).__name__}"
+    )
+    row, stochastic = _row((*numbers, grad_scale, seed, decay_first), param.device)
     torch.ops.pcs_kernels.adamw8bit_step(
-        param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, *settings, forced_backend()
+        param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, row, None, block_size, stochastic, forced_backend()
     )
 
 
@@ -255,4 +262,6 @@ def step_32bit(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         exp_avg_sq: float32 v, of param's shape.
         *settings: those of `step_8bit` without block_size.
     """
-    torch.ops.pcs_kernels.adamw32bit_step(param, grad, exp_avg, exp_avg_sq, *settings, forced_backend())
+    check.tensor("param", param)
+    row, stochastic = _row(settings, param.device)
+    torch.ops.pcs_kernels.adamw32bit_step(param, grad, exp_avg, exp_avg_sq, row, None, stochastic, forced_backend())

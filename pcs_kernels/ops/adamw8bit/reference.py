@@ -3,12 +3,13 @@
 g = grad_scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
 p -= lr sqrt(1 - b2^t) / (1 - b1^t)  m / (sqrt(v) + eps sqrt(1 - b2^t)),  p *= 1 - lr weight_decay before or after.
 
-m and v are decoded with their blocks' absmax, updated in float32, used as they are, and coded again.
+m and v are decoded with their blocks' absmax, updated in float32, used as they are, and coded again. The numbers come
+as a row (row.py) on the parameter's device; where the step is refused, every tensor keeps its values.
 """
 
 from __future__ import annotations
 
-import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -18,24 +19,31 @@ from .codes import decode, encode
 SMALLEST_NORMAL = 113  # the float32 exponent, with its bias of 127, of float16's 2^-14: below it the unit stays 2^-24
 
 
-def hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer mixer (xor-shift-multiply); int64 tensors hold the unsigned values."""
+@overload
+def hash32(x: Tensor) -> Tensor: ...
+@overload
+def hash32(x: int) -> int: ...
+def hash32(x: Tensor | int) -> Tensor | int:
+    """A 32-bit integer mixer (xor-shift-multiply); an int64 tensor, or a Python number, holds the unsigned values."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
-def random_bits(seed: int, step: int, n: int, device: torch.device) -> Tensor:
-    """16 bits for each of n elements: hash32(low(i) ^ hash32(high(i) ^ hash32(step ^ hash32(seed)))) & 0xFFFF."""
-    i = torch.arange(n, dtype=torch.int64, device=device)  # [n]
-    key = hash32(torch.tensor(seed & 0xFFFFFFFF, device=device))  # []
-    key = hash32(key ^ (step & 0xFFFFFFFF))  # []
+def step_key(seed: int, step: int, device: torch.device) -> Tensor:
+    """hash32(step ^ hash32(seed)): what a step's random bits depend on."""
+    return torch.tensor(hash32(hash32(seed & 0xFFFFFFFF) ^ (step & 0xFFFFFFFF)), device=device)  # []
+
+
+def random_bits(key: Tensor, n: int) -> Tensor:
+    """16 bits for each of n elements: hash32(low(i) ^ hash32(high(i) ^ key)) & 0xFFFF."""
+    i = torch.arange(n, dtype=torch.int64, device=key.device)  # [n]
     return hash32((i & 0xFFFFFFFF) ^ hash32((i >> 32) ^ key)) & 0xFFFF  # [n]
 
 
-def round_stochastically(values: Tensor, seed: int, step: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def round_stochastically(values: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """float32 -> bfloat16 or float16, up with the probability of the remainder; inf and NaN stay."""
-    random = random_bits(seed, step, values.numel(), values.device)  # [n]
+    random = random_bits(key, values.numel())  # [n]
     drawn = (_to_float16 if dtype == torch.float16 else _to_bfloat16)(values, random)  # [n]
     return torch.where(values.isfinite(), drawn, values).to(dtype)  # [n]
 
@@ -60,20 +68,33 @@ def _to_float16(values: Tensor, random: Tensor) -> Tensor:
     return torch.copysign(whole * unit.view(torch.float32), values)  # [n]
 
 
-def adamw(
-    p: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, eps: float, decay: float, step: int
-) -> Tensor:
-    """The new float32 parameter; `decay` is the weight decay to apply before the update."""
-    correction2 = math.sqrt(1 - beta2**step)
-    size = lr * correction2 / (1 - beta1**step)
-    return p * (1 - lr * decay) - size * (m / (v.sqrt() + eps * correction2))
+class Numbers:
+    """A row's columns, each a tensor without dimensions."""
 
+    def __init__(self, row: Tensor, finite: Tensor | None) -> None:
+        self.beta1, self.beta2, self.rest1, self.rest2, self.size, self.eps, *others = row[:10].unbind()
+        self.before, self.after, self.scale, taken = others
+        bits = row[10:].view(torch.int32)
+        self.key = bits[0].to(torch.int64) & 0xFFFFFFFF
+        self.count = bits[1]
+        self.taken = taken != 0 if finite is None else (taken != 0) & finite.reshape(())
 
-def write(param: Tensor, new: Tensor, seed: int | None, step: int) -> None:
-    """Store the new values [n], rounded stochastically where param has 16 bits and a seed is given."""
-    if seed is not None and param.dtype in (torch.bfloat16, torch.float16):
-        new = round_stochastically(new, seed, step, param.dtype)
-    param.copy_(new.view(param.shape))
+    def moments(self, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        g = g.float() * self.scale
+        return self.beta1 * m + self.rest1 * g, self.beta2 * v + self.rest2 * g * g
+
+    def parameter(self, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        return (p.float() * self.before - self.size * (m / (v.sqrt() + self.eps))) * self.after
+
+    def write(self, target: Tensor, new: Tensor) -> None:
+        """Store new values, unless the step is refused."""
+        target.copy_(torch.where(self.taken, new.view(target.shape).to(target.dtype), target))
+
+    def write_param(self, param: Tensor, new: Tensor, stochastic: bool) -> None:
+        """Store the new values [n], rounded stochastically where that is asked for and param has 16 bits."""
+        if stochastic and param.dtype in (torch.bfloat16, torch.float16):
+            new = round_stochastically(new, self.key, param.dtype)
+        self.write(param, new)
 
 
 def step_8bit(
@@ -85,29 +106,20 @@ def step_8bit(
     absmax2: Tensor,
     qmap1: Tensor,
     qmap2: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    row: Tensor,
+    finite: Tensor | None,
     block_size: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
+    stochastic: bool,
 ) -> None:
-    g = grad.flatten().float() * grad_scale  # [n]
-    m = beta1 * decode(state1, absmax1, qmap1, block_size) + (1 - beta1) * g  # [n]
-    v = beta2 * decode(state2, absmax2, qmap2, block_size) + (1 - beta2) * g * g  # [n]
-    decay = weight_decay if decay_first else 0.0
-    new = adamw(param.flatten().float(), m, v, lr, beta1, beta2, eps, decay, step)  # [n]
-    if not decay_first:
-        new = new * (1 - lr * weight_decay)  # [n]
-    write(param, new, seed, step)
+    numbers = Numbers(row, finite)
+    before = decode(state1, absmax1, qmap1, block_size), decode(state2, absmax2, qmap2, block_size)
+    m, v = numbers.moments(grad.flatten(), *before)  # [n]
+    numbers.write_param(param, numbers.parameter(param.flatten(), m, v), stochastic)
     for values, state, absmax, qmap in ((m, state1, absmax1, qmap1), (v, state2, absmax2, qmap2)):
         codes, scale = encode(values, qmap, block_size)  # [n], [blocks]
-        state.copy_(codes.view(state.shape))
-        absmax.copy_(scale)
+        numbers.write(state, codes)
+        numbers.write(absmax, scale)
+    numbers.count += numbers.taken
 
 
 def step_32bit(
@@ -115,21 +127,13 @@ def step_32bit(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-    seed: int | None,
-    decay_first: bool,
+    row: Tensor,
+    finite: Tensor | None,
+    stochastic: bool,
 ) -> None:
-    g = grad.float() * grad_scale  # param.shape
-    exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * g)
-    exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
-    decay = weight_decay if decay_first else 0.0
-    new = adamw(param.float(), exp_avg, exp_avg_sq, lr, beta1, beta2, eps, decay, step)  # param.shape
-    if not decay_first:
-        new = new * (1 - lr * weight_decay)  # param.shape
-    write(param, new.flatten(), seed, step)
+    numbers = Numbers(row, finite)
+    m, v = numbers.moments(grad, exp_avg, exp_avg_sq)  # param.shape
+    numbers.write_param(param, numbers.parameter(param, m, v).flatten(), stochastic)
+    numbers.write(exp_avg, m)
+    numbers.write(exp_avg_sq, v)
+    numbers.count += numbers.taken

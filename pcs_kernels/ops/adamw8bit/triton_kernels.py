@@ -92,16 +92,33 @@ def _round_stochastically(value, i, key, HALF: tl.constexpr):
 
 
 @triton.jit
-def _write_param(param_ptr, i, inside, p, key, STOCHASTIC: tl.constexpr):
-    if STOCHASTIC:
-        p = _round_stochastically(p, i, key, param_ptr.dtype.element_ty == tl.float16)
-    tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=inside)
+def _taken(row_ptr, finite_ptr):
+    """Whether the step is taken; the first program counts it. The others read no count: the order does not matter."""
+    taken = tl.load(row_ptr + 9) != 0.0
+    if finite_ptr is not None:
+        taken = taken & (tl.load(finite_ptr) != 0)
+    if tl.program_id(0) == 0:
+        count = tl.load(row_ptr + 11).to(tl.int32, bitcast=True) + taken.to(tl.int32)
+        tl.store(row_ptr + 11, count.to(tl.float32, bitcast=True))
+    return taken
 
 
 @triton.jit
-def _updated(param_ptr, i, inside, m, v, size, eps, decay_before, decay_after):
-    p = tl.load(param_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    return (p * decay_before - size * (m / (tl.sqrt(v) + eps))) * decay_after
+def _moments(row_ptr, g, m, v):
+    g = g.to(tl.float32) * tl.load(row_ptr + 8)
+    m = tl.load(row_ptr) * m + tl.load(row_ptr + 2) * g
+    v = tl.load(row_ptr + 1) * v + tl.load(row_ptr + 3) * g * g
+    return m, v
+
+
+@triton.jit
+def _update(param_ptr, row_ptr, i, inside, m, v, STOCHASTIC: tl.constexpr):
+    p = tl.load(param_ptr + i, mask=inside, other=0.0).to(tl.float32) * tl.load(row_ptr + 6)
+    p = (p - tl.load(row_ptr + 4) * (m / (tl.sqrt(v) + tl.load(row_ptr + 5)))) * tl.load(row_ptr + 7)
+    if STOCHASTIC:
+        key = tl.load(row_ptr + 10).to(tl.int32, bitcast=True)
+        p = _round_stochastically(p, i, key, param_ptr.dtype.element_ty == tl.float16)
+    tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -113,7 +130,7 @@ def _recode(state_ptr, absmax_ptr, i, inside, block, blocks, values, SIGNED: tl.
     tl.store(state_ptr + i, encode(values / safe[:, None], SIGNED), mask=inside)
 
 
-@triton.jit(do_not_specialize=["key", "blocks"])
+@triton.jit(do_not_specialize=["blocks"])
 def adamw8bit_kernel(
     param_ptr,
     grad_ptr,
@@ -121,67 +138,52 @@ def adamw8bit_kernel(
     state2_ptr,
     absmax1_ptr,
     absmax2_ptr,
+    row_ptr,
+    finite_ptr,
     n,
     blocks,
-    key,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    size,
-    eps,
-    decay_before,
-    decay_after,
-    grad_scale,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
     """ROWS blocks of BLOCK_SIZE elements (COLS is the power of two that holds one)."""
+    if not _taken(row_ptr, finite_ptr):
+        return
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLS)
     i = block[:, None] * BLOCK_SIZE + column[None, :]
     inside = (i < n) & (column < BLOCK_SIZE)[None, :]
-    g = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32) * grad_scale
+    g = tl.load(grad_ptr + i, mask=inside, other=0.0)
     scale1 = tl.load(absmax1_ptr + block, mask=block < blocks, other=0.0)
     scale2 = tl.load(absmax2_ptr + block, mask=block < blocks, other=0.0)
     m = decode(tl.load(state1_ptr + i, mask=inside, other=0), True) * scale1[:, None]
     v = decode(tl.load(state2_ptr + i, mask=inside, other=0), False) * scale2[:, None]
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    p = _updated(param_ptr, i, inside, m, v, size, eps, decay_before, decay_after)
-    _write_param(param_ptr, i, inside, p, key, STOCHASTIC)
+    m, v = _moments(row_ptr, g, m, v)
+    _update(param_ptr, row_ptr, i, inside, m, v, STOCHASTIC)
     _recode(state1_ptr, absmax1_ptr, i, inside, block, blocks, m, True)
     _recode(state2_ptr, absmax2_ptr, i, inside, block, blocks, v, False)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit
 def adamw32bit_kernel(
     param_ptr,
     grad_ptr,
     m_ptr,
     v_ptr,
+    row_ptr,
+    finite_ptr,
     n,
-    key,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    size,
-    eps,
-    decay_before,
-    decay_after,
-    grad_scale,
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
+    if not _taken(row_ptr, finite_ptr):
+        return
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    g = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32) * grad_scale
-    m = beta1 * tl.load(m_ptr + i, mask=inside, other=0.0) + rest1 * g
-    v = beta2 * tl.load(v_ptr + i, mask=inside, other=0.0) + rest2 * g * g
+    g = tl.load(grad_ptr + i, mask=inside, other=0.0)
+    m, v = tl.load(m_ptr + i, mask=inside, other=0.0), tl.load(v_ptr + i, mask=inside, other=0.0)
+    m, v = _moments(row_ptr, g, m, v)
     tl.store(m_ptr + i, m, mask=inside)
     tl.store(v_ptr + i, v, mask=inside)
-    p = _updated(param_ptr, i, inside, m, v, size, eps, decay_before, decay_after)
-    _write_param(param_ptr, i, inside, p, key, STOCHASTIC)
+    _update(param_ptr, row_ptr, i, inside, m, v, STOCHASTIC)
