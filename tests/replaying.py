@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import pcs_kernels
+
 
 class _Tape(TorchDispatchMode):
     def __init__(self) -> None:
@@ -51,6 +53,9 @@ class Recorder:
 
         @torch.no_grad()
         def replay() -> None:
+            # On the CPU kernels keep packed copies of weights until these are written to; a write by a replayed
+            # operation does not show, as the tensors that it was kept with count their writes by themselves.
+            pcs_kernels.forget_packed_weights()
             for func, args, kwargs, out in tape.kept:
                 again = func(*args, **kwargs)
                 for ours, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
