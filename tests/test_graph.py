@@ -3,7 +3,9 @@
 import pytest
 import torch
 from pcs_trainer import load_model
+from pcs_trainer.errors import NotTrained
 from pcs_trainer.training import device_step, graph
+from pcs_trainer.training.probe import Probe
 from replaying import Recorder
 from trainer_cases import METHODS, cache, trainer  # noqa: F401
 
@@ -44,6 +46,34 @@ def test_replayed_steps_are_the_eager_ones(method, settings, monkeypatch):
     assert all(torch.equal(x, replayed.tensors[name]) for name, x in eager.tensors.items())
     for word, rows in eager.words.items():
         assert all(torch.equal(a, b) for a, b in zip(rows, replayed.words[word], strict=True))
+
+
+def test_memory_that_a_recorded_step_holds_is_given_up_where_it_is_needed(monkeypatch):
+    monkeypatch.setattr(device_step, "recorder_for", lambda *_: Recorder())
+    calls = []
+
+    def measure(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return 0.5, 0.1
+
+    monkeypatch.setattr(Probe, "measure", measure)
+    events = []
+    trainer(load_model("tiny"), steps=5, probe_every=4).train(on_event=events.append)
+    assert len(calls) == 3 and [e.step for e in events if e.kind == "probe"] == [4, 5]
+
+
+def test_a_recording_that_computes_something_else_ends_the_run(monkeypatch):
+    class Stale(Recorder):
+        def record(self, run):
+            replay, result = super().record(run)
+            kept = result.clone()
+            return lambda: (replay(), result.copy_(kept)), result
+
+    monkeypatch.setattr(device_step, "recorder_for", lambda *_: Stale())
+    with pytest.raises(NotTrained, match="graph=off"):
+        trainer(load_model("tiny"), steps=6, probe_every=0).train()
 
 
 def test_a_step_that_cannot_be_recorded_runs_eagerly_and_says_so(monkeypatch):

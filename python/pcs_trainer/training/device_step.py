@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..errors import NotTrained
 from .graph import Replayed, recorder_for
 from .inputs import Inputs
 from .objective import Objective
 from .optimizer import VERDICT, Stepper
+
+PROVEN = 2  # replays whose loss is compared with an eager step's: the second has other inputs than the recording had
+NEAR = 0.02  # of the loss: the same kernels in the same order, but for sums that a GPU's library may order anew
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Made:
     numbers: Tensor  # on the device; the next step may write to it
     before: Any  # what the stepper prepared
     rate: float
+    eager: Tensor | None = None  # the losses of a step that was replayed, by an eager forward
 
 
 class DeviceStep:
@@ -48,7 +53,27 @@ class DeviceStep:
         batches = [self.objective.batch(step, micro) for micro in range(self.accumulate)]
         inputs = [self.objective.of_step(batch, step, micro) for micro, batch in enumerate(batches)]
         before = self.stepper.prepare(step)
-        return Made(step + 1, batches, self.work(inputs), before, self.stepper.rate)
+        proof = self.work.replays < PROVEN and self.work.has_recorded(inputs)
+        eager = self.eager_losses(inputs) if proof else None
+        return Made(step + 1, batches, self.work(inputs), before, self.stepper.rate, eager)
+
+    @torch.no_grad()
+    def eager_losses(self, inputs: Sequence[Inputs]) -> Tensor:
+        """The loss of each micro-batch without a recording."""
+        return torch.stack([self.objective.loss_of(given)[0] for given in inputs]).float()
+
+    def check_replay(self, numbers: Sequence[float], eager: Sequence[float]) -> None:
+        """NotTrained where a replayed step had other losses than the same step without the recording."""
+        for found, expected in zip((part["loss"] for part in self.losses(numbers)), eager, strict=True):
+            if not abs(found - expected) <= NEAR * abs(expected) and expected == expected:
+                raise NotTrained(
+                    f"a step replayed from its CUDA graph has the loss {found:.4g}, and {expected:.4g} without: the "
+                    "recording is wrong on this machine. Fix: --set graph=off"
+                )
+
+    def forget(self) -> bool:
+        """Let go of recorded steps and their memory; False where there are none."""
+        return self.work.forget()
 
     def on_device(self, inputs: Sequence[Inputs]) -> Tensor:
         """The stepper's numbers, then the parts of each micro-batch's loss."""

@@ -88,6 +88,16 @@ class Replayed:
         self._kept: dict[Any, tuple[Any, Callable[[], Any], Tensor]] = {}
         self.replays = 0
 
+    def has_recorded(self, given: Any) -> bool:
+        """Whether these inputs would be replayed."""
+        return self.recorder is not None and bool(self._kept) and _shape_of(given) in self._kept
+
+    def forget(self) -> bool:
+        """Let go of what is recorded, and its memory, until a shape comes again; False where there is nothing."""
+        found = bool(self._kept)
+        self._kept.clear()
+        return found
+
     def __call__(self, given: Any) -> Tensor:
         """The function's result; a later call may write to the same tensor."""
         if self.recorder is None:

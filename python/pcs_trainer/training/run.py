@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import uuid
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +37,8 @@ from .previews import preview_images
 from .probe import Probe
 from .proof import Movement
 from .result import base_predicts, file_proof, learned, memory_predicts
+
+Found = TypeVar("Found")
 
 PROOF_STEP = 20  # by then an optimizer has moved whatever trains, and little time is lost where it has not
 BAD_STEPS = 3  # in a row end a run: one is a bad batch, three are the learning rate
@@ -139,11 +142,14 @@ class Run:
         made = self.device_step(self.step)
         self.step = made.step
         rates = {} if self.movement is None else self.stepper.rates_now()
-        self.late.ask(made.numbers, partial(self.stepped, log, made, rates))
+        eager = made.numbers[:0] if made.eager is None else made.eager
+        self.late.ask(torch.cat([made.numbers, eager]), partial(self.stepped, log, made, rates, len(eager)))
         self.late.read(all_of_them=self.something_due())
 
-    def stepped(self, log: Log, made: Made, rates: dict[str, float], numbers: list[float]) -> None:
+    def stepped(self, log: Log, made: Made, rates: dict[str, float], checked: int, numbers: list[float]) -> None:
         """Take note of a step that the device has finished: tell of it, or that it was skipped."""
+        if checked:
+            self.device_step.check_replay(numbers[:-checked], numbers[-checked:])
         names = sorted({n for b in made.batches for n in b.names})
         if self.stepper.follow(numbers[:VERDICT], made.before):
             self.skipped_in_a_row = 0
@@ -187,7 +193,7 @@ class Run:
         """What is due after this step: the probe, a checkpoint, a preview."""
         s = self.s
         if self.probe is not None and (self.is_due(s.probe_every) or self.step == s.steps):
-            held_out, drift = self.probe.measure()
+            held_out, drift = self.with_room(self.probe.measure)
             log.probe(self.step, held_out, drift)
             since = f"loss on held-out noise {held_out:.4f} ({self.probe.at_first:.4f} at first)"
             self.say("probe", text=f"{since}, the class drifted by {drift:.1%}", held_out=held_out, drift=drift)
@@ -196,6 +202,17 @@ class Run:
         if self.is_due(s.preview_every) and s.preview_prompts:
             self.preview()
 
+    def with_room(self, work: Callable[[], Found]) -> Found:
+        """Do some work between steps; where it finds no memory beside a recorded step, without that."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self.device_step.forget():
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        return work()
+
     def preview(self) -> None:
         """Pictures from where the run stands; whatever goes wrong here does not end it."""
         before = set(self.model.loaded)
@@ -203,7 +220,7 @@ class Run:
         try:
             random = torch.get_rng_state()
             with torch.no_grad():
-                drawn = preview_images(self.objective, list(self.s.preview_prompts))
+                drawn = self.with_room(partial(preview_images, self.objective, list(self.s.preview_prompts)))
             torch.set_rng_state(random)
             paths = []
             if self.out is not None:
@@ -307,6 +324,7 @@ class Run:
     def finish(self) -> Concept:
         """The concept, saved, and its file shown to predict what memory predicts."""
         self.stepper.close()
+        self.device_step.forget()
         pcs_kernels.forget_packed_weights()
         with pcs_kernels.packing("none"):  # three predictions, each with weights of its own
             return self.proven()
