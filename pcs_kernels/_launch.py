@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class _Recorder:
 
 
 _recorder: _Recorder | None = None
+_reached: Sequence[Tensor] = ()  # of the running launch: what it touches by addresses in a table
 
 
 def known_arch(capability: int) -> int:
@@ -150,7 +151,13 @@ def split_width(width: int, least: int = 16) -> tuple[int, int]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    reached: Sequence[Tensor] = (),
+    **constexprs: Any,
 ) -> None:
     """Run (or record) one kernel on the device of its first tensor.
 
@@ -160,18 +167,24 @@ def launch(
         *args: in the kernel's order.
         num_warps: as Triton takes it.
         num_stages: as Triton takes it.
+        reached: tensors that the kernel touches by addresses in a table, for who runs kernels without a GPU.
         **constexprs: the kernel's `tl.constexpr` arguments by name.
     """
+    global _reached
     if _recorder is not None:
         _recorder.cases.append(_specialized(kernel, args, constexprs, num_warps, num_stages))
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     run = functools.partial(kernel[grid], *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    _reached = reached
+    try:
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                run()
+        else:
             run()
-    else:
-        run()
+    finally:
+        _reached = ()
 
 
 def _specialized(

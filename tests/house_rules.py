@@ -38,7 +38,12 @@ HAND_FORMATTED: dict[str, int] = {
 }
 
 # Whoever else names data_ptr compares addresses, and hands none to native code.
-TAKES_ADDRESSES = ("pcs_kernels/_native.py", "pcs_kernels/_packed.py", "pcs_kernels/ops/adamw8bit/op.py")
+TAKES_ADDRESSES = (
+    "pcs_kernels/_native.py",
+    "pcs_kernels/_packed.py",
+    "pcs_kernels/ops/adamw8bit/op.py",
+    "pcs_kernels/ops/adamw8bit/many.py",  # a table of addresses, for Triton
+)
 
 
 def files() -> Iterator[Path]:

@@ -22,6 +22,7 @@ from .._dispatch import forced_backend
 from .._layout import in_memory_order
 from ..ops.adamw8bit.codes import blocks, code_map, device_map, is_dynamic
 from .step_numbers import StepNumbers, capturing
+from .together import CODED, Launches, Together
 
 # bitsandbytes nests the coded state under this key since 0.46, so that FSDP leaves it alone.
 _BNB_NESTED = "__bnb_optimizer_quant_state__"
@@ -66,6 +67,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.min_8bit_size = min_8bit_size
         self.seed = seed
         self.decay_first = decay_first
+        self._launches: Launches = {}
         self._numbers: dict[torch.device, StepNumbers] = {}
         self._place: dict[Tensor, tuple[StepNumbers, int, dict[str, Any]]] = {}  # and the parameter's group
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
@@ -101,9 +103,14 @@ class AdamW8bit(torch.optim.Optimizer):
         self._ready()
         for numbers in self._numbers.values():
             numbers.compute(grad_scale, finite)
+        together = Together(self.block_size, self.seed is not None, self._launches)
         for p, (numbers, i, _) in self._place.items():
-            if p.grad is not None:
-                self._apply(p, numbers.rows[i], None)
+            if p.grad is None:
+                continue
+            found = self._tensors(p)
+            if found is not None and not together.takes(*found, numbers, i):
+                self._apply(*found, numbers.rows[i], None)
+        together.step()
         return loss
 
     @torch.no_grad()
@@ -126,7 +133,9 @@ class AdamW8bit(torch.optim.Optimizer):
         if p not in self._place or self._place[p][2] is not group:
             raise ValueError("update needs a parameter of this optimizer and the parameter group that holds it")
         numbers, i, _ = self._place[p]
-        self._apply(p, numbers.row_for(i, grad_scale), finite)
+        row, found = numbers.row_for(i, grad_scale), self._tensors(p)
+        if found is not None:
+            self._apply(*found, row, finite)
 
     def prepare(self) -> None:
         """Send rates, betas and decays to the device where they changed; it does not wait.
@@ -137,6 +146,8 @@ class AdamW8bit(torch.optim.Optimizer):
             self._count_anew()
         for numbers in self._numbers.values():
             numbers.fill(self.param_groups)
+        for launches in self._launches.values():
+            launches.send()
 
     def _ready(self) -> None:
         if not capturing():
@@ -157,21 +168,24 @@ class AdamW8bit(torch.optim.Optimizer):
             self._numbers[device] = numbers
             self._place |= {p: (numbers, i, self.param_groups[g]) for i, (_, p, g) in enumerate(mine)}
 
-    def _apply(self, p: Tensor, row: Tensor, finite: Tensor | None) -> None:
-        """The op on one parameter, seen as its memory lies."""
+    def _tensors(self, p: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
+        """(value, gradient, state) as their memory lies; None where this process has no part of p."""
         assert p.grad is not None
         if p.grad.is_sparse:
             raise ValueError("p.grad is sparse, which AdamW8bit does not take. Fix: Embedding(sparse=False)")
         part, part_grad = own_part(p), own_part(p.grad)
         if not part.numel():
-            return
+            return None
         state = self.state[p]
         if not state:
             self._init_state(part, state)
-        value, grad = in_memory_order(part, part), in_memory_order(part, part_grad).contiguous()
+        return in_memory_order(part, part), in_memory_order(part, part_grad).contiguous(), state
+
+    def _apply(self, value: Tensor, grad: Tensor, state: dict[str, Any], row: Tensor, finite: Tensor | None) -> None:
+        """The op on one parameter."""
         stochastic, ops = self.seed is not None, torch.ops.pcs_kernels
         if state["state1"].dtype == torch.uint8:
-            coded = (state[name] for name in ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"))
+            coded = (state[name] for name in (*CODED, "qmap1", "qmap2"))
             ops.adamw8bit_step(value, grad, *coded, row, finite, self.block_size, stochastic, forced_backend())
         else:
             states = state["state1"], state["state2"]

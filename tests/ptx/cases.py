@@ -6,6 +6,7 @@ that are not aligned, strided and channels-last memory, an adapter of its own fo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import pcs_kernels
 from pcs_kernels.ops.adamw8bit import codes
+from pcs_kernels.optim import AdamW8bit
 from tests.closeness import assert_no_worse_than
 from tests.op_cases import Case, all_cases, evaluate
 
@@ -116,11 +118,62 @@ def optimizer_32bit(dtype: str, architecture: int, **options: Any) -> Gpu:
     return gpu
 
 
+SIZES = (5000, 77, 4096, 1030, 6000, 4099)  # of several programs, of one, of whole tiles; 77 and 1030 in float32 states
+FLAGS = (True, False, True)  # of three steps: the second is refused
+
+
+def _many_parameters(kind: torch.dtype) -> list[torch.nn.Parameter]:
+    """The last but one in float32: another kind, another launch."""
+    torch.manual_seed(0)
+    kinds = [torch.float32 if n == 6000 else kind for n in SIZES]
+    return [torch.nn.Parameter(torch.randn(n).to(k)) for n, k in zip(SIZES, kinds, strict=True)]
+
+
+def optimizer_many(dtype: str, architecture: int, **options: Any) -> Gpu:
+    """Steps of several tensors in one launch a kind; the gradients are where they were, and then elsewhere."""
+    kind, found = DTYPES[dtype], []
+    for backend in ("triton", "reference"):
+        params = _many_parameters(kind)
+        optimizer = AdamW8bit(params, lr=1e-2)
+        with contextlib.ExitStack() as stack:
+            if backend == "triton":
+                gpu = stack.enter_context(device(architecture, **options))
+            stack.enter_context(pcs_kernels.backend(backend))
+            for k, flag in enumerate(FLAGS):
+                for p in params:
+                    gradient = torch.randn(p.shape).to(p.dtype)
+                    p.grad = gradient if k != 1 else p.grad.copy_(gradient)
+                optimizer.step(grad_scale=0.5, finite=torch.tensor(flag))
+        found.append((params, optimizer.state_dict()["state"]))
+    assert len(gpu.launches) == 3 * len(FLAGS), "a launch a kind and step"
+    if gpu.only_compile:
+        return gpu
+    (params, states), (wanted, wanted_states) = found
+    for p, q in zip(params, wanted, strict=True):
+        apart = (p.detach().float() - q.detach().float()).abs()
+        unit = torch.finfo(p.dtype).eps * float(q.detach().abs().max())
+        assert float(apart.max()) <= 8 * unit, "the parameters differ"  # eight roundings in float32
+        assert p.dtype == torch.float32 or int((apart > 0).sum()) <= 3, "stochastic rounding differs"
+    for state, exact in zip(states.values(), wanted_states.values(), strict=True):
+        assert state["step"] == exact["step"] == sum(FLAGS)
+        for name, value in state.items():
+            if name.startswith("state") and value.dtype == torch.uint8:
+                distance = (value.int() - exact[name].int()).abs()
+                assert int(distance.max()) <= 1 and int(distance.sum()) <= value.numel() // 500, "the codes differ"
+            elif name != "step":
+                torch.testing.assert_close(value, exact[name], rtol=1e-5, atol=1e-6)
+    return gpu
+
+
 def every_check() -> list[Check]:
-    optimizer = [Check("adamw 8 bit", optimizer_8bit), Check("adamw 32 bit", optimizer_32bit)]
+    optimizer = [
+        Check("adamw 8 bit", optimizer_8bit),
+        Check("adamw 32 bit", optimizer_32bit),
+        Check("adamw many", optimizer_many),
+    ]
     return [*map(of_case, all_cases()), *optimizer]
 
 
 def ordinary_checks() -> list[Check]:
     named = {check.name: check for check in every_check()}
-    return [named[name] for name in (*ORDINARY, "adamw 8 bit", "adamw 32 bit")]
+    return [named[name] for name in (*ORDINARY, "adamw 8 bit", "adamw 32 bit", "adamw many")]

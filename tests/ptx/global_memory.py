@@ -21,6 +21,7 @@ class GlobalMemory:
         """`tensors`: the bytes of each, and which are written (None: all). `watch_programs`: who writes what."""
         self.tensors = tensors
         self.starts: list[int] = []
+        self.shown: set[int] = set()  # tables, whose addresses are those of this memory here
         end = 0
         for data, _ in tensors:
             self.starts.append(-(-(end + GAP) // 256) * 256)  # where the allocator of a GPU would begin
@@ -38,9 +39,16 @@ class GlobalMemory:
     def address(self, index: int) -> int:
         return START + self.starts[index]
 
+    def show(self, index: int, data: Array) -> None:
+        """Let kernels read other bytes than the tensor's own; these stay as they are."""
+        self.data[self.starts[index] : self.starts[index] + len(data)] = data
+        self.shown.add(index)
+
     def copy_back(self) -> None:
         """What the launch wrote, into the tensors and into their records of what is written."""
-        for start, (data, written) in zip(self.starts, self.tensors, strict=True):
+        for index, (start, (data, written)) in enumerate(zip(self.starts, self.tensors, strict=True)):
+            if index in self.shown:
+                continue
             data[:] = self.data[start : start + len(data)]
             if written is not None:
                 written[:] = self.state[start : start + len(data)] == WRITTEN

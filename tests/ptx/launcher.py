@@ -110,7 +110,7 @@ class Gpu:
         """The tensors' memory, and each parameter's bits; Triton's own trailing parameters, its scratch, are null."""
         storages: dict[int, int] = {}
         tensors: list[tuple[Any, Any]] = []
-        for _, value in given:
+        for value in (*(value for _, value in given), *_launch._reached):
             if isinstance(value, Tensor) and value.numel():
                 storage = value.untyped_storage()
                 if storage._cdata not in storages:
@@ -118,6 +118,15 @@ class Gpu:
                     known = None if self.first_program_only else self.written.of(storage)
                     tensors.append((bytes_of(storage), known))
         memory = GlobalMemory(tensors, watch_programs=not self.first_program_only)
+        for table in (value for _, value in given):  # addresses become those of this memory
+            if _launch._reached and isinstance(table, Tensor) and table.dtype == torch.int64:
+                place = {t.data_ptr(): t for t in _launch._reached}
+                words = tensors[storages[table.untyped_storage()._cdata]][0].copy().view(np.int64)
+                for at, word in enumerate(words):
+                    if (found := place.get(int(word))) is not None:
+                        offset = found.storage_offset() * found.element_size()
+                        words[at] = memory.address(storages[found.untyped_storage()._cdata]) + offset
+                memory.show(storages[table.untyped_storage()._cdata], words.view(np.uint8))
         numbers = []
         for kind, value in given:
             if isinstance(value, Tensor):

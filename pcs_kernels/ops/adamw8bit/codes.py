@@ -33,6 +33,24 @@ def device_map(signed: bool, device: torch.device) -> Tensor:
     return code_map(signed).to(device)
 
 
+@functools.cache
+def search_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(bounds float32 [256], first uint8 [65536]): how a value in [-1, 1] finds its code in two look-ups.
+
+    The code is the number of bounds, the middles between neighbours of the map, below the value. Values that share the
+    upper 16 bits of their float32, 128 to an octave, have at most one bound among them: the code is `first` of these
+    bits, and one more where bounds[first] is below the value too. What is on no map, as NaN, gets the last code.
+    """
+    values = code_map(signed)
+    middles = (values[1:] + values[:-1]) / 2  # [255]
+    bounds = torch.cat([middles, torch.tensor([float("inf")])])  # [256]
+    upper = torch.arange(65536)
+    least = (upper << 16) | torch.where(upper >= 32768, 0xFFFF, 0)  # of a negative bucket the largest magnitude
+    least = torch.where(least >= 2**31, least - 2**32, least).to(torch.int32).view(torch.float32)  # [65536]
+    first = torch.where(least.isnan(), 255, torch.bucketize(least, middles)).to(torch.uint8)
+    return bounds.to(device), first.to(device)
+
+
 _compared = WeakIdKeyDictionary()  # tables of others: whether they are the dynamic map
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from ... import _check as check
 from ..._dispatch import Op, define, forced_backend
-from .codes import blocks
+from .codes import blocks, device_map
 from .row import WIDTH, host_row
 
 OP = Op("adamw8bit", __package__)
@@ -102,7 +102,19 @@ def _check_8bit(
         _check_state(name, state, (256,), torch.float32, param)
 
 
-def _written(*tensors: Tensor) -> None:
+def check_step(param: Tensor, grad: Tensor, states: tuple[Tensor, ...], block_size: int | None) -> None:
+    """What the single ops check of their tensors, but for the code maps; no block_size means float32 states."""
+    if block_size is None:
+        _check_32bit(param, grad, *states)
+        names = ("exp_avg", "exp_avg_sq")
+    else:
+        maps = (device_map(signed, param.device) for signed in (True, False))
+        _check_8bit(param, grad, *states, *maps, block_size)
+        names = ("state1", "state2", "absmax1", "absmax2")
+    _check_apart(param=param, grad=grad, **dict(zip(names, states, strict=True)))
+
+
+def written(*tensors: Tensor) -> None:
     """Tell autograd, and the packed copies of weights, that the kernel has written to these."""
     increment_version(t for t in tensors if not t.is_inference())
 
@@ -128,7 +140,7 @@ def _step_8bit(
     implementation = OP.select(backend, param.device.type, param, grad)
     coded = state1, state2, absmax1, absmax2, qmap1, qmap2
     implementation.step_8bit(param, grad, *coded, row, finite, block_size, stochastic)
-    _written(param, state1, state2, absmax1, absmax2, row)
+    written(param, state1, state2, absmax1, absmax2, row)
 
 
 def _step_8bit_fake(
@@ -171,7 +183,7 @@ def _step_32bit(
     _check_apart(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     implementation = OP.select(backend, param.device.type, param, grad)
     implementation.step_32bit(param, grad, exp_avg, exp_avg_sq, row, finite, stochastic)
-    _written(param, exp_avg, exp_avg_sq, row)
+    written(param, exp_avg, exp_avg_sq, row)
 
 
 def _step_32bit_fake(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._launch import AotCase, blocks, launch, meta, pow2, record, unavailable
 from . import reference
-from .codes import is_dynamic
+from .codes import is_dynamic, search_tables
 from .row import WIDTH
 from .triton_kernels import adamw8bit_kernel, adamw32bit_kernel
 
@@ -46,10 +46,10 @@ def step_8bit(
         return
     config = launch_config(block_size)
     n = param.numel()
-    count = blocks(n, block_size)
+    (bounds1, first1), (bounds2, first2) = (search_tables(signed, qmap1.device) for signed in (True, False))
     launch(
         adamw8bit_kernel,
-        (blocks(count, config["ROWS"]),),
+        (blocks(n, config["ROWS"] * block_size),),
         param,
         grad.contiguous(),
         state1,
@@ -58,8 +58,13 @@ def step_8bit(
         absmax2,
         row,
         None if finite is None else finite.view(torch.uint8),
+        qmap1,
+        qmap2,
+        bounds1,
+        bounds2,
+        first1,
+        first2,
         n,
-        count,
         STOCHASTIC=stochastic and param.dtype != torch.float32,
         **config,
     )
@@ -109,4 +114,5 @@ def _row() -> Tensor:
 
 def _step_of(n: int, dtype: torch.dtype) -> None:
     p, state, absmax = meta(n, dtype=dtype), meta(n, dtype=torch.uint8), meta(blocks(n, 256), dtype=torch.float32)
-    step_8bit(p, p, state, state, absmax, absmax, absmax, absmax, _row(), None, 256, True)
+    qmap = meta(256, dtype=torch.float32)
+    step_8bit(p, p, state, state, absmax, absmax, qmap, qmap, _row(), None, 256, True)

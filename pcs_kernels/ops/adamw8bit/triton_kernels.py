@@ -1,7 +1,7 @@
-"""The Triton kernels of adamw8bit: one pass over parameter, gradient and states; the 8-bit codes are a formula.
+"""The Triton kernels of adamw8bit: one pass over parameter, gradient and states, of one tensor or of many at once.
 
-In decade i of seven the code counts the midpoints of an even grid on [0.1, 1] times 10^(i-6), CELLS = 2^i of them
-(2^(i+1) unsigned). Counted from 1 (from 2 unsigned) over all decades, midpoint number `rank` is CELLS + its place.
+A code is decoded by the map itself, and found again by two look-ups (codes.search_tables). Of the tables, what a block's
+values reach stays in the L1 cache: the codes' 2 KiB, and 128 bytes for each octave of the values.
 """
 
 from __future__ import annotations
@@ -11,47 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def decode(code, SIGNED: tl.constexpr):
-    """The value in [-1, 1] of an 8-bit code."""
-    FIRST: tl.constexpr = 1 if SIGNED else 2
-    number = code.to(tl.int32)
-    rank = (tl.abs(number - 127) if SIGNED else number + 1).to(tl.float32)
-    power = tl.full(rank.shape, 1e-6, tl.float32)
-    cells = tl.full(rank.shape, FIRST, tl.float32)
-    per_cell = tl.full(rank.shape, 1.0 / FIRST, tl.float32)
-    for i in tl.static_range(1, 7):
-        above = rank >= FIRST * 2**i
-        power = tl.where(above, 10.0 ** (i - 6), power)
-        cells = tl.where(above, FIRST * 2.0**i, cells)
-        per_cell = tl.where(above, 0.5**i / FIRST, per_cell)
-    value = power * (0.1 + 0.9 * (rank - cells + 0.5) * per_cell)
-    value = tl.where(rank >= FIRST, value, 0.0)
-    value = tl.where(number == 255, 1.0, value)
-    if SIGNED:
-        value = tl.where(number < 127, -value, value)
-    return value
-
-
-@triton.jit
-def encode(value, SIGNED: tl.constexpr):
+def encode(value, bounds_ptr, first_ptr):
     """The code nearest to a value in [-1, 1]."""
-    FIRST: tl.constexpr = 1 if SIGNED else 2
-    a = tl.abs(value)
-    cells = tl.full(a.shape, FIRST, tl.float32)
-    inverse = tl.full(a.shape, 1e6, tl.float32)
-    for i in tl.static_range(6):
-        # halfway between the last midpoint of decade i and the first of decade i + 1
-        above = a > 10.0 ** (i - 6) * (1.0 + 0.9 * 0.5**i / FIRST)
-        cells = tl.where(above, FIRST * 2.0 ** (i + 1), cells)
-        inverse = tl.where(above, 10.0 ** (5 - i), inverse)
-    place = tl.floor((a * inverse - 0.1) * (cells * (1.0 / 0.9)))
-    rank = cells + tl.minimum(tl.maximum(place, 0.0), cells - 1.0)
-    rank = tl.where(a > 0.5e-6 * (0.1 + 0.45 / FIRST), rank, FIRST - 1.0).to(tl.int32)
-    if SIGNED:
-        code = tl.where(value < 0.0, 127 - rank, 127 + rank)
-    else:
-        code = rank - 1
-    return tl.where(value > 1.0 - 0.225 / (64 * FIRST), 255, code).to(tl.uint8)
+    code = tl.load(first_ptr + (value.to(tl.uint32, bitcast=True) >> 16))
+    return code + (value > tl.load(bounds_ptr + code)).to(tl.uint8)
 
 
 @triton.jit
@@ -82,22 +45,20 @@ def _to_float16(value, noise):
 
 
 @triton.jit
-def _round_stochastically(value, i, key, HALF: tl.constexpr):
-    """What the parameter's 16 bits hold: up with the probability of the remainder; inf and NaN stay."""
-    low = i.to(tl.uint32)
-    high = (i >> 32).to(tl.uint32)
-    noise = hash32(low ^ hash32(high ^ tl.cast(key, tl.uint32))) & 0xFFFF
+def _round_stochastically(value, low, high, key, HALF: tl.constexpr):
+    """What 16 bits hold of element high * 2^32 + low: up with the probability of the remainder; inf and NaN stay."""
+    noise = hash32(low.to(tl.uint32) ^ hash32(high.to(tl.uint32) ^ tl.cast(key, tl.uint32))) & 0xFFFF
     drawn = _to_float16(value, noise) if HALF else _to_bfloat16(value, noise)
     return tl.where(tl.abs(value) < float("inf"), drawn, value)
 
 
 @triton.jit
-def _taken(row_ptr, finite_ptr):
-    """Whether the step is taken; the first program counts it. The others read no count: the order does not matter."""
+def _taken(row_ptr, finite_ptr, is_first):
+    """Whether the step is taken; the tensor's first program counts it. The others read no count: any order will do."""
     taken = tl.load(row_ptr + 9) != 0.0
     if finite_ptr is not None:
         taken = taken & (tl.load(finite_ptr) != 0)
-    if tl.program_id(0) == 0:
+    if is_first:
         count = tl.load(row_ptr + 11).to(tl.int32, bitcast=True) + taken.to(tl.int32)
         tl.store(row_ptr + 11, count.to(tl.float32, bitcast=True))
     return taken
@@ -112,25 +73,78 @@ def _moments(row_ptr, g, m, v):
 
 
 @triton.jit
-def _update(param_ptr, row_ptr, i, inside, m, v, STOCHASTIC: tl.constexpr):
+def _update(param_ptr, row_ptr, i, inside, low, high, m, v, STOCHASTIC: tl.constexpr):
+    """Element i of param_ptr, whose number in the tensor is high * 2^32 + low."""
     p = tl.load(param_ptr + i, mask=inside, other=0.0).to(tl.float32) * tl.load(row_ptr + 6)
     p = (p - tl.load(row_ptr + 4) * (m / (tl.sqrt(v) + tl.load(row_ptr + 5)))) * tl.load(row_ptr + 7)
     if STOCHASTIC:
         key = tl.load(row_ptr + 10).to(tl.int32, bitcast=True)
-        p = _round_stochastically(p, i, key, param_ptr.dtype.element_ty == tl.float16)
+        p = _round_stochastically(p, low, high, key, param_ptr.dtype.element_ty == tl.float16)
     tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _recode(state_ptr, absmax_ptr, i, inside, block, blocks, values, SIGNED: tl.constexpr):
-    values = tl.where(inside, values, 0.0)
-    absmax = tl.max(tl.abs(values), 1)
-    tl.store(absmax_ptr + block, absmax, mask=block < blocks)
-    safe = tl.where(absmax > 0.0, absmax, 1.0)
-    tl.store(state_ptr + i, encode(values / safe[:, None], SIGNED), mask=inside)
+def _recode(state_ptr, absmax_ptr, i, inside, row, count, values, bounds_ptr, first_ptr, SIGNED: tl.constexpr):
+    absmax = tl.max(tl.abs(values) if SIGNED else values, 1)
+    tl.store(absmax_ptr + row, absmax, mask=row < count)
+    # below 5e-38 the inverse overflows; such states are zero for every purpose
+    inverse = tl.where(absmax > 5e-38, 1.0 / tl.maximum(absmax, 5e-38), 0.0)
+    code = encode(values * inverse[:, None], bounds_ptr, first_ptr)
+    tl.store(state_ptr + i, code, mask=inside)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit
+def _step_8bit(
+    param_ptr,
+    grad_ptr,
+    state1_ptr,
+    state2_ptr,
+    absmax1_ptr,
+    absmax2_ptr,
+    row_ptr,
+    map1_ptr,
+    map2_ptr,
+    bounds1_ptr,
+    bounds2_ptr,
+    first1_ptr,
+    first2_ptr,
+    n,
+    tile,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """ROWS blocks of BLOCK_SIZE elements (COLS is the power of two that holds one), the tensor's tile number `tile`.
+
+    Addresses within the tile are of 32 bits; a block never crosses a multiple of 2^32, which the random bits see.
+    """
+    start = tile.to(tl.int64) * (ROWS * BLOCK_SIZE)
+    left = tl.minimum(n - start, ROWS * BLOCK_SIZE).to(tl.int32)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLS)
+    i = row[:, None] * BLOCK_SIZE + column[None, :]
+    inside = i < left
+    if COLS > BLOCK_SIZE:
+        inside = inside & (column < BLOCK_SIZE)[None, :]
+    count = (left + BLOCK_SIZE - 1) // BLOCK_SIZE
+    absmax1_ptr += tile.to(tl.int64) * ROWS
+    absmax2_ptr += tile.to(tl.int64) * ROWS
+    g = tl.load(grad_ptr + start + i, mask=inside, other=0.0)
+    scale1 = tl.load(absmax1_ptr + row, mask=row < count, other=0.0)
+    scale2 = tl.load(absmax2_ptr + row, mask=row < count, other=0.0)
+    # beyond the end the codes are of zero, 127 and 0, so that no scale grows by them
+    m = tl.load(map1_ptr + tl.load(state1_ptr + start + i, mask=inside, other=127)) * scale1[:, None]
+    v = tl.load(map2_ptr + tl.load(state2_ptr + start + i, mask=inside, other=0)) * scale2[:, None]
+    m, v = _moments(row_ptr, g, m, v)
+    first = start + row * BLOCK_SIZE
+    low, high = first.to(tl.uint32)[:, None] + column.to(tl.uint32)[None, :], (first >> 32)[:, None]
+    _update(param_ptr + start, row_ptr, i, inside, low, high, m, v, STOCHASTIC)
+    _recode(state1_ptr + start, absmax1_ptr, i, inside, row, count, m, bounds1_ptr, first1_ptr, True)
+    _recode(state2_ptr + start, absmax2_ptr, i, inside, row, count, v, bounds2_ptr, first2_ptr, False)
+
+
+@triton.jit
 def adamw8bit_kernel(
     param_ptr,
     grad_ptr,
@@ -140,29 +154,60 @@ def adamw8bit_kernel(
     absmax2_ptr,
     row_ptr,
     finite_ptr,
+    map1_ptr,
+    map2_ptr,
+    bounds1_ptr,
+    bounds2_ptr,
+    first1_ptr,
+    first2_ptr,
     n,
-    blocks,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """ROWS blocks of BLOCK_SIZE elements (COLS is the power of two that holds one)."""
-    if not _taken(row_ptr, finite_ptr):
+    """One tensor."""
+    tile = tl.program_id(0)
+    if not _taken(row_ptr, finite_ptr, tile == 0):
         return
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLS)
-    i = block[:, None] * BLOCK_SIZE + column[None, :]
-    inside = (i < n) & (column < BLOCK_SIZE)[None, :]
-    g = tl.load(grad_ptr + i, mask=inside, other=0.0)
-    scale1 = tl.load(absmax1_ptr + block, mask=block < blocks, other=0.0)
-    scale2 = tl.load(absmax2_ptr + block, mask=block < blocks, other=0.0)
-    m = decode(tl.load(state1_ptr + i, mask=inside, other=0), True) * scale1[:, None]
-    v = decode(tl.load(state2_ptr + i, mask=inside, other=0), False) * scale2[:, None]
+    _step_8bit(
+        param_ptr,
+        grad_ptr,
+        state1_ptr,
+        state2_ptr,
+        absmax1_ptr,
+        absmax2_ptr,
+        row_ptr,
+        map1_ptr,
+        map2_ptr,
+        bounds1_ptr,
+        bounds2_ptr,
+        first1_ptr,
+        first2_ptr,
+        n,
+        tile,
+        BLOCK_SIZE,
+        ROWS,
+        COLS,
+        STOCHASTIC,
+    )
+
+
+@triton.jit
+def _step_32bit(
+    param_ptr, grad_ptr, m_ptr, v_ptr, row_ptr, n, tile, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr
+):
+    start = tile.to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    inside = i < tl.minimum(n - start, BLOCK).to(tl.int32)
+    g = tl.load(grad_ptr + start + i, mask=inside, other=0.0)
+    m = tl.load(m_ptr + start + i, mask=inside, other=0.0)
+    v = tl.load(v_ptr + start + i, mask=inside, other=0.0)
     m, v = _moments(row_ptr, g, m, v)
-    _update(param_ptr, row_ptr, i, inside, m, v, STOCHASTIC)
-    _recode(state1_ptr, absmax1_ptr, i, inside, block, blocks, m, True)
-    _recode(state2_ptr, absmax2_ptr, i, inside, block, blocks, v, False)
+    tl.store(m_ptr + start + i, m, mask=inside)
+    tl.store(v_ptr + start + i, v, mask=inside)
+    low = start.to(tl.uint32) + i.to(tl.uint32)
+    _update(param_ptr + start, row_ptr, i, inside, low, start >> 32, m, v, STOCHASTIC)
 
 
 @triton.jit
@@ -177,13 +222,91 @@ def adamw32bit_kernel(
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    if not _taken(row_ptr, finite_ptr):
+    """One tensor whose states are float32."""
+    tile = tl.program_id(0)
+    if not _taken(row_ptr, finite_ptr, tile == 0):
         return
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    g = tl.load(grad_ptr + i, mask=inside, other=0.0)
-    m, v = tl.load(m_ptr + i, mask=inside, other=0.0), tl.load(v_ptr + i, mask=inside, other=0.0)
-    m, v = _moments(row_ptr, g, m, v)
-    tl.store(m_ptr + i, m, mask=inside)
-    tl.store(v_ptr + i, v, mask=inside)
-    _update(param_ptr, row_ptr, i, inside, m, v, STOCHASTIC)
+    _step_32bit(param_ptr, grad_ptr, m_ptr, v_ptr, row_ptr, n, tile, BLOCK, STOCHASTIC)
+
+
+@triton.jit
+def _entry(table_ptr, tiles_ptr, rows_ptr):
+    """(the tensor's line of the table, its size, its row of numbers, this program's tile of it)."""
+    program = tl.program_id(0)
+    line_ptr = table_ptr + tl.load(tiles_ptr + program).to(tl.int64) * 16
+    tile = program - tl.load(line_ptr + 7).to(tl.int32)
+    row_ptr = tl.multiple_of(rows_ptr + tl.load(line_ptr + 8) * 12, 4)
+    return line_ptr, tl.load(line_ptr + 6), row_ptr, tile
+
+
+@triton.jit
+def _pointer(line_ptr, i: tl.constexpr, TYPE: tl.constexpr):
+    return tl.multiple_of(tl.load(line_ptr + i).to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def adamw8bit_many_kernel(
+    table_ptr,
+    tiles_ptr,
+    rows_ptr,
+    map1_ptr,
+    map2_ptr,
+    bounds1_ptr,
+    bounds2_ptr,
+    first1_ptr,
+    first2_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Every tensor of a table (many.py)."""
+    line_ptr, n, row_ptr, tile = _entry(table_ptr, tiles_ptr, rows_ptr)
+    if n == 0:  # a table that nothing has filled yet
+        return
+    if not _taken(row_ptr, None, tile == 0):
+        return
+    _step_8bit(
+        _pointer(line_ptr, 0, PARAM),
+        _pointer(line_ptr, 1, GRAD),
+        _pointer(line_ptr, 2, tl.uint8),
+        _pointer(line_ptr, 3, tl.uint8),
+        _pointer(line_ptr, 4, tl.float32),
+        _pointer(line_ptr, 5, tl.float32),
+        row_ptr,
+        map1_ptr,
+        map2_ptr,
+        bounds1_ptr,
+        bounds2_ptr,
+        first1_ptr,
+        first2_ptr,
+        n,
+        tile,
+        BLOCK_SIZE,
+        ROWS,
+        COLS,
+        STOCHASTIC,
+    )
+
+
+@triton.jit
+def adamw32bit_many_kernel(
+    table_ptr,
+    tiles_ptr,
+    rows_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Every tensor of a table, whose states are float32."""
+    line_ptr, n, row_ptr, tile = _entry(table_ptr, tiles_ptr, rows_ptr)
+    if n == 0:
+        return
+    if not _taken(row_ptr, None, tile == 0):
+        return
+    m_ptr, v_ptr = _pointer(line_ptr, 2, tl.float32), _pointer(line_ptr, 3, tl.float32)
+    param_ptr, grad_ptr = _pointer(line_ptr, 0, PARAM), _pointer(line_ptr, 1, GRAD)
+    _step_32bit(param_ptr, grad_ptr, m_ptr, v_ptr, row_ptr, n, tile, BLOCK, STOCHASTIC)
