@@ -44,6 +44,12 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 TAKE_SCALARS = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 RESHAPED_IN_PLACE = {"resize_", "set_", "squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_", "swapaxes_"}
 calls: Counter[str] = Counter()  # of the product's operations, by name
+# What makes a host wait for a GPU: reading a value, or a size that depends on values. And copies from the host, for
+# which it waits where they do not come from pinned memory, and which no CUDA graph can hold.
+READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default}
+READS |= {aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default}
+waits: list[str] = []  # operations for which the host would have waited, while it was `watching`
+copies: list[str] = []  # operations that took values from the host's memory
 late: list[Exception] = []  # of a running backward: raised there, they would abort the process in torch's stream guard
 
 
@@ -124,6 +130,7 @@ class Second(torch.Tensor):
         return self.held.untyped_storage()
 
     def tolist(self):
+        waits.append("tolist")
         return self.held.tolist()  # torch copies a GPU's tensor, and refuses a subclass
 
     def __deepcopy__(self, memo):
@@ -141,15 +148,20 @@ class Second(torch.Tensor):
         if facts.ours:
             calls[facts.ours] += 1
             return func.redispatch(PRIVATE, *args, **kwargs)
+        if func in READS:
+            waits.append(facts.name)
         foreign: list[torch.Tensor] = []
         held = [_held(x, foreign) for x in args]
         held_kwargs = {name: _held(x, foreign) for name, x in kwargs.items()}
         if foreign or facts.reshapes or "generator" in kwargs:
             _check(func, facts, args, kwargs, foreign)
+        if foreign and (func in MOVES or func in INDEXED):
+            copies.append(facts.name)
         place = kwargs.get("device")
         if place is not None:
             held_kwargs["device"] = CPU
             if torch.device(place).type != NAME:
+                waits.append(facts.name)
                 result = func(*held, **held_kwargs | {"device": place})
                 return result.clone() if any(result is x for x in held) else result
         out = func(*held, **held_kwargs)
@@ -226,6 +238,7 @@ def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memor
 
 def _copy_from(self, dst, non_blocking=False):
     """What torch.tensor(..., device="second") ends in: it passes Python's dispatch by."""
+    (copies if isinstance(dst, Second) else waits).append("_copy_from")
     getattr(dst, "held", dst).copy_(getattr(self, "held", self))
     return dst
 

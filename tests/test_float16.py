@@ -139,7 +139,7 @@ def test_a_scale_is_halved_by_an_overflow_and_doubled_after_good_steps(monkeypat
     again = LossScale()
     again.load_state_dict(scale.state_dict())
     assert (again.value, again.good_steps) == (2, 0)
-    again.value = loss_scale.MOST
+    again.value.fill_(loss_scale.MOST)
     for _ in range(3):
         again.fitted()
     assert again.value == loss_scale.MOST

@@ -46,7 +46,7 @@ def test_the_target_is_the_base_models_prediction_for_the_class(model, method):
         batch = objective.batch(3, 0)
         half = batch.subjects
         with torch.no_grad():
-            predicted, target, _ = objective.predicted(batch)
+            predicted, target, _ = objective.predicted(objective.inputs(batch))
             _, parts = objective.loss(batch, 3)
         assert all(torch.equal(now[n], p) for n, p in run.learner.parameters.items())
     finally:

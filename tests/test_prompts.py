@@ -156,7 +156,7 @@ def test_a_run_trains_on_all_its_templates_and_records_how_it_names_the_subject(
     objective = t.objective()
     batches = [objective.batch(step, 0) for step in range(6)]
     assert {"a <mug>", "my <mug>"} <= {prompt for batch in batches for prompt in batch.prompts}
-    assert all(len(objective.text(batch.prompts).states) == len(batch.t) for batch in batches)  # all were encoded
+    assert all(len(objective.text(objective.inputs(batch)).states) == len(batch.t) for batch in batches)
     t.learner.restore()
     concept = trainer(tiny, "dreambooth_lora", **given).train()
     assert concept.subject_words == "<mug>" and concept.class_word == "mug" and concept.instance_prompt == "a <mug>"

@@ -119,7 +119,7 @@ import torch.distributed as dist
 from pcs_trainer import Trainer, load_model
 from pcs_trainer.tiny.subjects import photos
 from pcs_kernels.optim import loss_scale
-loss_scale.LossScale.__init__.__defaults__ = ({scale},)
+loss_scale.LossScale.__init__.__defaults__ = ({scale}, None)
 model = load_model("tiny", torch.{dtype})
 model.unet, model.text_encoder, model.vae, model.schedule, model.tokenizer
 import pcs_trainer.distributed

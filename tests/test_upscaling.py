@@ -69,7 +69,7 @@ def test_the_unet_reads_the_reduced_photo_and_the_level_of_its_noise(model):
     objective, calls = trainer.objective(), []
     handle = model.unet.register_forward_pre_hook(lambda _, args: calls.append(args))
     with torch.no_grad():
-        objective.predicted(objective.batch(0, 0))
+        objective.predicted(objective.inputs(objective.batch(0, 0)))
     handle.remove()
     trainer.learner.restore()
     x, _, _, added = calls[0]

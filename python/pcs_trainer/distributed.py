@@ -98,6 +98,15 @@ def any_process(wish: bool) -> bool:
     return bool(flag.item())
 
 
+def in_all_processes(found: Tensor) -> Tensor:
+    """Whether something is so in all of the processes; the answer stays on the device."""
+    if rank_and_world()[1] == 1:
+        return found
+    flag = found.float() if dist.get_backend() == "nccl" else found.float().cpu()
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return flag.to(found.device) > 0
+
+
 def share_gradients(trained: list[nn.Parameter]) -> None:
     """The mean of all processes' gradients; what had none in one process counts as zero."""
     world, waiting = rank_and_world()[1], []
@@ -181,8 +190,8 @@ def fill(p: nn.Parameter, value: Tensor) -> None:
     p.copy_(value)
 
 
-def norm_of(gradients: list[Tensor]) -> float:
-    """The norm of all gradients together, the parts of other processes included."""
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, the parts of other processes included; a number on their device."""
 
     def squares(tensors: list[Tensor]) -> Tensor:
         return torch.stack([t.float().norm().square() for t in tensors]).sum() if tensors else torch.zeros(())
@@ -193,7 +202,7 @@ def norm_of(gradients: list[Tensor]) -> float:
         elsewhere = squares(parts)
         dist.all_reduce(elsewhere)
         total = total.to(elsewhere) + elsewhere
-    return float(total.sqrt())
+    return total.sqrt()
 
 
 def gathered_states(state: dict[str, Any]) -> list[dict[str, Any]]:

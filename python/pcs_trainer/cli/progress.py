@@ -43,10 +43,10 @@ def line_of(label: str, step: int, total: int, data: dict[str, Any]) -> str:
 class Progress:
     """Takes a Trainer's events, and counts of other work by `count`; never raises for what it cannot show."""
 
-    def __init__(self, label: str = "", stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(self, label: str = "", stream: TextIO | None = None, quiet: bool = False, warns: bool = True) -> None:
         self.label = label
         self.stream = stream or sys.stderr
-        self.quiet = quiet
+        self.quiet, self.warns = quiet, warns  # a quiet one still warns: nothing else tells of a lost checkpoint
         self.losses: list[dict[str, float]] = []
         self._shown_at = -EVERY
         self._live: Any = None
@@ -77,6 +77,8 @@ class Progress:
             self.count(event.step, event.total, **event.data)
         elif event.kind == "progress":
             self.count(**event.data)
+        elif event.kind == "warning" and self.quiet and self.warns:
+            print(event, file=self.stream, flush=True)
         else:
             self.say(str(event))
 

@@ -23,9 +23,11 @@ def check_word(word: str) -> None:
     advice = "choose one such as '<mug>'"
     if not word.strip():
         raise ValueError(f"the new word is blank; {advice}")
-    wrong = next((c for c in word if c in ",=" or c.isspace() or not c.isprintable()), None)
+    wrong = next((c for c in word if c in ",={}" or c.isspace() or not c.isprintable()), None)
     if wrong is not None:
-        what = {",": "a comma", "=": "an equals sign", " ": "a space"}.get(wrong, repr(wrong))
+        what = {",": "a comma", "=": "an equals sign", " ": "a space", "{": "a brace", "}": "a brace"}.get(
+            wrong, repr(wrong)
+        )
         raise ValueError(f"{word[:LONGEST_WORD]!r} holds {what}, and a subject has one word; {advice}")
     size = len(word.encode())
     if size > LONGEST_WORD:

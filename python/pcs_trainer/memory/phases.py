@@ -208,10 +208,12 @@ class Phases:
         return self._phase("validation", self._standing() | {"working memory": max(count.peak, self.freed)})
 
     def preview(self) -> Phase:
-        """Images drawn between two steps."""
+        """What the last step left, then images drawn between two steps."""
+        left = self._phase("preview", self._standing() | {"freed by the last step": self.freed})
         parts = self._standing() | {"text encoder weights": self.text, "autoencoder weights": self._vae()}
         del parts["packed copies of weights"]  # a drawing packs for its own shapes
-        return self._phase("preview", parts | self._drawing(len(self.s.preview_prompts), self.size))
+        drawn = self._phase("preview", parts | self._drawing(len(self.s.preview_prompts), self.size))
+        return max(left, drawn, key=lambda phase: phase.bytes)
 
     def checkpoint(self) -> Phase:
         """Everything that trains written to disk, a tensor at a time."""

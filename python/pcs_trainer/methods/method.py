@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ from ..settings import Settings
 from ..unet.blocks import TextKV
 from .learner import Learner
 
-SideLoss = Callable[[torch.Generator], Tensor]  # called once a micro-batch
+
+class SideLoss(NamedTuple):
+    """A further loss of each micro-batch, apart from its pictures."""
+
+    draw: Callable[[torch.Generator], Any]  # what it reads this time, on the CPU: tensors, or dataclasses of them
+    loss: Callable[[Any], Tensor]  # of that, on the model's device
 
 
 def _nothing(*_: Any) -> None:
@@ -49,7 +54,8 @@ class Method:
     hold_text: Callable[[TextKV], TextKV] = _unchanged  # such as no gradient through the first token
     side_loss: Callable[[Model, Sequence[Any]], SideLoss | None] = _nothing  # (model, s of each subject): once a run
     reads_more_text: Callable[[Any], bool] = lambda s: False  # whether that loss encodes further prompts in each step
-    after_step: Callable[[Model, Learner], None] = _nothing  # such as limiting the norm of token embeddings
+    # after every step, a skipped one too; on the device alone, such as limiting the norm of token embeddings
+    after_step: Callable[[Model, Learner], None] = _nothing
     # (s): variance of the noise on the small picture that an up-scaler reads; None where no up-scaler is trained
     extra_input: Callable[[Any], float | None] = _nothing
     implied: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_more  # (given settings): defaults that go with them

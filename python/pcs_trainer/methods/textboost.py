@@ -32,7 +32,7 @@ from ..data import augment
 from ..data.augment import Augmentation, Augmented, Shown
 from ..data.prompts import class_prompt
 from ..model.model import Model
-from ..model.text import encode
+from ..model.text import Reading, encode, read
 from ..model.text_adapters import layers_read, mean_row_norm, text_module, without_adapters
 from ..settings import Settings
 from .learner import Learner, Pair, fresh_pair
@@ -157,16 +157,19 @@ def preservation(model: Model, subjects: Sequence[TextBoost]) -> SideLoss | None
         return None
     captions = preserved_captions(model, subjects)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(captions), (s.batch,), generator=generator).tolist()
-        said = [captions[i] for i in pick]
+    def draw(generator: torch.Generator) -> Reading:
+        return read(
+            model, [captions[i] for i in torch.randint(len(captions), (s.batch,), generator=generator).tolist()]
+        )
+
+    def loss(said: Reading) -> Tensor:
         tuned = encode(model, said, hold_first=True).states
         assert isinstance(tuned, Tensor)  # only causal residuals give single blocks states of their own
         with torch.no_grad():
             frozen = frozen_states(model, said)
         return s.preservation_weight * preservation_loss(tuned, frozen)
 
-    return loss
+    return SideLoss(draw, loss)
 
 
 def preservation_loss(tuned: Tensor, frozen: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ def preservation_loss(tuned: Tensor, frozen: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(tuned.float(), frozen.float(), dim=-1)).mean()
 
 
-def frozen_states(model: Model, said: Sequence[str]) -> Tensor:
+def frozen_states(model: Model, said: Sequence[str] | Reading) -> Tensor:
     """The text states [B, T, C] of the encoders without what is learned."""
     with ExitStack() as stack:
         for encoder in model.text_encoders:

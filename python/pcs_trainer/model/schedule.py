@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.abar)
+
+    def on(self, device: torch.device) -> Schedule:
+        """The same with its table on a device, so that no step copies it there."""
+        return replace(self, abar=self.abar.to(device))
 
     def roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar) at t [B], in fp32, shaped to multiply `like` [B, ...]."""

@@ -8,8 +8,6 @@ Nothing is sampled before step 1; each step has one more forward without a gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -42,21 +40,16 @@ class ClassPrediction:
             raise ValueError("prior='own' is made for text-to-image models; leave it out for an up-scaler")
         learner.keep_base()
         like = self.unet.conv_in.weight
+        self.prompts = list(dict.fromkeys(task.class_prompts))
         with torch.no_grad(), learner.base():
-            texts = {p: encode(task.model, [p]).to(like) for p in dict.fromkeys(task.class_prompts)}
-            self.kv = {p: self.unet.text_kv(text.states) for p, text in texts.items()}
-        self.added = {p: text.added(size, size) for p, text in texts.items()}
+            text = encode(task.model, self.prompts).to(like)
+            self.kv = self.unet.text_kv(text.states)  # block -> keys and values [P, T, C] of the P prompts
+        self.added = text.added(size, size) or {}
 
     @torch.no_grad()
-    def __call__(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The prediction [B, C, h, w] for noisy [B, C, h, w] at t [B], one class prompt each."""
-        blocks = self.kv[prompts[0]]
-        kv = {b: (self._joined(prompts, b, 0).to(noisy), self._joined(prompts, b, 1).to(noisy)) for b in blocks}
-        more = [self.added[p] for p in prompts]
-        added = {n: torch.cat([one[n] for one in more if one is not None]).to(noisy) for n in more[0] or ()} or None
+    def __call__(self, noisy: Tensor, t: Tensor, which: Tensor) -> Tensor:
+        """The prediction [B, C, h, w] for noisy [B, C, h, w] at t [B] under prompts number `which` [B]."""
+        kv = {block: (k[which].to(noisy), v[which].to(noisy)) for block, (k, v) in self.kv.items()}
+        added = {name: x[which].to(noisy) for name, x in self.added.items()} or None
         with self.learner.base():
             return self.unet(noisy, t, kv, added)
-
-    def _joined(self, prompts: Sequence[str], block: str, half: int) -> Tensor:
-        """The keys (0) or values (1) that a block reads of several prompts."""
-        return torch.cat([self.kv[p][block][half] for p in prompts])  # [B, T, C]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,15 @@ from pcs_kernels.optim import AdamW8bit, LossScale, StepInBackward, step_in_back
 from pcs_kernels.optim.adamw8bit import own_part
 
 from ..concept import grammar
-from ..distributed import any_process, gathered_states, is_part, norm_of, rank_and_world, share_gradients
+from ..distributed import (
+    any_process,
+    gathered_states,
+    in_all_processes,
+    is_part,
+    norm_of,
+    rank_and_world,
+    share_gradients,
+)
 from ..methods.learner import Learner
 from ..settings import Settings
 from .float16 import float16_networks
@@ -24,8 +32,7 @@ LOSS, GRADIENT = "the loss is not finite", "a gradient is not finite"
 LARGEST_COPY = 50_000_000  # parameters, 0.2 GB in float32: above it, checkpoints on disk are the only way back
 
 
-class _NotFinite(Exception):
-    """A loss is NaN or infinite, seen before its backward."""
+VERDICT = 4  # numbers that tell of a step: whether the loss, and the step, was good; the loss scale before and after
 
 
 class Masters:
@@ -39,7 +46,7 @@ class Masters:
         self._copies = [(p, master) for p, master in self.of.items() if p is not master]
 
     @torch.no_grad()
-    def take_gradients(self, scale: float) -> None:
+    def take_gradients(self, scale: Tensor) -> None:
         """Give each master its parameter's gradient times `scale`; the parameter's own is freed."""
         for p, master in self.of.items():
             if p.grad is None:
@@ -75,7 +82,8 @@ class Stepper:
         weights, rows = learner.groups()
         self.parameters = weights | rows
         self.world = rank_and_world()[1]
-        self.scale = LossScale() if float16_networks(learner) else None
+        self.device = next(iter(self.parameters.values())).device
+        self.scale = LossScale(device=self.device) if float16_networks(learner) else None
         self.masters = Masters(list(self.parameters.values())) if s.optimizer == "adamw" else None
         groups: list[dict[str, Any]] = []
         apart = s.encoder_rate() != s.learning_rate  # else one group, as checkpoints of equal rates have it
@@ -97,9 +105,12 @@ class Stepper:
             if s.step_in_backward and self.world == 1:
                 self.handle = step_in_backward(self.optimizer, s.accumulate, s.clip_norm or None, s.clip)
         else:
-            # torch's loops over lists take no mixture of whole tensors and parts of tensors.
-            loops = False if any(is_part(p) for p in self.parameters.values()) else None
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=loops)
+            # torch's loops over lists take no mixture of whole tensors and parts of tensors. Its fused step alone can
+            # leave everything as it is on the device's own word; on the CPU asking costs nothing.
+            parts = any(is_part(p) for p in self.parameters.values())
+            fused = True if self.device.type != "cpu" and not parts else None
+            loops = False if parts else None
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=loops, fused=fused)
         self.reason = ""
         self.overflowed = False  # in the last step: the loss scale was too large, which is no fault of the run
         self._good: tuple[int, list[Tensor]] | None = None
@@ -134,93 +145,117 @@ class Stepper:
         return 1 - share if s.lr_schedule == "linear" else 1.0
 
     def step(self, loss_of: Callable[[int], Tensor], step: int) -> bool:
-        """Run the micro-batches and update.
+        """One whole step, waited for: `prepare`, `run` and `follow`."""
+        self.prepare(step)
+        return self.follow(self.run(loss_of).tolist(), None)
+
+    def prepare(self, step: int) -> tuple[int, list[Tensor]] | None:
+        """What the host does before a step.
 
         Args:
-            loss_of: the loss of a micro-batch by its number, its share of the mean over all of them.
             step: how many steps came before.
 
         Returns:
-            False where a number was not finite: nothing was updated then or, with the step in the backward and
-            clip="previous", everything but the tensors whose gradient it was.
+            From time to time a copy of what trains, with `step`: for `follow`, once the step is known to be good.
         """
         factor = self.factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        before = self._copy(step) if step and step % GOOD_EVERY == 0 else None
-        good = self._in_backward(loss_of) if self.handle is not None else self._after_backward(loss_of)
-        self._follow(good)
-        if good and before is not None:  # the loss of this state is known to be finite
-            self._good = before
-        return good
+        if isinstance(self.optimizer, AdamW8bit):
+            self.optimizer.prepare()
+        return self._copy(step) if step and step % GOOD_EVERY == 0 else None
 
-    def _follow(self, good: bool) -> None:
-        """Adapt the loss scale to what the step found."""
-        self.overflowed = False
-        if self.scale is None:
-            return
-        was = self.scale.value
+    def run(self, loss_of: Callable[[int], Tensor]) -> Tensor:
+        """Run the micro-batches and update: work of the device alone, which decides whether the numbers are good.
+
+        Where one is not finite nothing is updated or, with the step in the backward and clip="previous", everything
+        but the tensors whose gradient it was.
+
+        Args:
+            loss_of: the loss of a micro-batch by its number, its share of the mean over all of them.
+
+        Returns:
+            What `follow` reads [VERDICT], on the device.
+        """
+        before = self._loss_scale.clone()
+        finite, good = self._in_backward(loss_of) if self.handle is not None else self._after_backward(loss_of)
+        if self.scale is not None:
+            self.scale.follow(good, finite & ~good)
+        return torch.stack([finite.float(), good.float(), before, self._loss_scale])
+
+    def follow(self, numbers: Sequence[float], before: tuple[int, list[Tensor]] | None) -> bool:
+        """Take note of a step that has ended.
+
+        Args:
+            numbers: what `run` returned.
+            before: what `prepare` returned.
+
+        Returns:
+            Whether the step was good; `reason` says what was not.
+        """
+        finite, good, was, scale = numbers
+        self.overflowed = scale < was
         if good:
-            self.scale.fitted()
-        elif self.reason == GRADIENT and self.scale.overflowed():
-            self.overflowed = True
-            self.reason = f"a float16 gradient overflowed; the loss scale goes from {was:g} to {self.scale.value:g}"
+            self.reason = ""
+            self._good = before or self._good  # the loss of this state is known to be finite
+        elif self.overflowed:
+            self.reason = f"a float16 gradient overflowed; the loss scale goes from {was:g} to {scale:g}"
+        else:
+            self.reason = GRADIENT if finite else LOSS
+        return bool(good)
 
-    def _in_backward(self, loss_of: Callable[[int], Tensor]) -> bool:
-        """The optimizer runs inside the backward; a loss that is not finite ends the step before any backward."""
-        assert self.handle is not None
+    def _in_backward(self, loss_of: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        """The optimizer runs inside the backward; a loss that is not finite lets it change nothing."""
+        handle = self.handle
+        assert handle is not None
+        losses: list[Tensor] = []
 
-        def guarded(micro: int) -> Tensor:
+        def watched(micro: int) -> Tensor:
             loss = loss_of(micro)
-            if not bool(torch.isfinite(loss)):
-                raise _NotFinite
+            losses.append(loss.detach())
+            handle.loss_finite = torch.stack(losses).isfinite().all()
             return loss
 
-        self.handle.loss_scale = self._loss_scale
-        try:
-            self.handle.backward(*(partial(guarded, micro) for micro in range(self.s.accumulate)))
-        except _NotFinite:
-            self.handle.forget()
-            self.reason = LOSS
-            return False
-        if self.handle.refused:
-            self.reason = GRADIENT
-            return False
-        return True
+        handle.loss_scale = self._loss_scale
+        handle.backward(*(partial(watched, micro) for micro in range(self.s.accumulate)))
+        finite = torch.stack(losses).isfinite().all()
+        return finite, finite & (handle.refused == 0)
 
-    def _after_backward(self, loss_of: Callable[[int], Tensor]) -> bool:
-        trained = list(self.parameters.values())
-        finite = True
+    def _after_backward(self, loss_of: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        trained, losses = list(self.parameters.values()), []
         for micro in range(self.s.accumulate):
             loss = loss_of(micro)
-            finite = finite and bool(torch.isfinite(loss))
+            losses.append(loss.detach())
             (loss * self._loss_scale).backward()
         if self.world > 1:
             share_gradients([p for p in trained if not is_part(p)])
         norm = norm_of([p.grad for p in trained if p.grad is not None]) / self._loss_scale
-        good = not any_process(not (finite and math.isfinite(norm)))
-        if good:
-            self._update(min(1.0, self.s.clip_norm / (norm + 1e-6)) if self.s.clip_norm else 1.0)
-            self.reason = ""
-        else:  # the same in every process: all of them adapt the loss scale by it
-            self.reason = LOSS if any_process(not finite) else GRADIENT
+        # The same in every process: all of them adapt the loss scale by it.
+        finite = in_all_processes(torch.stack(losses).isfinite().all())
+        good = finite & in_all_processes(norm.isfinite())
+        clipped = (self.s.clip_norm / (norm + 1e-6)).clamp_max(1.0) if self.s.clip_norm else torch.ones_like(norm)
+        self._update(clipped / self._loss_scale, good)
         for p in trained:
             p.grad = None
-        return good
+        return finite, good
 
     @property
-    def _loss_scale(self) -> float:
+    def _loss_scale(self) -> Tensor:
         """What the losses, and so the gradients, are multiplied by."""
-        return 1.0 if self.scale is None else self.scale.value
+        return torch.ones((), device=self.device) if self.scale is None else self.scale.value
 
-    def _update(self, coefficient: float) -> None:
-        """The optimizer's step with the gradients times a coefficient, and without their loss scale."""
-        scale = coefficient / self._loss_scale
+    def _update(self, factor: Tensor, good: Tensor) -> None:
+        """The optimizer's step with the gradients times a factor; nothing where `good` is False."""
         if isinstance(self.optimizer, AdamW8bit):
-            self.optimizer.step(grad_scale=scale)
+            self.optimizer.step(grad_scale=factor, finite=good)
             return
         assert self.masters is not None
-        self.masters.take_gradients(scale)
+        fused = self.optimizer.defaults["fused"]
+        if not fused and not bool(good):
+            return
+        self.masters.take_gradients(factor)
+        if fused:
+            setattr(self.optimizer, "found_inf", (~good).float())  # noqa: B010 - as torch's GradScaler tells it
         self.optimizer.step()
         self.masters.give_values()
 
@@ -239,6 +274,13 @@ class Stepper:
         for p, value in zip(trained, self._good[1], strict=True):
             p.copy_(value)
         return self._good[0]
+
+    def forget(self) -> None:
+        """Drop what a step that broke off has gathered."""
+        if self.handle is not None:
+            self.handle.forget()
+        for p in self.parameters.values():
+            p.grad = None
 
     def close(self) -> None:
         """Let go of the optimizer, its state and the parameters, and take its hooks off; no step follows."""

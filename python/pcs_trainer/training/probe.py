@@ -48,7 +48,7 @@ class Probe:
     def predicted(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Without packed copies for the shapes of these few forwards: a step's stay the only ones."""
         with pcs_kernels.packing("none"):
-            return self.objective.predicted(batch)
+            return self.objective.predicted(self.objective.inputs(batch))
 
     @torch.no_grad()
     def held_out(self) -> float:

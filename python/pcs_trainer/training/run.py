@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 import pcs_kernels
 
@@ -22,22 +23,22 @@ from ..distributed import any_process, fill, full_value, is_part, rank_and_world
 from ..errors import NotSaved, TrainingStopped
 from ..files import free_bytes, written_text
 from ..run_folder import BEGUN, checkpoints, run_checkpoints, step_of
-from ..sampling.drawing import pictures_at_once, sample
-from ..sampling.upscaling import upscale
 from ..unet.layers import replace_data
 from ..units import bytes_text
 from .checkpoint import begins_anew, begun_with, check_same_run, read_checkpoint, write_checkpoint
+from .device_step import DeviceStep, Made
 from .events import Event
 from .float16 import said_of_float16
+from .late import Late
 from .log import Log
 from .objective import Objective
-from .optimizer import Stepper
+from .optimizer import VERDICT, Stepper
+from .previews import preview_images
 from .probe import Probe
 from .proof import Movement
 from .result import base_predicts, file_proof, learned, memory_predicts
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+Found = TypeVar("Found")
 
 PROOF_STEP = 20  # by then an optimizer has moved whatever trains, and little time is lost where it has not
 BAD_STEPS = 3  # in a row end a run: one is a bad batch, three are the learning rate
@@ -70,7 +71,9 @@ class Run:
         self.shown_to_train = False
         self.taken = 0  # steps of this process that changed something
         self.prompts: set[str] = set()  # of every step so far that changed something
+        self.late = Late(objective.device)
         self.stepper = Stepper(self.learner, self.s)  # last: `train` takes its hooks off the model again
+        self.device_step = DeviceStep(objective, self.stepper, self.warn)
 
     def warn(self, text: str) -> None:
         """Tell a warning."""
@@ -98,7 +101,7 @@ class Run:
         """Step after step to the end or to a stop, with the proof that all of it trains as soon as that shows."""
         scale = self.stepper.scale
         if scale is not None:
-            self.say("start", text=said_of_float16(scale.value, self.model.unet.conv_in.weight.device.type))
+            self.say("start", text=said_of_float16(float(scale.value), self.model.unet.conv_in.weight.device.type))
         # A resumed run proves itself again where it has the steps for it: in a few, a small learning rate moves little.
         # One step proves nothing: the first half of a residual has no gradient while the second is zero.
         first, left = self.step, self.s.steps - self.step
@@ -109,6 +112,7 @@ class Run:
                 self.one_step(log)
                 self.prove()
                 self.housekeeping(log)
+            self.late.read(all_of_them=True)
         self.stopped = self.step < self.s.steps
         if first == 0 and self.movement is not None:
             self.look_back(self.movement)
@@ -134,35 +138,37 @@ class Run:
             self.warn(f"{', '.join(stuck)} did not change a bit in {self.step} steps: the learning rate is too small")
 
     def one_step(self, log: Log) -> None:
-        """One optimizer step over all micro-batches, or a skipped one where a number is not finite."""
-        batches = [self.objective.batch(self.step, micro) for micro in range(self.s.accumulate)]
-        parts: list[dict[str, float]] = []
+        """One optimizer step over all micro-batches; what came of it is heard of in `stepped`."""
+        made = self.device_step(self.step)
+        self.step = made.step
+        rates = {} if self.movement is None else self.stepper.rates_now()
+        eager = made.numbers[:0] if made.eager is None else made.eager
+        self.late.ask(torch.cat([made.numbers, eager]), partial(self.stepped, log, made, rates, len(eager)))
+        self.late.read(all_of_them=self.something_due())
 
-        def loss_of(micro: int) -> Tensor:
-            loss, found = self.objective.loss(batches[micro], self.step, micro)
-            parts.append(found)
-            return loss / self.s.accumulate
-
-        good = self.stepper.step(loss_of, self.step)
-        names = sorted({n for b in batches for n in b.names})
-        self.step += 1
-        if good:
+    def stepped(self, log: Log, made: Made, rates: dict[str, float], checked: int, numbers: list[float]) -> None:
+        """Take note of a step that the device has finished: tell of it, or that it was skipped."""
+        if checked:
+            self.device_step.check_replay(numbers[:-checked], numbers[-checked:])
+        names = sorted({n for b in made.batches for n in b.names})
+        if self.stepper.follow(numbers[:VERDICT], made.before):
             self.skipped_in_a_row = 0
             self.taken += 1
-            self.prompts.update(prompt for b in batches for prompt in b.prompts)
+            self.prompts.update(prompt for b in made.batches for prompt in b.prompts)
             if self.movement is not None:
-                self.movement.stepped(self.stepper.rates_now())
-            self.task.method.after_step(self.model, self.learner)
-            # A two-pass clip computes every loss twice: the last ones are of this step's gradients.
-            self.say("step", **log.step(self.step, parts[-self.s.accumulate :], self.stepper.rate))
+                self.movement.stepped(rates)
+            losses = self.device_step.losses(numbers)
+            self.tell(Event("step", made.step, self.s.steps, log.step(made.step, losses, made.rate)))
             return
         self.skipped_in_a_row += not self.stepper.overflowed  # the scale is being found: not the learning rate's fault
-        self.warn(f"step {self.step} was skipped: {self.stepper.reason} on {', '.join(names[:6])}")
+        text = f"step {made.step} was skipped: {self.stepper.reason} on {', '.join(names[:6])}"
+        self.tell(Event("warning", made.step, self.s.steps, {"text": text}))
         if self.skipped_in_a_row == BAD_STEPS:
             self.give_up(names)
 
     def give_up(self, names: list[str]) -> None:
         """Back to the last good state, saved, and one sentence (TrainingStopped)."""
+        self.late.forget()
         from_step = self.stepper.restore_good()
         sentence = (
             f"three steps in a row were not finite (the last on {', '.join(names[:6])}); the learning rate "
@@ -174,18 +180,38 @@ class Run:
         self.warn(f"{sentence}; going back to step {from_step}")
         raise TrainingStopped(sentence, self.finish())
 
+    def is_due(self, every: int) -> bool:
+        """Whether something that is done from time to time is done after this step."""
+        return bool(every) and self.step % every == 0
+
+    def something_due(self) -> bool:
+        """Whether this step's outcome must be known before the next one."""
+        s = self.s
+        return self.step == s.steps or any(map(self.is_due, (s.probe_every, s.checkpoint_every, s.preview_every)))
+
     def housekeeping(self, log: Log) -> None:
         """What is due after this step: the probe, a checkpoint, a preview."""
         s = self.s
-        if self.probe is not None and (self.step % s.probe_every == 0 or self.step == s.steps):
-            held_out, drift = self.probe.measure()
+        if self.probe is not None and (self.is_due(s.probe_every) or self.step == s.steps):
+            held_out, drift = self.with_room(self.probe.measure)
             log.probe(self.step, held_out, drift)
             since = f"loss on held-out noise {held_out:.4f} ({self.probe.at_first:.4f} at first)"
             self.say("probe", text=f"{since}, the class drifted by {drift:.1%}", held_out=held_out, drift=drift)
-        if self.task.out is not None and s.checkpoint_every and self.step % s.checkpoint_every == 0:
+        if self.task.out is not None and self.is_due(s.checkpoint_every):
             self.checkpoint()
-        if s.preview_every and self.step % s.preview_every == 0 and s.preview_prompts:
+        if self.is_due(s.preview_every) and s.preview_prompts:
             self.preview()
+
+    def with_room(self, work: Callable[[], Found]) -> Found:
+        """Do some work between steps; where it finds no memory beside a recorded step, without that."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self.device_step.forget():
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        return work()
 
     def preview(self) -> None:
         """Pictures from where the run stands; whatever goes wrong here does not end it."""
@@ -194,7 +220,7 @@ class Run:
         try:
             random = torch.get_rng_state()
             with torch.no_grad():
-                drawn = self.preview_images(list(self.s.preview_prompts))
+                drawn = self.with_room(partial(preview_images, self.objective, list(self.s.preview_prompts)))
             torch.set_rng_state(random)
             paths = []
             if self.out is not None:
@@ -209,31 +235,6 @@ class Run:
         finally:
             self.model.release(*({"vae", "text_encoders"} - before))
             pcs_kernels.forget_packed_weights()  # packed for the shapes of a drawing; a step packs for its own
-
-    def preview_images(self, prompts: list[str]) -> list[Image]:
-        """An image of each prompt; an up-scaler enlarges the first photos, as it reads them."""
-        learner, data = self.learner, self.objective.data
-        if data.bank.small is None:
-            return sample(
-                self.model,
-                prompts,
-                words=learner.rows,
-                seed=self.s.seed,
-                hold_first=learner.hold_first,
-                size=data.size,
-                batch=pictures_at_once(self.model, data.size),
-            )
-        small = data.bank.small[torch.arange(len(prompts)) % len(data.bank)]
-        pixels = ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return upscale(
-            self.model,
-            list(pixels),
-            prompts,
-            noise_level=self.objective.small_noise,
-            words=learner.rows,
-            seed=self.s.seed,
-            hold_first=learner.hold_first,
-        )
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""
@@ -323,6 +324,7 @@ class Run:
     def finish(self) -> Concept:
         """The concept, saved, and its file shown to predict what memory predicts."""
         self.stepper.close()
+        self.device_step.forget()
         pcs_kernels.forget_packed_weights()
         with pcs_kernels.packing("none"):  # three predictions, each with weights of its own
             return self.proven()

@@ -31,6 +31,7 @@ from .begun import as_it_began
 from .checkpoint import begins_anew, begun_with
 from .events import Event
 from .float16 import float16_networks
+from .graph import own_stream
 from .objective import Objective, compute_dtype
 from .proof import PROOF_SIDE, compare_gradients
 from .run import Run
@@ -172,7 +173,8 @@ class Trainer:
                 objective = self.objective(say)
                 if self.settings.check_backend and (anew or not resume):
                     self._check_gradients(objective, say)
-                return Run(objective, tell, _never if should_stop is None else should_stop).train(resume)
+                with own_stream(objective.device):
+                    return Run(objective, tell, _never if should_stop is None else should_stop).train(resume)
         finally:
             if self._learner is not None:
                 self._learner.restore()

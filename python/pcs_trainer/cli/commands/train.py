@@ -140,7 +140,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     images = options.photos[0] if len(options.photos) == 1 else options.photos
     events: list[Any] = []
     started = time.monotonic()
-    with Progress(options.method, quiet=options.quiet) as progress, board(options, folder) as also:
+    with Progress(options.method, quiet=options.quiet, warns=first) as progress, board(options, folder) as also:
         trainer = Trainer(model, options.method, images, out=folder, concepts=together(options, images), **chosen)
         for note in (slow_note(model.unet.conv_in.weight.device.type), long_note(trainer)):
             if note:
@@ -158,8 +158,11 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
         concept = trainer.train(on_event, stop, options.resume)
     if not first:
         return DONE
-    if stop() or concept.meta.get("finished") == "0":
+    if concept.meta.get("finished") == "0":
         say(f"stopped and saved after {concept.meta.get('steps')} steps; continue with: {again(folder)}")
+        return INTERRUPTED
+    if stop():
+        say(f"all {concept.meta.get('steps')} steps are done and saved; the report is left out")
         return INTERRUPTED
     if not options.no_report:
         from pcs_kernels import packing
