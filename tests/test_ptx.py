@@ -18,7 +18,6 @@ from pcs_kernels.optim import AdamW8bit, adamw8bit, together  # noqa: E402
 if _launch.INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1: interpreted kernels do not compile", allow_module_level=True)
 
-import pcs_kernels  # noqa: E402
 from pcs_kernels._operands import sum_partials  # noqa: E402
 from tests import op_cases  # noqa: E402
 from tests.ptx import mutants, report  # noqa: E402

@@ -46,7 +46,7 @@ class DeviceStep:
         self.accumulate = objective.s.accumulate
         self.parts: list[str] = []  # of the loss, in the order of the numbers
         recorder = recorder_for(objective.s, objective.device)
-        self.work = Replayed(self.on_device, recorder, warn, stepper.forget)
+        self.work = Replayed(self.on_device, recorder, warn, stepper)
 
     def __call__(self, step: int) -> Made:
         """Have a step done; `step` came before it."""

@@ -30,6 +30,20 @@ class Recorder(Protocol):
         """(what does the work again, the function's result, written anew each time)"""
 
 
+class Owner(Protocol):
+    """Whose state a recorded function changes."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every later call does the same as the one that is recorded."""
+
+    def recorded(self) -> None:
+        """Make ready for the first replay."""
+
+    def forget(self) -> None:
+        """Drop what a call that broke off has gathered."""
+
+
 class CudaGraphs:
     """CUDA graphs that share their memory; recorded on the stream that everything runs on."""
 
@@ -73,17 +87,14 @@ class Replayed:
         run: the function: work of the device alone, but for what it makes ready in its first calls.
         recorder: records it; None leaves every call eager.
         warn: told once where it cannot be recorded; it then runs eagerly.
-        undo: called after a recording that failed halfway.
+        owner: whose state the function changes: asked whether it can be recorded yet, told before the first replay and
+            after a recording that failed halfway.
     """
 
     def __init__(
-        self,
-        run: Callable[[Any], Tensor],
-        recorder: Recorder | None,
-        warn: Callable[[str], None],
-        undo: Callable[[], None],
+        self, run: Callable[[Any], Tensor], recorder: Recorder | None, warn: Callable[[str], None], owner: Owner
     ) -> None:
-        self.run, self.recorder, self.warn, self.undo = run, recorder, warn, undo
+        self.run, self.recorder, self.warn, self.owner = run, recorder, warn, owner
         self._seen: dict[Any, int] = {}
         self._kept: dict[Any, tuple[Any, Callable[[], Any], Tensor]] = {}
         self.replays = 0
@@ -105,7 +116,7 @@ class Replayed:
         key = _shape_of(given)
         if key not in self._kept:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= WARM:
+            if self._seen[key] <= WARM or not self.owner.is_settled:
                 return self.run(given)
             return self._record(self.recorder, key, given)
         own, replay, result = self._kept[key]
@@ -122,10 +133,11 @@ class Replayed:
         except Exception as error:  # torch has no class of its own for what a graph cannot hold
             self.warn(f"steps run without a CUDA graph, as recording one failed: {' '.join(str(error).split())[:200]}")
             self.recorder = None
-            self.undo()
+            self.owner.forget()
             return self.run(given)
         self._kept[key] = own, replay, result
         if not recorder.runs:
+            self.owner.recorded()
             replay()
         return result
 

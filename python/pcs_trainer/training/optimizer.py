@@ -113,6 +113,7 @@ class Stepper:
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=loops, fused=fused)
         self.reason = ""
         self.overflowed = False  # in the last step: the loss scale was too large, which is no fault of the run
+        self.is_settled = False  # a step was good: the next ones do the same work
         self._good: tuple[int, list[Tensor]] | None = None
 
     @property
@@ -196,13 +197,14 @@ class Stepper:
         finite, good, was, scale = numbers
         self.overflowed = scale < was
         if good:
-            self.reason = ""
+            self.reason, self.is_settled = "", True
             self._good = before or self._good  # the loss of this state is known to be finite
-        elif self.overflowed:
-            self.reason = f"a float16 gradient overflowed; the loss scale goes from {was:g} to {scale:g}"
-        else:
-            self.reason = GRADIENT if finite else LOSS
-        return bool(good)
+            return True
+        if self.handle is not None and not self.is_settled:
+            self.handle.norm = None  # none is known yet: the next step measures its own
+        overflow = f"a float16 gradient overflowed; the loss scale goes from {was:g} to {scale:g}"
+        self.reason = overflow if self.overflowed else GRADIENT if finite else LOSS
+        return False
 
     def _in_backward(self, loss_of: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
         """The optimizer runs inside the backward; a loss that is not finite lets it change nothing."""
@@ -275,6 +277,11 @@ class Stepper:
             p.copy_(value)
         return self._good[0]
 
+    def recorded(self) -> None:
+        """Give the optimizer's recorded kernels what they read."""
+        if isinstance(self.optimizer, AdamW8bit):
+            self.optimizer.prepare()
+
     def forget(self) -> None:
         """Drop what a step that broke off has gathered."""
         if self.handle is not None:
@@ -308,6 +315,7 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
             self.handle.load_state_dict(state["handle"])
+            self.is_settled = self.handle.norm is not None
         if self.scale is not None and "scale" in state:
             self.scale.load_state_dict(state["scale"])
         if self.masters is not None:
