@@ -118,7 +118,7 @@ def _in_dtype(dtype: str, machine: Machine) -> list[str]:
     return train("personalized_residuals", dtype, machine, "--dtype", dtype)
 
 
-SMOKE = ("train, with the proof", "resume", "sample with LAG", "export kohya")
+SMOKE = ("train, with the proof", "sample with LAG", "export kohya")
 
 
 def rows(smoke: bool) -> list[Row]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import signal
 import sys
 import time
@@ -69,6 +70,7 @@ def run(section: str, machine: Machine, injected: Sequence = ()) -> int:
     except Exception as error:
         book.put(section, LISTING, {"status": FAILED, "said": sentence(error)})
         raise
+    gc.freeze()  # modules and the like: the collection between two rows looks at the rows' own objects alone
     return run_rows(section, rows, machine, book, injected)
 
 
