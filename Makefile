@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test fast check lint format face docs ptx bench real clean
+.PHONY: setup demo test fast check lint format face docs ptx bench gpu real clean
 
 # A compiler that comes later is noticed: the native kernels are then built.
 READY := $(VENV)/.ready$(if $(shell command -v $(CXX)),,-without-a-compiler)
@@ -85,6 +85,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.quality --minutes 8
 	$(BIN)/python -m benchmarks.quality --docs
 	$(BIN)/python benchmarks/plot.py
+
+# Everything on an NVIDIA GPU: probe, tests, commands, steps, ops, methods, in that order, into out/gpu. It installs
+# nothing: a machine without network runs it with its own torch, triton, numpy and pytest. GPU="--minutes 9" and the like.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU)
 
 # Every method by the command line on Stable Diffusion 1.5's true shapes, random weights: two hours on two cores.
 real: setup

@@ -66,18 +66,26 @@ def cpu_name() -> str:
     return f"{name} ({has})" if has else name
 
 
+def commit() -> str:
+    """The commit measured; "unknown" without git or outside a clone, as on a machine that got the files alone."""
+    try:
+        ran = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return "unknown"
+    return ran.stdout.strip() or "unknown"
+
+
 def circumstances() -> dict[str, str]:
     """What every row of results carries: date, device, threads, torch version, commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {os.cpu_count()} cores"
     return {
         "date": datetime.date.today().isoformat(),
         "device": device,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": commit(),
     }
 
 

@@ -10,7 +10,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import gpu_methods
 import memory
 import plot
 import roofline
@@ -20,8 +19,10 @@ from pcs_trainer.methods import TITLES
 from pcs_trainer.tiny.subjects import photos
 from quality import jobs
 
+from benchmarks.gpu import commands, methods
+
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("float16.py", "gpu.py", "lag.py", "memory.py", "own_prior.py", "plot.py", "quality", "roofline.py", "run.py")
+SCRIPTS = ("float16.py", "gpu", "lag.py", "memory.py", "own_prior.py", "plot.py", "quality", "roofline.py", "run.py")
 SCRIPTS += ("host_time.py", "step.py", "step_methods.py", "super_resolution.py")
 
 
@@ -63,7 +64,7 @@ def test_quality_runs_as_a_module_too(monkeypatch, capsys):
     assert ended.value.code == 0 and "--minutes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("benchmark", [gpu_methods, memory, jobs], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("benchmark", [commands, methods, memory, jobs], ids=lambda module: module.__name__)
 def test_every_method_is_measured_unasked_or_named_with_the_reason_why_not(benchmark):
     measured, named = set(benchmark.METHODS), benchmark.NOT_MEASURED
     assert measured | set(named) == set(TITLES) and not measured & set(named)
@@ -112,22 +113,6 @@ def test_benchmarks_run_to_the_end(tmp_path):
     assert ran.returncode == 0, ran.stderr
     lines = out.read_text().splitlines()
     assert len(lines) == 1 + 12 and "ratio" in lines[0]
-
-
-@pytest.mark.slow
-def test_the_gpu_script_runs_to_the_end(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--out", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    written = {
-        "gpu_tests.txt",
-        "gpu_rates.json",
-        "ops_cuda.csv",
-        "gpu_methods.json",
-        "gpu_concept.json",
-        "gpu_lag.json",
-    }
-    assert written <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_the_roofline_is_of_what_is_counted_and_every_slower_kernel_has_a_reason():

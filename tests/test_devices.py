@@ -73,7 +73,7 @@ def test_real_cards_count_their_own_multiprocessors(card):
     assert arch == 86 and _launch.processors(arch) == 28 and _launch.processors(86) == 84
     from pcs_kernels.ops.lowrank_residual import triton_impl as lowrank
 
-    call = (1, 1024, 640, 16)
+    call = (1, 1024, 320, 16)
     assert lowrank.launch_config(*call, arch, lowrank.Kernel.PRODUCT)["BLOCK_M"] == 128
     assert lowrank.launch_config(*call, 86, lowrank.Kernel.PRODUCT)["BLOCK_M"] < 128
     with _launch.recording(86):

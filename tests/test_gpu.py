@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import pcs_kernels
-from pcs_kernels.ops.adamw8bit import codes
 from tests.closeness import assert_no_worse_than
 from tests.op_cases import all_cases, evaluate
+from tests.optimizer_steps import State, assert_stepped, stepped
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,28 +30,15 @@ def test_triton_repeats_bit_for_bit(case):
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", (5000, 256 * 33, 300))
-def test_optimizer_equals_the_reference(n, dtype):
-    found = {}
-    for backend in ("reference", "triton"):
-        torch.manual_seed(0)
-        p = torch.randn(n).to("cuda", DTYPES[dtype])
-        zero = torch.full((n,), 127, dtype=torch.uint8, device="cuda")
-        states = [zero, torch.zeros_like(zero), *(torch.zeros(codes.blocks(n, 256), device="cuda") for _ in range(2))]
-        maps = [codes.code_map(signed).cuda() for signed in (True, False)]
-        with pcs_kernels.backend(backend):
-            for step in range(1, 4):
-                g = torch.randn(n).to(p)
-                numbers = (1e-3, 0.9, 0.999, 1e-8, 1e-2, step, 256, 0.5, 11, True)
-                pcs_kernels.ops.adamw8bit.step_8bit(p, g, *states, *maps, *numbers)
-        found[backend] = (p, *states)
-    p, m, v, *_ = found["triton"]
-    q, m2, v2, *_ = found["reference"]
-    unit = 2**-8 if dtype == "bf16" else 1e-5
-    assert float((p.float() - q.float()).abs().max()) <= unit * float(q.float().abs().max())
-    assert int((m.int() - m2.int()).abs().max()) <= 1
-    assert int((v.int() - v2.int()).abs().max()) <= 1
+def test_optimizer_steps_are_right_from_the_same_state(n, dtype):
+    state = State.first(n, DTYPES[dtype], "cuda")
+    for step in range(1, 4):
+        grad = torch.randn(n).to(state.param)
+        found, reference = (stepped(state, grad, step, backend) for backend in ("triton", "reference"))
+        assert_stepped(found, reference, state, grad, step)
+        state = reference
 
 
 def test_self_attention_providers_agree():

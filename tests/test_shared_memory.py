@@ -47,7 +47,7 @@ def bound_of(case, tokens: int = 0) -> int | None:
     tiles, name = constants(case), case.fn.__name__
     size = 4 if case.signature[case.fn.arg_names[0]] == "*fp32" else 2
     if name == "lowrank_project_kernel":
-        return lowrank.project_bound(tiles["BLOCK_R"], tiles["BLOCK_K"], size, case.options["num_stages"])
+        return lowrank.project_bound(tiles["PAD"], tiles["BLOCK_M"], tiles["BLOCK_K"], size, case.options["num_stages"])
     if name not in ("cross_fwd_kernel", "cross_bwd_rows_kernel"):
         return None
     forward = cross.Kernel.CAPTURE if tiles.get("CAPTURE") else cross.Kernel.FORWARD
