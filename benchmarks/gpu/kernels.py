@@ -48,7 +48,7 @@ def calls(op: str, arch: int, device: str) -> list[tuple[str, Call]]:
 def run_call(op: str, call: Call) -> None:
     """One call; the optimizer's tables of codes are zeros here, which it is told to take."""
     module = implementation(op)
-    tables = {"_is_dynamic": lambda table, signed: True} if hasattr(module, "_is_dynamic") else {}
+    tables = {"is_dynamic": lambda table, signed: True} if hasattr(module, "is_dynamic") else {}
     with torch.no_grad(), mock.patch.multiple(module, **tables) if tables else mock.patch.dict({}):
         call()
 
@@ -72,9 +72,11 @@ def measured(op: str, call: Call) -> list[tuple[str, float]]:
     ]
 
 
-def counted(op: str) -> list[dict[str, Any]]:
-    """What is known of the op's kernels, in the order of the table."""
-    found: list[dict[str, Any]] = json.loads(roofline.COUNTED.read_text())[op]
+def counted(op: str, arch: int) -> list[dict[str, Any]]:
+    """What is known of the op's kernels on an architecture, or the last counted one before it, in the table's order."""
+    tables = json.loads(roofline.COUNTED.read_text())
+    known = sorted(int(name.removeprefix("sm_")) for name in tables if name.startswith("sm_"))
+    found: list[dict[str, Any]] = tables[f"sm_{max((a for a in known if a <= arch), default=known[0])}"][op]
     return found
 
 
@@ -82,15 +84,18 @@ def modelled(kernel: dict[str, Any], card: str, copied: float) -> dict[str, floa
     """Microseconds; `copied` is the card's copy rate in bytes a second."""
     for known in roofline.CARDS:
         if known.name in card:
-            return roofline.times(kernel, known)
+            found = roofline.times(kernel, known)
+            return found.roofline | found.busiest
     return {"memory": 1e6 * kernel["tensor_bytes"] / copied}
 
 
-def beside(op: str, found: dict[str, list[tuple[str, float]]], card: str, copied: float) -> list[dict[str, Any]]:
+def beside(
+    op: str, arch: int, found: dict[str, list[tuple[str, float]]], card: str, copied: float
+) -> list[dict[str, Any]]:
     """Measured and modelled times of the op's counted kernels; a kernel that did not run is an error."""
     waiting = {label: list(launches) for label, launches in found.items()}
     lines = []
-    for kernel in counted(op):
+    for kernel in counted(op, arch):
         name, _, label = kernel["name"].partition(" ")
         launches = waiting.get(label, [])
         place = next((i for i, (launched, _) in enumerate(launches) if launched == name), None)
@@ -108,11 +113,12 @@ def row_of(op: str, machine: Machine) -> dict[str, Any]:
         raise Absent("the kernels of this table run on CUDA alone")
     major, minor = torch.cuda.get_device_capability()
     found: dict[str, list[tuple[str, float]]] = {}
-    for label, call in calls(op, 10 * major + minor, "cuda"):
+    arch = 10 * major + minor
+    for label, call in calls(op, arch, "cuda"):
         found.setdefault(label, []).extend(measured(op, call))
     big = torch.randn(1 << 28, device="cuda")
     copied = 2 * big.nbytes / sorted(timing.interleave({"copy": lambda: big.clone()}, 5)["copy"])[2]
-    lines = beside(op, found, torch.cuda.get_device_name(), copied)
+    lines = beside(op, arch, found, torch.cuda.get_device_name(), copied)
     shown = [f"{line['kernel']} {line['us']:.1f} us, {line['of_modelled']:.1f} x modelled" for line in lines]
     every = {label: [list(launch) for launch in launches] for label, launches in found.items()}
     return {"kernels": lines, "launches_us": every, "said": "\n  " + "\n  ".join(shown)}
