@@ -16,7 +16,7 @@ CASES = [(method, {}) for method in METHODS] + [
     ("dreambooth", {"step_in_backward": True, "clip_norm": 0.0, "prior": "own"}),
     ("personalized_residuals", {"accumulate": 2, "lr_schedule": "cosine", "warmup": 2, "snr_gamma": 5.0}),
     ("custom_diffusion", {"prior": "own", "batch": 2}),
-    ("textboost", {"variant": "v1", "preservation_weight": 0.1, "batch": 2}),
+    ("textboost", {"variant": "v1", "preservation_weight": 0.1, "batch": 2, "augment": False, "template": "a {token}"}),
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pcs_trainer.training.device_step import DeviceStep
 from second_device import NAME, copies, folder, model, one_thread, waits
-from test_second_device import INSIDE, METHODS, VARIANTS, trainer
+from test_second_device import INSIDE, METHODS, trainer
 from trainer_cases import cache, small_for
 
 __all__ = ["cache", "folder", "model", "one_thread"]
@@ -12,11 +12,14 @@ __all__ = ["cache", "folder", "model", "one_thread"]
 WARM = 2  # what is made once, such as optimizer states, may be looked at
 CASES = [
     *(pytest.param(method, {}, id=method) for method in METHODS),
-    *(pytest.param(method, small_for(method, **INSIDE), id=f"{method} in the backward") for method in METHODS),
+    *(
+        pytest.param(method, small_for(method, **INSIDE), id=f"{method} in the backward")
+        for method in ("dreambooth", "custom_diffusion", "textboost")
+    ),
+    pytest.param("textboost", {"variant": "v1", "preservation_weight": 0.1}, id="preservation"),
     pytest.param("dreambooth", {"clip": "previous", "accumulate": 2, "step_in_backward": True}, id="previous"),
     pytest.param("custom_diffusion", {"optimizer": "adamw", "clip_norm": 0.1}, id="adamw"),
     pytest.param("dreambooth_lora", {"prior": "own", "prior_weight": 1.0, "snr_gamma": 5.0}, id="own prior"),
-    *VARIANTS,
 ]
 
 

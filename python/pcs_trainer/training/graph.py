@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..distributed import rank_and_world
 from ..settings import Settings
-from .inputs import mapped, tensors
+from .inputs import PARTS, mapped, tensors
 
 WARM = 2  # eager steps of a shape before it is recorded: optimizer states and kernels are made in them
 
@@ -142,7 +143,15 @@ class Replayed:
         return result
 
 
-def _shape_of(given: Any) -> Any:
-    """What two inputs of one recording have in common: all but the values."""
-    shapes = [(tuple(x.shape), x.dtype) for x in tensors(given)]
-    return repr(mapped(lambda _: None, given)), tuple(shapes)  # type: ignore[arg-type,return-value]
+def _shape_of(part: Any) -> Any:
+    """What two inputs of one recording have in common: all that the device reads, but for its values."""
+    if isinstance(part, Tensor):
+        return tuple(part.shape), part.dtype
+    if isinstance(part, (list, tuple)):
+        return tuple(map(_shape_of, part))
+    if isinstance(part, dict):
+        return tuple((name, _shape_of(one)) for name, one in part.items())
+    if isinstance(part, PARTS):
+        return tuple(_shape_of(getattr(part, f.name)) for f in fields(part))
+    # what stands for the host alone, such as the texts that token ids were made from, is no part of it
+    return part if part is None or isinstance(part, int) else None
