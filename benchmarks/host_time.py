@@ -38,6 +38,7 @@ from triton.backends.compiler import GPUTarget
 
 import pcs_kernels
 from pcs_kernels import _dispatch, _launch
+from pcs_kernels.ops.frozen_conv import op as frozen_conv_op
 from pcs_kernels.ops.self_attention import op as self_attention_op
 from tests.ptx.launcher import ops_on
 
@@ -81,6 +82,7 @@ def as_on_a_gpu() -> Iterator[None]:
         for op in _dispatch.OPS.values():
             stack.enter_context(mock.patch.dict(op.order, {"cpu": op.order["cuda"]}))
         stack.enter_context(mock.patch.object(self_attention_op, "backend_of", lambda *_: "sdpa"))
+        stack.enter_context(mock.patch.object(frozen_conv_op, "_torch_alone", lambda x: isinstance(x, Tensor)))
         stack.enter_context(mock.patch.object(blocks, "trained", lambda _: True))  # Resample: the CPU's phase kernels
         yield
 
