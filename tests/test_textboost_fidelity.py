@@ -57,7 +57,7 @@ def test_what_is_held_adds_nothing_to_preservation(model):
     pick = torch.randint(textboost.CAPTIONS, (s.batch,), generator=seeded(8)).tolist()
     captions = [textboost.preserved_captions(model, [s])[i] for i in pick]
     with torch.no_grad():
-        found = float(loss(seeded(8)))
+        found = float(loss.loss(loss.draw(seeded(8))))
         frozen, tuned = textboost.frozen_states(model, captions), encode(model, captions).states
     learner.restore()
     error = 1 - torch.nn.functional.cosine_similarity(tuned, frozen, dim=-1)  # [B, T], nothing held

@@ -37,7 +37,7 @@ class Together:
         """Whether this parameter will be stepped by a launch of many; otherwise it needs the single op."""
         if value.device.type != "cuda" and forced_backend() != "triton":
             return False
-        if OP.select(forced_backend(), value.device.type, value, grad) is not OP.module("triton"):
+        if not OP.select(forced_backend(), value.device.type, value, grad).__name__.endswith("triton_impl"):
             return False
         from ..ops.adamw8bit.many import Entry, fits
 

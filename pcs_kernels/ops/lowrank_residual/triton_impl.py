@@ -143,7 +143,9 @@ def project_bound(pad: int, block_m: int, block_k: int, size: int, stages: int) 
         size: bytes of an element of x.
         stages: of its loads.
     """
-    return max((stages - 1) * block_k * (4 * pad + block_m * size), block_k * (pad + block_m) * size)
+    loads, operands = (stages - 1) * block_k * (4 * pad + block_m * size), block_k * (pad + block_m) * size
+    # with 64 rows sm_90 keeps a step's operands beside the loads: 61,440 bytes at rank 32
+    return loads + operands if block_m > 32 else max(loads, operands)
 
 
 def reason(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *_: object) -> str | None:
