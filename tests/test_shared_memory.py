@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -113,8 +115,9 @@ def test_the_formulas_are_upper_bounds_of_every_launch_of_the_tables(arch):
     assert held > 10
 
 
+# The other cards take half a minute each: with PCS_EVERY_ARCH.
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [86, 90, 120])
+@pytest.mark.parametrize("arch", [86, 90, 120] if os.environ.get("PCS_EVERY_ARCH") else [86])
 def test_no_accepted_attention_exceeds_any_card(arch):
     """Both dtypes, and every kind of call, at widths and numbers of tokens with one part and with two."""
     for dtype in (HALF, WHOLE):
