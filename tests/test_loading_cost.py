@@ -23,7 +23,10 @@ before, start = peak(), time.process_time()
 unet = load()
 seconds, loaded = time.process_time() - start, peak() - before
 total = sum(float(p.flatten().view(torch.int16)[::512].sum()) for p in unet.parameters())
-print(seconds, loaded, peak() - before)
+touched, start = peak() - before, time.process_time()
+torch.empty(2**24).normal_()
+drawn = (time.process_time() - start) * sum(p.numel() for p in unet.parameters()) / 2**24
+print(seconds, loaded, touched, drawn)
 """
 
 
@@ -51,7 +54,8 @@ def real_size(tmp_path_factory):
 def test_memory_and_time_of_loading_sd15(real_size):
     root, size = real_size
     run = subprocess.run([sys.executable, "-c", MEASURE, str(root)], capture_output=True, text=True, check=True)
-    seconds, loaded, touched = map(float, run.stdout.split())
+    seconds, loaded, touched, drawn = map(float, run.stdout.split())
     print(f"loaded in {seconds:.2f} s, {loaded / size:.2f} x the file; every page read: {touched / size:.2f} x")
     assert touched <= 1.1 * size  # the mapped file once; a second copy of the weights would make it 2
-    assert seconds < 3
+    print(f"{drawn:.2f} s to draw as many random weights")
+    assert seconds < drawn / 2  # as a network that is built, and then filled, would; on a busy machine both take longer

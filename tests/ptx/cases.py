@@ -1,4 +1,5 @@
-"""Calls whose compiled kernels are run and compared with the reference: those of tests/op_cases.py, and the optimizer.
+"""Calls whose compiled kernels are run and compared with the reference: those of tests/op_cases.py, the
+optimizer and the first launch.
 
 ORDINARY are the few of the ordinary test run: every kernel at least once, sizes that leave a tail on every axis, rows
 that are not aligned, strided and channels-last memory, an adapter of its own for each sample.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import pcs_kernels
+from pcs_kernels import _probe
 from pcs_kernels.ops.adamw8bit import codes
 from pcs_kernels.ops.group_norm_silu import triton_impl as norm
 from pcs_kernels.optim import AdamW8bit
@@ -178,17 +180,27 @@ def optimizer_many(dtype: str, architecture: int, **options: Any) -> Gpu:
     return gpu
 
 
+def first_launch(dtype: str, architecture: int, **options: Any) -> Gpu:
+    """What is launched before any op on a card; it has no dtype."""
+    with device(architecture, **options) as gpu:
+        out = torch.zeros(1, dtype=torch.int32)
+        _probe.probe_kernel[(1,)](out, _probe.WRITTEN)
+    assert gpu.only_compile or int(out) == _probe.WRITTEN
+    return gpu
+
+
 def every_check() -> list[Check]:
-    optimizer = [
+    others = [
+        Check("first launch", first_launch),
         Check("adamw 8 bit", optimizer_8bit),
         Check("adamw 32 bit", optimizer_32bit),
         Check("adamw many", optimizer_many),
     ]
     cases = [*map(of_case, all_cases())]
     norms = [in_pieces(check) for check in cases if check.name.startswith("group_norm")]
-    return [*cases, *norms, *optimizer]
+    return [*cases, *norms, *others]
 
 
 def ordinary_checks() -> list[Check]:
     named = {check.name: check for check in every_check()}
-    return [named[name] for name in (*ORDINARY, "adamw 8 bit", "adamw 32 bit", "adamw many")]
+    return [named[name] for name in (*ORDINARY, "first launch", "adamw 8 bit", "adamw 32 bit", "adamw many")]
