@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from pcs_kernels._launch import SHARED_LIMIT, meta, record, recording
 from pcs_kernels.ops.cross_attention import triton_impl as cross
 from pcs_kernels.ops.lowrank_residual import triton_impl as lowrank
 from tests import triton_budget
+from tests.every_case import cases
 from tests.shared_memory import allotted
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1: interpreted kernels do not compile")
@@ -101,7 +100,7 @@ def test_every_rank_fits_a_card_of_99_kib(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", triton_budget.architectures())
+@pytest.mark.parametrize("arch", cases([86, 90], [a for a in triton_budget.architectures() if a not in (86, 90)]))
 def test_the_formulas_are_upper_bounds_of_every_launch_of_the_tables(arch):
     held = 0
     for op in ("cross_attention", "lowrank_residual"):
@@ -115,9 +114,9 @@ def test_the_formulas_are_upper_bounds_of_every_launch_of_the_tables(arch):
     assert held > 10
 
 
-# The other cards take half a minute each: with PCS_EVERY_ARCH.
+# The other cards take half a minute each: with PCS_EVERY_CASE.
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [86, 90, 120] if os.environ.get("PCS_EVERY_ARCH") else [86])
+@pytest.mark.parametrize("arch", cases([86], [90, 120]))
 def test_no_accepted_attention_exceeds_any_card(arch):
     """Both dtypes, and every kind of call, at widths and numbers of tokens with one part and with two."""
     for dtype in (HALF, WHOLE):

@@ -149,9 +149,11 @@ def amd_ops(arch: int) -> tuple[str, ...]:
 
 
 def amd_jobs(arch: int) -> list[tuple[str, int, int]]:
-    """With PCS_EVERY_ARCH all specialisations, else one of each kernel."""
+    """With PCS_EVERY_CASE all specialisations, else one of each kernel."""
+    from tests.every_case import EVERY_CASE
+
     jobs = jobs_for(amd_ops(arch), (arch,))
-    if os.environ.get("PCS_EVERY_ARCH"):
+    if EVERY_CASE:
         return jobs
     first: dict[tuple[str, str], tuple[str, int, int]] = {}
     for op, _, index in jobs:
@@ -170,11 +172,12 @@ def jobs_for(ops: tuple[str, ...], archs: tuple[int, ...]) -> list[tuple[str, in
 
 
 def architectures() -> tuple[int, ...]:
-    """Those that the tests compile for: all with PCS_EVERY_ARCH, else one of each kind (89 is compiled as 86 is, and
+    """Those that the tests compile for: all with PCS_EVERY_CASE, else one of each kind (89 is compiled as 86 is, and
     100 as 90 with more)."""
     from pcs_kernels._launch import AOT_ARCHS
+    from tests.every_case import EVERY_CASE
 
-    return AOT_ARCHS if os.environ.get("PCS_EVERY_ARCH") else tuple(a for a in AOT_ARCHS if a not in (89, 100))
+    return AOT_ARCHS if EVERY_CASE else tuple(a for a in AOT_ARCHS if a not in (89, 100))
 
 
 def all_jobs() -> list[tuple[str, int, int]]:
