@@ -1,7 +1,9 @@
 """Every Triton kernel in Triton's interpreter, on the CPU, against the float64 reference.
 
 Runs in a process of its own with TRITON_INTERPRET=1 (tests/test_triton_interpreter.py starts it): the interpreter is
-chosen when a kernel is defined. float32 and float16 only: the interpreter multiplies bfloat16 matrices wrongly.
+chosen when a kernel is defined. By default in float32: tests/test_ptx.py executes the same kernels as compiled, in
+bfloat16 and float16. With PCS_EVERY_CASE=1 in float16 and more shapes too; never in bfloat16, whose matrices the
+interpreter multiplies wrongly.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ from pcs_kernels.ops.lowrank_residual.op import Needs as LowrankNeeds
 from pcs_kernels.ops.self_attention import reference as attention_reference
 from pcs_kernels.ops.self_attention import triton_impl as attention
 from tests.closeness import assert_no_worse_than
+from tests.every_case import EVERY_CASE, cases
 
-DTYPES = (torch.float32, torch.float16)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp16"))
+dtypes = pytest.mark.parametrize("dtype", cases([torch.float32], [torch.float16]), ids=lambda d: str(d)[6:])
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,8 @@ def norm_input(layout: str, dtype: torch.dtype) -> tuple[Tensor, int]:
 @pytest.mark.parametrize("silu", (True, False), ids=("silu", "plain"))
 @pytest.mark.parametrize("layout", ("channels_last", "nchw", "tokens", "permuted", "one pixel"))
 def test_group_norm_silu(layout, silu, pieces, dtype, monkeypatch):
+    if not EVERY_CASE and not silu and layout in ("channels_last", "nchw"):
+        pytest.skip("without SiLU the larger two are read alike: PCS_EVERY_CASE=1")
     if pieces:  # as an image whose groups no program can hold
         monkeypatch.setattr(norm, "GROUP_TILE", 0)
         monkeypatch.setattr(norm, "GROUP_BACKWARD_TILE", 0)
@@ -211,6 +215,8 @@ LOWRANK_SHAPES = (
 @pytest.mark.parametrize("shape", LOWRANK_SHAPES, ids=str)
 def test_lowrank_residual(shape, strided, dtype):
     batch, rows, ins, outs, rank, concepts, masked, biased = shape
+    if not EVERY_CASE and not strided and rank > 32:
+        pytest.skip("a large rank changes nothing in how rows are read: PCS_EVERY_CASE=1")
     stack = (concepts,) if concepts else ()
     x, dy = torch.randn(batch, rows, ins).to(dtype), torch.randn(batch, rows, outs).to(dtype)
     if strided:
