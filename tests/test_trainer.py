@@ -30,9 +30,9 @@ def same(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_is_the_same_run_bit_for_bit(model, tmp_path, method):
-    whole = trainer(model, method, steps=6).train()
-    trainer(model, method, tmp_path, steps=3).train()
-    resumed = trainer(model, method, tmp_path, steps=6).train(resume=True)
+    whole = trainer(model, method, steps=6, resolution=32).train()
+    trainer(model, method, tmp_path, steps=3, resolution=32).train()
+    resumed = trainer(model, method, tmp_path, steps=6, resolution=32).train(resume=True)
     same(whole, resumed)
     lines = (tmp_path / "logs" / "loss.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(1, 7))]
@@ -41,7 +41,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(model, tmp_path, method):
 @pytest.mark.slow
 def test_accumulated_micro_batches_are_one_step(model):
     """Two micro-batches: the gradient is the mean of theirs, whichever way the optimizer is driven."""
-    settings = dict(steps=2, accumulate=2, clip_norm=0.0, learning_rate=1e-5)
+    settings = dict(steps=2, accumulate=2, clip_norm=0.0, learning_rate=1e-5, resolution=32)
     concepts = [trainer(model, "dreambooth", step_in_backward=b, **settings).train() for b in (True, False)]
     for name, tensor in concepts[0].tensors.items():
         torch.testing.assert_close(tensor, concepts[1].tensors[name], rtol=1e-5, atol=1e-6)
@@ -154,13 +154,13 @@ def test_a_run_leaves_no_optimizer_on_the_model(model):
 @pytest.mark.slow
 def test_a_failed_preview_does_not_end_the_run(model, tmp_path):
     events = []
-    t = trainer(model, out=tmp_path, steps=4, preview_every=2, preview_prompts=("a <mug> mug",))
+    t = trainer(model, out=tmp_path, steps=4, preview_every=2, preview_prompts=("a <mug> mug",), resolution=32)
     t.train(on_event=events.append)
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "samples").write_text("a file where the folder should be")
     events.clear()
-    t = trainer(model, out=tmp_path / "second", steps=2, preview_every=1, preview_prompts=("a <mug> mug",))
+    t = trainer(model, out=tmp_path / "second", steps=1, preview_every=1, preview_prompts=("a <mug> mug",))
     t.train(on_event=events.append)
     assert any("preview failed" in e.data.get("text", "") for e in events if e.kind == "warning")
     assert events[-1].kind == "done"
@@ -220,7 +220,7 @@ def test_masks_weight_the_loss(model, tmp_path):
 def test_the_probe_tells_the_held_out_loss_and_the_drift_and_changes_nothing(model, tmp_path):
     """On noise that never changes: the loss falls, the class moves, and the run is the one without a probe."""
     events = []
-    settings = dict(steps=30, learning_rate=8e-3)
+    settings = dict(steps=30, learning_rate=8e-3, resolution=32)
     seen = trainer(model, out=tmp_path / "a", probe_every=10, **settings).train(on_event=events.append)
     same(seen, trainer(model, probe_every=0, **settings).train())
     probes = [e for e in events if e.kind == "probe"]
