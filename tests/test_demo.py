@@ -53,12 +53,12 @@ def test_every_part_is_made(tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_part_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "memory_of", lambda _: [])
     monkeypatch.setattr(report, "contact_sheet", lambda *_: 1 / 0)
     done = run_demo(tmp_path, effort=0.002, methods=["textboost"], quiet=True)
     assert done.failures == ["Report failed: division by zero"]
     assert "ZeroDivisionError" in (tmp_path / "failures.txt").read_text()
     monkeypatch.setattr(report, "contact_sheet", lambda *_: Image.new("RGB", (8, 8)))
-    monkeypatch.setattr(report, "memory_of", lambda _: [])
     monkeypatch.setattr("pcs_trainer.training.trainer.Trainer.train", lambda *_: [][0])
     done = run_demo(tmp_path, effort=0.002, methods=["textboost"], quiet=True)
     assert done.failures == ["TextBoost: training failed: list index out of range"]
@@ -67,7 +67,8 @@ def test_a_failed_part_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_any_method_can_be_shown(tmp_path):
+def test_any_method_can_be_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "memory_of", lambda _: [])  # slow, and the first test has it
     done = run_demo(tmp_path, effort=0.002, methods=["textual_inversion"], quiet=True)
     assert done.failures == [] and [c.name for c in done.columns] == ["Base model", "Textual Inversion"]
     assert "One way to learn a mug" in done.report.read_text()
