@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pcs_trainer.cli.demo import DEFAULT_METHODS, report, running
 from pcs_trainer.cli.demo.running import example_photos, run_demo
-from pcs_trainer.cli.demo.state import PROMPTS, with_lag
+from pcs_trainer.cli.demo.state import PROMPTS, Demo, with_lag
 from pcs_trainer.data.pictures import load_pictures
 from pcs_trainer.tiny.subjects import photos, subject
 from PIL import Image
@@ -27,7 +27,8 @@ def test_the_example_photos_are_the_subject_that_an_installed_package_draws():
 
 
 @pytest.mark.slow
-def test_every_part_is_made(tmp_path):
+def test_every_part_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(Demo, "sampling_steps", 3)
     done = run_demo(tmp_path / "demo", effort=0.002, quiet=True)
     assert done.failures == []
     names = [column.name for column in done.columns]

@@ -28,7 +28,7 @@ def trained(method, settings, dtype, recorder, monkeypatch):
     real = graph.Replayed.__init__
     monkeypatch.setattr(graph.Replayed, "__init__", lambda self, *a: (real(self, *a), made.append(self))[0])
     losses = []
-    run = trainer(model, method, steps=STEPS, probe_every=0, **settings)
+    run = trainer(model, method, steps=STEPS, probe_every=0, resolution=32, **settings)
     concept = run.train(on_event=lambda e: losses.append(e.data["loss"]) if e.kind == "step" else None)
     monkeypatch.undo()
     return concept, losses, made[0]

@@ -138,7 +138,14 @@ def test_bfloat16_weights_at_a_small_rate_train_and_a_stuck_one_is_found(warmup)
 )
 def test_dreambooth_in_bfloat16_at_a_small_rate_passes_the_proof_unless_a_tensor_is_held(held, said):
     """Its own rate with a long warm-up: at step 20 many small tensors have kept every bit, and all of them train."""
-    settings = {"learning_rate": 5e-6, "warmup": 100, "prior_weight": 0.0, "probe_every": 0, "steps": 21}
+    settings = {
+        "learning_rate": 5e-6,
+        "warmup": 100,
+        "prior_weight": 0.0,
+        "probe_every": 0,
+        "steps": 21,
+        "resolution": 32,
+    }
     t = trainer(load_model("tiny", torch.bfloat16), "dreambooth", **settings)
     name, largest = max(t.trainable().items(), key=lambda found: found[1].numel())
     before, told = largest.detach().clone(), []

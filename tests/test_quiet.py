@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from every_case import cases
 from pcs_trainer.model.quiet import quiet
 from test_model_loading import write_model
 
@@ -30,7 +31,7 @@ assert logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", cases(["sdxl"], ["sd1"]))  # SDXL loads all that SD1.x does
 def test_nothing_is_printed_while_a_model_loads(tmp_path, family):
     """In a fresh process, as a library says most when it is imported."""
     code = LOADS.format(path=[p for p in sys.path if p], bitsandbytes=find_spec("bitsandbytes") is not None)
