@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test fast check lint format face docs ptx bench gpu real clean
+.PHONY: setup demo test test-all fast check lint format face docs ptx bench gpu real clean
 
 # A compiler that comes later is noticed: the native kernels are then built.
 READY := $(VENV)/.ready$(if $(shell command -v $(CXX)),,-without-a-compiler)
@@ -38,6 +38,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist workste
 
 test: setup
 	$(PYTEST) --durations=15
+
+# Every method, dtype, shape and card, where `make test` runs one case of each path: before a release.
+test-all: setup
+	PCS_EVERY_CASE=1 $(PYTEST) --durations=15
 
 # Before a commit, in two minutes: lint, types and the tests that take less than about a second.
 check: lint fast
