@@ -217,20 +217,8 @@ def test_a_wrong_configuration_is_named(text, says, tmp_path):
 
 
 def test_the_configuration_beside_a_result_gives_the_same_flags(tmp_path):
-    words = [
-        "a b",
-        "it's",
-        "--class",
-        'a "b" \\ c',
-        "--steps",
-        "3",
-        "--lr",
-        "1e-3",
-        "--preview",
-        "ä {}",
-        "--set",
-        "keep=3",
-    ]
+    words = ["a b", "it's", "--class", 'a "b" \\ c', "--steps", "3", "--lr", "1e-3", "--preview", "ä {}"]
+    words += ["--set", "keep=3"]
     first = effective(command("train"), parse(command("train"), words))
     file = write_config(tmp_path / "run.toml", command("train"), first)
     again = effective(command("train"), parse(command("train"), ["--config", str(file)]))
