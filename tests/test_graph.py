@@ -9,7 +9,7 @@ from pcs_trainer.training.probe import Probe
 from replaying import Recorder
 from trainer_cases import METHODS, cache, trainer  # noqa: F401
 
-STEPS = 7  # two of them eager, one recorded, four replayed
+STEPS = 6  # two of them eager, one recorded, three replayed
 
 # The other methods train by the same lines as one of these.
 CASES = [(method, {}) for method in ("personalized_residuals", "textboost", "textual_inversion")] + [
