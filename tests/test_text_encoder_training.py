@@ -111,15 +111,13 @@ def test_all_that_trains_of_sdxls_encoders_has_a_gradient(sdxl, method, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gradient", ["rounding", "zero"])
-def test_sdxls_whole_encoders_pass_the_proof_in_bfloat16(sdxl, gradient, tmp_path, monkeypatch):
-    """Also where the gradient of a key's bias, rounding alone, is zero in every step."""
+def test_sdxls_whole_encoders_pass_the_proof_in_bfloat16(sdxl, tmp_path, monkeypatch):
+    """The gradient of a key's bias is rounding alone; one of the three has zero in every step."""
     monkeypatch.setenv("PCS_CACHE", str(tmp_path))
     chosen = dict(train_text_encoder=True, steps=PROOF_STEP + 1, prior_weight=0.0, check_backend=False, probe_every=0)
     run = Trainer(load_model(sdxl.source.path, torch.bfloat16), "dreambooth", pictures(), **SETTINGS | chosen)
     biases = [p for n, p in run.trainable().items() if n.endswith("k_proj.bias")]
-    for bias in biases if gradient == "zero" else ():
-        bias.register_hook(torch.zeros_like)
+    biases[0].register_hook(torch.zeros_like)
     told = []
     run.train(on_event=lambda e: told.append((e.step, str(e))) if e.kind in ("proof", "warning") else None)
     assert len(biases) == 3 and told[0][0] == PROOF_STEP and "trainable tensors have moved" in told[0][1]
