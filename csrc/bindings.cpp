@@ -106,6 +106,17 @@ PYBIND11_MODULE(PCS_MODULE, m) {
     adamw32bit_step(DType(param_type), DType(grad_type), param, grad, exp_avg, exp_avg_sq, n, s, threads);
   });
 
+  m.def("int8_quantize",
+        [](int dtype, intptr_t weight, intptr_t codes, intptr_t scales, int64_t rows, int64_t K, int threads) {
+          py::gil_scoped_release release;
+          int8_quantize(DType(dtype), weight, codes, scales, rows, K, threads);
+        });
+  m.def("int8_expand",
+        [](int dtype, intptr_t codes, intptr_t scales, intptr_t weight, int64_t rows, int64_t K, int threads) {
+          py::gil_scoped_release release;
+          int8_expand(DType(dtype), codes, scales, weight, rows, K, threads);
+        });
+
   m.def("packed_bytes",
         [](int dtype, int64_t columns, int64_t depth) { return packed_bytes(DType(dtype), columns, depth); });
   m.def("low_rank_width", [](int dtype, int64_t rank) { return low_rank_width(DType(dtype), rank); });

@@ -77,4 +77,8 @@ struct LowrankArguments {
 };
 void lowrank_residual(DType, const LowrankArguments&, const LowrankShape&, float scale, int threads);
 
+// Rows [rows, K] of 8-bit codes with a bfloat16 scale for every 64 columns.
+void int8_quantize(DType, intptr_t weight, intptr_t codes, intptr_t scales, int64_t rows, int64_t K, int threads);
+void int8_expand(DType, intptr_t codes, intptr_t scales, intptr_t weight, int64_t rows, int64_t K, int threads);
+
 }  // namespace PCS_ISA

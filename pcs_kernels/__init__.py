@@ -16,6 +16,9 @@ from .ops.frozen_conv import frozen_conv2d as frozen_conv2d
 from .ops.frozen_conv import frozen_linear as frozen_linear
 from .ops.geglu import geglu as geglu
 from .ops.group_norm_silu import group_norm_silu as group_norm_silu
+from .ops.int8_weight import Int8Weight as Int8Weight
+from .ops.int8_weight import expand_weight as expand_weight
+from .ops.int8_weight import quantize_weight as quantize_weight
 from .ops.lowrank_residual import lowrank_residual as lowrank_residual
 from .ops.self_attention import self_attention as self_attention
 from .ops.trained_conv import trained_conv2d as trained_conv2d

@@ -104,6 +104,7 @@ def example(op: str, device: str) -> tuple[object, ...]:
         "cross_attention": (heads, heads, heads, None, 0.3),
         "self_attention": (heads, heads, heads, 0.3),
         "lowrank_residual": (*adapter, 1.0, None),
+        "int8_weight": (x,),
         "frozen_conv": (image, image.view(2, 4, 4, 4)),
         "adamw8bit": (x, x),
     }[op]

@@ -158,9 +158,41 @@ def frozen_conv() -> list[Case]:
     return cases
 
 
+def on(weight: pcs_kernels.Int8Weight) -> Callable[[Tensor], pcs_kernels.Int8Weight]:
+    """A weight in 8 bits on the device of the input it goes with; it has no dtype of its own."""
+    return lambda x: pcs_kernels.Int8Weight(*(t.to(x.device) for t in weight))
+
+
+def int8_weight() -> list[Case]:
+    """Products with weights in 8 bits: whole blocks of 64 inputs, less than one, and rows that end within one."""
+    cases = []
+    for ins, outs, kernel, stride in ((64, 24, 3, 1), (20, 40, 3, 2), (16, 8, 1, 1)):
+        weight = on(pcs_kernels.quantize_weight(normal(outs, ins, kernel, kernel, scale=(ins * kernel**2) ** -0.5)))
+        bias = constant(normal(outs))
+
+        def conv(x, weight=weight, bias=bias, stride=stride, padding=kernel // 2):
+            x = x.contiguous(memory_format=torch.channels_last)
+            return pcs_kernels.frozen_conv2d(x, weight(x), bias(x), stride, padding)
+
+        cases.append(Case(f"int8 conv {ins}->{outs} k{kernel} s{stride}", conv, [normal(2, ins, 9, 7)]))
+    for ins, outs in ((128, 63), (341, 64), (3, 5)):
+        weight = on(pcs_kernels.quantize_weight(normal(outs, ins, scale=ins**-0.5)))
+        adapter = [normal(4, ins, scale=ins**-0.5), normal(outs, 4)]
+
+        def linear(x, weight=weight):
+            return pcs_kernels.frozen_linear(x, weight(x))
+
+        def lowrank(x, down, up, weight=weight):
+            return pcs_kernels.lowrank_residual(x, weight(x), None, down, up)
+
+        cases.append(Case(f"int8 linear {ins}->{outs}", linear, [normal(2, 7, ins)]))
+        cases.append(Case(f"int8 lowrank {ins}->{outs}", lowrank, [normal(2, 7, ins), *adapter]))
+    return cases
+
+
 def all_cases() -> list[Case]:
     torch.manual_seed(0)
-    makers = (geglu, group_norm_silu, self_attention, cross_attention, lowrank_residual, frozen_conv)
+    makers = (geglu, group_norm_silu, self_attention, cross_attention, lowrank_residual, frozen_conv, int8_weight)
     return [case for maker in makers for case in maker()]
 
 

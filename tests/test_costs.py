@@ -87,7 +87,9 @@ def test_the_packed_weight_is_the_weight_in_both_directions():
     assert costs.packed_weight(OPS.frozen_linear_forward, (x, weight, None, True, ""), {}) is weight
     assert costs.packed_weight(OPS.frozen_linear_backward, (dy, weight, True, ""), {}) is weight
     adapters = R(2, 6), R(4, 2), None, 1.0, None
-    assert costs.packed_weight(OPS.lowrank_residual_forward, (x, weight, None, *adapters, ""), {}) is weight
-    assert costs.packed_weight(OPS.lowrank_residual_backward, (dy, x, weight, *adapters, *[True] * 6, ""), {}) is weight
+    forward, backward = OPS.lowrank_residual_forward, OPS.lowrank_residual_backward
+    for pack, packed in ((True, weight), (False, None)):  # one that is made for the call is not kept
+        assert costs.packed_weight(forward, (x, weight, None, *adapters, pack, ""), {}) is packed
+        assert costs.packed_weight(backward, (dy, x, weight, *adapters, *[True] * 6, pack, ""), {}) is packed
     assert costs.packed_weight(OPS.geglu_forward, (x, ""), {}) is None
     assert costs.packed_weight(torch.ops.aten.mm, (x, weight), {}) is None

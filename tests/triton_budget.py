@@ -27,6 +27,7 @@ OPS = (
     "lowrank_residual",
     "adamw8bit",
     "frozen_conv",
+    "int8_weight",
 )
 PRODUCTS = ("cross_attention", "self_attention", "lowrank_residual", "frozen_conv")
 AMD_ARCHS = (0x942, 0x1100, 0x1030)  # a CDNA3, an RDNA3 and an RDNA2 card, as torch's ROCm builds support them

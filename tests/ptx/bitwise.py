@@ -103,4 +103,6 @@ def convert(blocks: Blocks, current: Instruction, mask: Array | None) -> None:
         value = np.nan_to_num(value.astype(np.float64), nan=0.0)
         limits = np.iinfo(SIGNED[KINDS[to].bits] if to.startswith("s") else UNSIGNED[KINDS[to].bits])
         value = np.clip(value, limits.min, limits.max)
+    if to == "s8":  # no register has 8 bits: the sign fills the one that it goes to
+        value, to = value.astype(np.int64).astype(np.int8), "s16"
     blocks.put(target, value, to, mask)

@@ -38,6 +38,8 @@ ORDINARY = (
     "lowrank 100x64->640 r32 stacked",
     "conv k3 s2 p1 channels last",
     "linear",
+    "int8 conv 64->24 k3 s1",
+    "int8 lowrank 341->64",
 )
 
 

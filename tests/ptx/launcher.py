@@ -40,6 +40,7 @@ from .traffic import Traffic
 from .written import Written, bytes_of
 
 OPS = ("geglu", "group_norm_silu", "cross_attention", "self_attention", "lowrank_residual", "adamw8bit", "frozen_conv")
+OPS += ("int8_weight",)
 LANES = 8192  # threads at once: more of them cost memory, fewer cost Python
 
 

@@ -3,7 +3,8 @@
 conv: x [B,C,H,W], weight [O,C,kh,kw] -> [B,O,H',W'], channels-last where x is.  linear: x [..., C], weight [O,C].
 On the CPU the weight is packed once for each direction and kept beside it; pack=False saves that memory. Elsewhere
 torch's own functions run, without a copy where x and the weight are channels-last, and without the registered ops
-around them unless a backend is forced: a batch of 1 waits for the host there.
+around them unless a backend is forced: a batch of 1 waits for the host there. A weight in 8 bits is expanded for each
+direction, and let go of when its product is made.
 """
 
 from __future__ import annotations
@@ -19,75 +20,18 @@ from ... import _check as check
 from ..._dispatch import Op, autocast_is_on, define, forced_backend, without_autocast
 from ..._layout import image_format
 from ..._packed import may_pack
+from ..int8_weight import Int8Weight, lent_weight
 from . import reference
+from .checks import check_conv, check_linear
 
 # cuDNN and cuBLAS have the fastest convolutions and products on a GPU: our Triton kernel runs only where it is forced.
 OP = Op("frozen_conv", __package__, order={"cuda": ("reference",), "cpu": ("native", "reference")})
 
 
-def _agree(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int) -> bool:
-    """Whether `_check_weights` finds nothing, at once: one by one they take longer than the launch."""
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims):
-        return False
-    operands: tuple[Tensor, ...] = (x, weight)
-    if bias is not None:
-        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
-            return False
-        operands = (x, weight, bias)
-    dtype, device = x.dtype, x.device
-    return (
-        dtype in check.FLOATS
-        and x.numel() > 0
-        and weight.numel() > 0
-        and all(t.dtype == dtype and t.device == device and t.layout == torch.strided for t in operands)
-    )
-
-
-def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, letters: str) -> None:
-    if _agree(x, weight, bias, dims):
-        return
-    check.floating("x", x)
-    check.not_empty("x", x)
-    check.floating("weight", weight)
-    check.rank("weight", weight, dims, letters)
-    check.not_empty("weight", weight)
-    check.same("weight", weight, "x", x)
-    if bias is not None:
-        check.floating("bias", bias)
-        check.shape("bias", bias, (weight.shape[0],), "[O]")
-        check.same("bias", bias, "x", x)
-
-
-def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
-    _check_weights(x, weight, bias, 4, "[O, C, kh, kw]")
-    check.rank("x", x, 4, "[B, C, H, W]")
-    check.require(
-        x.shape[1] == weight.shape[1],
-        lambda: f"x has {x.shape[1]} channels but weight takes {weight.shape[1]}: {tuple(weight.shape)}",
-    )
-    check.require(stride >= 1, lambda: f"stride must be at least 1, not {stride}")
-    largest = max(weight.shape[2:])
-    check.require(0 <= padding <= largest, lambda: f"padding must be from 0 to the kernel's {largest}, not {padding}")
-    for letter, size, kernel in (("H", x.shape[2], weight.shape[2]), ("W", x.shape[3], weight.shape[3])):
-        check.require(
-            size + 2 * padding >= kernel,
-            lambda: f"x is smaller than the kernel of weight: {letter} = {size} + 2 x {padding} < {kernel}",
-        )
-
-
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_weights(x, weight, bias, 2, "[O, C]")
-    check.require(x.dim() >= 1, lambda: "x must be [..., C], not a scalar")
-    check.require(
-        x.shape[-1] == weight.shape[1],
-        lambda: f"x has {x.shape[-1]} channels last but weight takes {weight.shape[1]}: {tuple(weight.shape)}",
-    )
-
-
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool, backend: str
 ) -> Tensor:
-    _check_conv(x, weight, bias, stride, padding)
+    check_conv(x, weight, bias, stride, padding)
     implementation = OP.select(backend, x.device.type, x, weight)
     y = implementation.forward_conv(x, weight, bias, stride, padding, pack)
     return y.contiguous(memory_format=image_format(x))
@@ -96,7 +40,7 @@ def _conv(
 def _conv_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool, backend: str
 ) -> Tensor:
-    _check_conv(x, weight, bias, stride, padding)
+    check_conv(x, weight, bias, stride, padding)
     height = (x.shape[2] + 2 * padding - weight.shape[2]) // stride + 1
     width = (x.shape[3] + 2 * padding - weight.shape[3]) // stride + 1
     size = (x.shape[0], weight.shape[0], height, width)
@@ -119,12 +63,12 @@ def _conv_backward_fake(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool, backend: str) -> Tensor:
-    _check_linear(x, weight, bias)
+    check_linear(x, weight, bias)
     return OP.select(backend, x.device.type, x, weight).forward_linear(x, weight, bias, pack).contiguous()
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool, backend: str) -> Tensor:
-    _check_linear(x, weight, bias)
+    check_linear(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -217,6 +161,48 @@ class _FrozenConv2d(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
+class _Int8Conv2d(torch.autograd.Function):
+    """The convolution of a weight in 8 bits: codes and scales are kept, the weight is not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, stride: int, padding: int
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.numbers = x.shape[2], x.shape[3], stride, padding
+        ctx.order, ctx.backend = image_format(x), forced_backend()
+        return frozen_conv2d(x, lent_weight(Int8Weight(codes, scales), x.dtype), bias, stride, padding, pack=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight = lent_weight(Int8Weight(*ctx.saved_tensors), dy.dtype)
+        dy = _ordered(dy, ctx.order)
+        if _torch_alone(dy) and not ctx.backend:
+            dx = _gradient(dy, weight, *ctx.numbers).contiguous(memory_format=ctx.order)
+        else:
+            dx = torch.ops.pcs_kernels.frozen_conv2d_backward(dy, weight, *ctx.numbers, False, ctx.backend)
+        return dx, None, None, None, None, None
+
+
+class _Int8Linear(torch.autograd.Function):
+    """The product with a weight in 8 bits, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.backend = forced_backend()
+        return frozen_linear(x, lent_weight(Int8Weight(codes, scales), x.dtype), bias, pack=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight = lent_weight(Int8Weight(*ctx.saved_tensors), dy.dtype)
+        if _torch_alone(dy) and not ctx.backend:
+            return reference.backward_linear(dy, weight, False), None, None, None
+        return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, False, ctx.backend), None, None, None
+
+
 def _torch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding).contiguous(memory_format=image_format(x))
 
@@ -267,14 +253,24 @@ def _must_be_frozen(function: str, instead: str, **parameters: Tensor | None) ->
         )
 
 
+def _expanded(weight: Int8Weight, x: Tensor) -> Tensor:
+    check.floating("x", x)
+    return lent_weight(weight, x.dtype)
+
+
 def frozen_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1, pack: bool = True
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 1,
+    pack: bool = True,
 ) -> Tensor:
     """A convolution with a frozen weight: gradients flow to x, and nothing but the weight is kept for them.
 
     Args:
         x: [B, C, H, W].
-        weight: [O, C, kh, kw]; one that requires a gradient is refused.
+        weight: [O, C, kh, kw], or its `Int8Weight`; one that requires a gradient is refused.
         bias: [O] or None, likewise.
         stride: of both sides.
         padding: of both sides, with zeros.
@@ -283,9 +279,14 @@ def frozen_conv2d(
     Returns:
         [B, O, H', W'], channels-last where x is.
     """
+    if isinstance(weight, Int8Weight):
+        _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", bias=bias)
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            return _Int8Conv2d.apply(x, *weight, bias, stride, padding)
+        return frozen_conv2d(x, _expanded(weight, x), bias, stride, padding, pack=False)
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
     if _torch_alone(x) and type(stride) is type(padding) is int:  # the op's schema refuses other types
-        _check_conv(x, weight, bias, stride, padding)
+        check_conv(x, weight, bias, stride, padding)
         keeps = torch.is_grad_enabled() and x.requires_grad
         return (_TorchConv2d.apply if keeps else _torch_conv)(x, weight, bias, stride, padding)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
@@ -294,23 +295,28 @@ def frozen_conv2d(
     return torch.ops.pcs_kernels.frozen_conv2d_forward(x, weight, bias, stride, padding, pack, forced_backend())
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: bool = True) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None, pack: bool = True) -> Tensor:
     """x weight^T + bias with a frozen weight: gradients flow to x, and nothing but the weight is kept for them.
 
     Args:
         x: [..., C].
-        weight: [O, C]; one that requires a gradient is refused.
+        weight: [O, C], or its `Int8Weight`; one that requires a gradient is refused.
         bias: [O] or None, likewise.
         pack: keep a packed copy of the weight for each direction used (CPU) that `packing` allows; False saves it.
 
     Returns:
         [..., O].
     """
+    if isinstance(weight, Int8Weight):
+        _must_be_frozen("frozen_linear", "torch.nn.functional.linear", bias=bias)
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            return _Int8Linear.apply(x, *weight, bias)
+        return frozen_linear(x, _expanded(weight, x), bias, pack=False)
     _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
     # torch's product keeps the weight alone where that is all its gradient needs, but for Apple's, which has a backward
     # of its own that keeps x too.
     if _torch_alone(x) and x.device.type != "mps":
-        _check_linear(x, weight, bias)
+        check_linear(x, weight, bias)
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         return _FrozenLinear.apply(x, weight, bias, pack, forced_backend())

@@ -5,7 +5,8 @@
 x [..., C_in]; weight [C_out, C_in] or [C_out, C_in, 1, 1]; bias [C_out]; down [R, C_in], up [C_out, R];
 mask of shape x.shape[:-1].
 Many concepts on one frozen weight: down [K, R, C_in], up [K, C_out, R], index [B] says which one sample b of x takes.
-Kept for the backward: x where down, up, weight or mask take a gradient, else nothing but the weights.
+Kept for the backward: x where down, up, weight or mask take a gradient, else nothing but the weights. A weight in 8
+bits is expanded for each direction, and not packed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ... import _check as check
 from ..._dispatch import Op, define, forced_backend
+from ..int8_weight import Int8Weight, expand_weight
 
 OP = Op("lowrank_residual", __package__)
 
@@ -101,6 +103,7 @@ def _choose(
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
+    pack: bool,
     backend: str,
 ) -> Any:
     _check_call(x, weight, bias, down, up, mask, scale, index)
@@ -108,9 +111,9 @@ def _choose(
 
 
 def _forward(chosen: Any, *args: Any) -> Tensor:
-    _, _, _, down, _, _, _, index, _ = args
+    _, _, _, down, _, _, _, index, _, _ = args
     _check_index(index, down.shape[0])
-    return chosen.forward(*args[:-1])
+    return chosen.forward(*args[:8])
 
 
 def _forward_fake(
@@ -122,6 +125,7 @@ def _forward_fake(
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
+    pack: bool,
     backend: str,
 ) -> Tensor:
     _check_call(x, weight, bias, down, up, mask, scale, index)
@@ -143,6 +147,7 @@ def _choose_backward(
     need_down: bool,
     need_up: bool,
     need_mask: bool,
+    pack: bool,
     backend: str,
 ) -> Any:
     return OP.select(backend, dy.device.type, dy, weight, None, down, up, mask, scale, index)
@@ -167,6 +172,7 @@ def _backward_fake(
     need_down: bool,
     need_up: bool,
     need_mask: bool,
+    pack: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
     needs = Needs(need_x, need_weight, need_bias, need_down, need_up, need_mask)
@@ -196,7 +202,7 @@ def _backward_flops(dy: Tensor, weight: Tensor) -> int:
 
 _FORWARD = define(
     "lowrank_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? mask,"
-    " float scale, Tensor? index, str backend) -> Tensor",
+    " float scale, Tensor? index, bool pack, str backend) -> Tensor",
     _forward,
     _forward_fake,
     _flops,
@@ -206,7 +212,7 @@ _FORWARD = define(
 _BACKWARD = define(
     "lowrank_residual_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? mask, float scale,"
     " Tensor? index, bool need_x, bool need_weight, bool need_bias, bool need_down, bool need_up, bool need_mask,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool pack, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     _backward_flops,
@@ -227,27 +233,35 @@ class _LowrankResidual(torch.autograd.Function):
         mask: Tensor | None,
         scale: float,
         index: Tensor | None,
+        scales: Tensor | None,
         backend: str,
     ) -> Tensor:
         _, need_weight, _, need_down, need_up, need_mask = ctx.needs_input_grad[:6]
         keeps_x = need_weight or need_down or need_up or need_mask
-        ctx.save_for_backward(x if keeps_x else None, weight, down, up, mask, index)
+        ctx.save_for_backward(x if keeps_x else None, weight, down, up, mask, index, scales)
         ctx.settings = scale, backend
-        return _FORWARD(x, weight, bias, down, up, mask, scale, index, backend)
+        weight, pack = _whole(weight, scales, x)
+        return _FORWARD(x, weight, bias, down, up, mask, scale, index, pack, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, mask, index = ctx.saved_tensors
+        x, weight, down, up, mask, index, scales = ctx.saved_tensors
         scale, backend = ctx.settings
         need = ctx.needs_input_grad[:6]
-        gradients = _BACKWARD(dy, x, weight, down, up, mask, scale, index, *need, backend)
-        return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None)
+        weight, pack = _whole(weight, scales, dy)
+        gradients = _BACKWARD(dy, x, weight, down, up, mask, scale, index, *need, pack, backend)
+        return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None, None)
+
+
+def _whole(weight: Tensor, scales: Tensor | None, x: Tensor) -> tuple[Tensor, bool]:
+    """The weight itself, or what its codes and scales stand for, and whether a packed copy of it may be kept."""
+    return (weight, True) if scales is None else (expand_weight(Int8Weight(weight, scales), x.dtype), False)
 
 
 def lowrank_residual(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Int8Weight,
     bias: Tensor | None,
     down: Tensor,
     up: Tensor,
@@ -259,7 +273,7 @@ def lowrank_residual(
 
     Args:
         x: [..., C_in].
-        weight: [C_out, C_in], or [C_out, C_in, 1, 1] of a 1x1 convolution.
+        weight: [C_out, C_in], or [C_out, C_in, 1, 1] of a 1x1 convolution; a frozen one may be an `Int8Weight`.
         bias: [C_out] or None.
         down: [R, C_in]; with `index` a stack [K, R, C_in].
         up: [C_out, R]; with `index` a stack [K, C_out, R].
@@ -270,13 +284,18 @@ def lowrank_residual(
     Returns:
         [..., C_out].
     """
+    scales = None
+    if isinstance(weight, Int8Weight):
+        weight, scales = weight
+        check.floating("x", x)
     check.tensor("weight", weight)
     if weight.dim() == 4:
         check.require(
             tuple(weight.shape[2:]) == (1, 1), lambda: f"weight must be a 1x1 convolution, not {tuple(weight.shape)}"
         )
         weight = weight.flatten(1)
-    arguments = (x, weight, bias, down, up, mask, check.number("scale", scale), index, forced_backend())
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
-        return _LowrankResidual.apply(*arguments)
-    return _FORWARD(*arguments)
+    rest = (bias, down, up, mask, check.number("scale", scale), index)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, *rest)):
+        return _LowrankResidual.apply(x, weight, *rest, scales, forced_backend())
+    weight, pack = _whole(weight, scales, x)
+    return _FORWARD(x, weight, *rest, pack, forced_backend())

@@ -1,0 +1,4 @@
+from .op import Int8Weight as Int8Weight
+from .op import expand_weight as expand_weight
+from .op import lent_weight as lent_weight
+from .op import quantize_weight as quantize_weight
