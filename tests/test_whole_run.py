@@ -129,6 +129,7 @@ def test_packed_copies_follow_the_budget():
 @pytest.mark.slow
 def test_a_refusal_names_the_phase_and_what_leaves_it_out():
     arguments = dict(model=SHALLOW, method="personalized_residuals", resolution=32, batch=1, device="cuda")
+    arguments |= dict(weights="full", offload=False)  # asked for, so that nothing else is tried
     free = plan_run(**arguments)
     assert free.largest.name == "report"  # all networks at once
     found = plan_run(**arguments, budget=free.largest.bytes - 1_000)

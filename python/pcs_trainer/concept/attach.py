@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..model.fingerprint import fingerprint, same_base
 from ..model.text import encode
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, token_table
+from ..unet.int8 import hold, layer_in_8_bits, widen
 from ..unet.layers import LowRank, laid_out_as, replace_data
 from .base_weights import is_projection, network, parameters_of
 from .concept import Concept
@@ -94,7 +96,7 @@ def attached(
     strengths = [1.0] * len(concepts) if strengths is None else list(strengths)
     if len(strengths) != len(concepts):
         raise ValueError(f"{len(concepts)} concepts and {len(strengths)} strengths: give one strength for each concept")
-    kept: dict[nn.Parameter, Tensor] = {}
+    undo: list[Callable[[], None]] = []
     keys: list[str] = []
     words: dict[str, list[Tensor]] = {}
     try:
@@ -104,15 +106,15 @@ def attached(
             keys.append(concept.key)
             words.update(_own_words(concept, words))
             _put_residuals(model, concept, strength)
-        _put_values(model, concepts, strengths, kept)
+        _put_values(model, concepts, strengths, undo)
         yield words
     finally:
         for key in keys:
             model.unet.detach(key)
             for encoder in model.text_encoders:
                 detach_text(encoder, key)
-        for parameter, value in kept.items():
-            replace_data(parameter, value)
+        for step in reversed(undo):
+            step()
 
 
 def _own_words(concept: Concept, taken: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -140,19 +142,22 @@ def _put_residuals(model: Model, concept: Concept, strength: float) -> None:
 
 
 def _put_values(
-    model: Model, concepts: Sequence[Concept], strengths: Sequence[float], kept: dict[nn.Parameter, Tensor]
+    model: Model, concepts: Sequence[Concept], strengths: Sequence[float], undo: list[Callable[[], None]]
 ) -> None:
-    """Replace parameters by their changed values; what each was goes into `kept`."""
+    """Replace parameters by their changed values, in 16 bits where they were held in 8; `undo` gets the way back."""
     changes: dict[nn.Parameter, list[tuple[float, Tensor, Kind]]] = defaultdict(list)
     by_part: dict[Part, dict[str, nn.Parameter]] = {}
     for concept, strength in zip(concepts, strengths, strict=True):
         for slot, tensor in concept.changes().items() if strength else ():  # at 0 the base's value stays
             if slot.part not in by_part:
                 by_part[slot.part] = _parameters(model, slot.part, concept.key)
+            layer = layer_in_8_bits(model.unet, slot.layer) if slot.part == UNET else None
+            if layer is not None:
+                undo.append(widen(layer, model.unet.conv_in.weight))
             changes[by_part[slot.part][slot.layer]].append((strength, tensor, slot.kind))
     with torch.no_grad():
         for parameter, parts in changes.items():
-            kept[parameter] = parameter.data
+            undo.append(partial(replace_data, parameter, parameter.data))
             strength, tensor, kind = parts[0]
             if len(parts) == 1 and strength == 1.0 and kind is Kind.VALUE:
                 new = tensor  # as it is: base + (value - base) would be rounded
@@ -178,9 +183,12 @@ def in_place(model: Model, concept: Concept) -> Iterator[Concept]:
         return
     try:
         for slot, value in values.items():
-            parameter = own[slot.layer]
-            replace_data(parameter, laid_out_as(parameter, value))
-        del own, parameter
+            parameter, layer = own[slot.layer], layer_in_8_bits(model.unet, slot.layer)
+            if layer is None:
+                replace_data(parameter, laid_out_as(parameter, value))
+            else:
+                hold(layer, value.to(parameter.device))
+        del own, parameter, layer
         moved = {spell(slot) for slot in values}
         yield replace(concept, tensors={name: t for name, t in concept.tensors.items() if name not in moved})
     finally:

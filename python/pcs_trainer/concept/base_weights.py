@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..model.text_adapters import file_name
+from ..unet.int8 import own_parameters
 from .grammar import PARTS, TEXT_PARTS, UNET, Part, difference_name, pair_names, parse, value_name
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def network(model: Model, part: Part) -> nn.Module:
 
 def parameters_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     """A network's parameters by the names that checkpoint files give them."""
-    named = network(model, part).named_parameters()
+    named = own_parameters(network(model, part))
     return {name if part == UNET else file_name(name): p for name, p in named}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.prompts import Vocabulary
 from ..model.quiet import quiet
+from ..unet.int8 import expect_8_bits
 from ..unet.unet import UNet
 from .networks import Networks
 
@@ -22,14 +23,19 @@ class BlankModel:
         dtype: of every weight, as a real model is loaded for training.
         device: "meta" and a fake device hold shapes alone; a real one small numbers.
         wanted_by: the method, for the sentence where no text encoder is known.
+        weights: how the UNet's frozen weights are held.
     """
 
     name = "this model"
     embedded = False
 
-    def __init__(self, networks: Networks, dtype: torch.dtype, device: str, wanted_by: str) -> None:
+    def __init__(
+        self, networks: Networks, dtype: torch.dtype, device: str, wanted_by: str, weights: str = "full"
+    ) -> None:
         self.networks, self.dtype, self.device, self.wanted_by = networks, dtype, device, wanted_by
         self.unet = filled(UNet.from_config(networks.unet, device="meta"), dtype, device)
+        if weights == "int8":
+            expect_8_bits(self.unet)
 
     @functools.cached_property
     def text_encoders(self) -> list[nn.Module]:

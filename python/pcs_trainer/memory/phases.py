@@ -20,6 +20,7 @@ from ..model.autoencoder import at_once
 from ..model.quiet import quiet
 from ..model.weights import GROUP
 from ..training.proof import PROOF_SIDE
+from ..unet.int8 import own_parameters
 from .blank import filled, text_encoder
 from .counts import Counted, counted_once, packed_bytes
 from .ledger import Ledger
@@ -65,7 +66,9 @@ class Phases:
         request = step.request
         self.request, self.networks, self.s = request, request.networks, request.settings
         self.cpu = request.device == "cpu"
-        self.unet = sum(p.numel() for p in step.rehearsal.unet.parameters()) * request.dtype.itemsize
+        own = list(step.rehearsal.unet.parameters())
+        self.unet = sum(p.numel() * min(p.itemsize, request.dtype.itemsize) for p in own)  # as they are read
+        self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(
             self.networks.vae, request.dtype, step.rehearsal.unet.add_embedding is not None
@@ -85,6 +88,7 @@ class Phases:
         parts = step.count(assignment).parts
         self.gaps = int(GAPS * parts.get("kept activations", 0)) if self.cpu else 0
         self.freed = self.gaps + sum(parts.get(n, 0) for n in FREED) if self.cpu else 0
+        self.offload = self.s.offload and not self.cpu and not step.rehearsal.uses_text
         self.pictures = 3 * size * size * self._images()  # as uint8
 
     def _joined(self) -> int:
@@ -120,18 +124,34 @@ class Phases:
         parts |= {where: self.context}
         return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + self.host + ram)
 
-    def _drawing(self, images: int, size: int, frozen: bool = False) -> dict[str, int]:
-        """A guided forward of some images, or their decoding: whichever is more; `frozen`: before or after training."""
-        images = max(1, min(images, at_once(size * size // 2, DRAWN)))
-        count = self.step.prediction(2 * images, size // self.networks.pixels, frozen and self.whole)
-        decoded = self.decoder.decoding(at_once(size * size, images), size)
-        made = {"kernels for upsampling": self.kernels} if self.cpu else {}
-        made |= {"packed copies of weights": packed_bytes(count, self.s.packing)} if self.cpu else {}
-        return made | {"working memory": max(count.peak, decoded)}
+    def _drawn(self, name: str, images: int, beside: dict[str, int], ram: int = 0, frozen: bool = False) -> Phase:
+        """Texts read, images predicted with guidance and decoded: with all three networks there, or by turns.
+
+        Args:
+            name: of the phase.
+            images: how many prompts there are.
+            beside: what else is there, the UNet among it.
+            ram: what of it is in the machine's memory.
+            frozen: before or after a training of the whole network.
+        """
+        images = max(1, min(images, at_once(self.size * self.size // 2, DRAWN)))
+        count = self.step.prediction(2 * images, self.size // self.networks.pixels, frozen and self.whole)
+        decoded = self.decoder.decoding(at_once(self.size * self.size, images), self.size)
+        if self.cpu:
+            beside = beside | {"packed copies of weights": packed_bytes(count, self.s.packing)}
+            beside |= {"kernels for upsampling": self.kernels}
+        text, vae = {"text encoder weights": self.text}, {"autoencoder weights": self._vae()}
+        if not self.offload:
+            return self._phase(name, beside | text | vae | {"working memory": max(count.peak, decoded)}, ram)
+        others = {part: size for part, size in beside.items() if part != "UNet weights"}
+        turns = others | text, beside | {"working memory": count.peak}, others | vae | {"working memory": decoded}
+        waiting = self.unet + self.text + self._vae()
+        return max((self._phase(name, turn, ram + waiting) for turn in turns), key=lambda phase: phase.bytes)
 
     def loading(self) -> Phase:
         """The UNet, and the part of its file that is open."""
-        sizes = [p.nbytes for _, p in sorted(self.step.rehearsal.unet.named_parameters())]
+        itemsize = self.request.dtype.itemsize
+        sizes = [p.numel() * itemsize for _, p in sorted(own_parameters(self.step.rehearsal.unet))]
         groups = [sum(sizes[i : i + GROUP]) for i in range(0, len(sizes), GROUP)]
         opened = 0 if self.cpu else max(groups)
         return self._phase("loading", {"UNet weights": self.unet}, opened)
@@ -141,7 +161,9 @@ class Phases:
         images = at_once(self.size * self.size, DRAWN)
         parts = {"UNet weights": self.unet * self.cpu, "autoencoder weights": self._vae(self.encoder)}
         parts |= {"working memory": self.encoder.encoding(images, self.size)}
-        if self._draws_class_images():  # their latents are made while the encoders that drew them are there
+        if (
+            self._draws_class_images() and not self.offload
+        ):  # their latents are made while the encoders that drew them are there
             parts |= {"text encoder weights": self.text}
         return self._phase("photos to latents", parts | self._host(self.pictures), self.pictures + self.unet)
 
@@ -160,16 +182,18 @@ class Phases:
 
     def class_images(self) -> Phase:
         """Class images drawn by the frozen model."""
-        parts = {"UNet weights": self.unet, "text encoder weights": self.text, "autoencoder weights": self._vae()}
-        parts |= self._drawing(self.s.prior_images, self.size, True) | self._host(2 * self.pictures)
-        return self._phase("class images", parts, 2 * self.pictures)
+        parts = {"UNet weights": self.unet} | self._host(2 * self.pictures)
+        return self._drawn("class images", self.s.prior_images, parts, 2 * self.pictures, frozen=True)
 
     def text_states(self) -> Phase:
         """Frozen prompts encoded, one by one; then the encoders leave memory."""
         set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
         if self.cpu and self._draws_class_images():  # made by drawing, and still used in the steps
             set_up = set_up | {"kernels for upsampling": self.kernels}
-        return self._phase("text states", set_up | {"text encoder weights": self.text})
+        ram = self.unet * self.offload
+        if self.offload:
+            set_up.pop("UNet weights")
+        return self._phase("text states", set_up | {"text encoder weights": self.text}, ram)
 
     def gradient_check(self) -> Phase:
         """The gradients of both backends on a crop, beside what was packed for it; of float16 in float32."""
@@ -186,7 +210,7 @@ class Phases:
         parts |= {"both gradients, working memory": made}
         if not float16:
             return self._phase("gradient check", parts)
-        halves = self.unet + self.text * self.step.rehearsal.uses_text
+        halves = self.floats + self.text * self.step.rehearsal.uses_text
         parts |= {
             "weights in float32": 2 * halves if self.cpu else halves
         }  # on a GPU they take the place of the 16 bits
@@ -210,9 +234,9 @@ class Phases:
     def preview(self) -> Phase:
         """What the last step left, then images drawn between two steps."""
         left = self._phase("preview", self._standing() | {"freed by the last step": self.freed})
-        parts = self._standing() | {"text encoder weights": self.text, "autoencoder weights": self._vae()}
+        parts = self._standing()
         del parts["packed copies of weights"]  # a drawing packs for its own shapes
-        drawn = self._phase("preview", parts | self._drawing(len(self.s.preview_prompts), self.size))
+        drawn = self._drawn("preview", len(self.s.preview_prompts), parts)
         return max(left, drawn, key=lambda phase: phase.bytes)
 
     def checkpoint(self) -> Phase:
@@ -228,8 +252,11 @@ class Phases:
 
     def _proof(self) -> Phase:
         count = self.step.prediction(1, PROOF_LATENTS, self.whole)
-        parts = {"UNet weights": self.unet, "text encoder weights": self.text, "working memory": count.peak}
-        parts |= {"kernels for upsampling": self.kernels}
+        parts = {"UNet weights": self.unet, "working memory": count.peak, "kernels for upsampling": self.kernels}
+        if self.offload:
+            parts |= {"working memory": max(count.peak, self.text - self.unet)}
+        else:
+            parts |= {"text encoder weights": self.text}
         if self.whole:  # the base's UNet, then the file's in its place
             return self._phase("finish", parts, self.concept)
         own = {n: b for n, b in self.lasting.items() if n in ("trained in float32", "kept beside what trains")}
@@ -237,10 +264,9 @@ class Phases:
 
     def run_report(self) -> Phase:
         """Images of the base model and of the concept, at the training's size."""
-        parts = {"UNet weights": self.unet, "text encoder weights": self.text, "autoencoder weights": self._vae()}
         beside = self.cpu or not self.whole  # a GPU holds one network, the CPU the pages of both files
-        parts |= {"concept": self.concept * beside} | self._drawing(REPORT, self.size, True)
-        return self._phase("report", parts, self.concept)
+        parts = {"UNet weights": self.unet, "concept": self.concept * beside}
+        return self._drawn("report", REPORT, parts, self.concept, frozen=True)
 
 
 def autoencoder_dtypes(config: dict[str, Any], dtype: torch.dtype, sdxl: bool) -> tuple[torch.dtype, torch.dtype]:

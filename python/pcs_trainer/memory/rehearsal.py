@@ -60,7 +60,7 @@ class Rehearsal:
         self.method = method_named(settings.method)
         self.images, self.latent = size
         self.accumulate = accumulate
-        self.model = BlankModel(networks, dtype, device, settings.method)
+        self.model = BlankModel(networks, dtype, device, settings.method, settings.weights)
         self.unet = self.model.unet
         vocabulary = BlankVocabulary(networks, device, settings.token_vectors)
         self.word = settings.token or WORD

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
+from ..methods import method_named
+from ..model.model import Weights
 from .phases import LIBRARIES, Phase, Phases
 from .planner import Plan, bytes_of, counted_for, opened, plan
 
@@ -21,6 +24,8 @@ class RunPlan:
     step: Plan
     phases: list[Phase]
     packing: Packing
+    offload: bool
+    weights: str
     budget: int | None
     ram: int | None
     missing: str = ""  # empty where the run fits, else what is missing
@@ -38,7 +43,8 @@ class RunPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """The trainer's settings that this plan stands for."""
-        return self.step.settings | {"packing": self.packing}
+        held = {"packing": self.packing, "offload": self.offload, "weights": self.weights}
+        return self.step.settings | held
 
     def __str__(self) -> str:
         cpu = self.step.device == "cpu"
@@ -51,6 +57,10 @@ class RunPlan:
             lines += [f"  {phase.name:<18}{phase.bytes / 1e9:8.3f} GB{ram}{most}"]
         if cpu:
             lines += [f"packed copies of frozen weights: {PACKED[self.packing]}"]
+        if self.weights == "int8":
+            lines += ["the UNet's frozen weights are held in 8 bits (weights int8)"]
+        if self.offload:
+            lines += ["text encoders, UNet and autoencoder take turns on the GPU (offload)"]
         lines += [f"RAM limit: {self.ram / 1e9:.3f} GB"] if self.ram is not None else []
         given = self.budget is not None or self.ram is not None
         return "\n".join([*lines, self.missing or ("It fits." if given else "")]).rstrip()
@@ -81,8 +91,9 @@ def plan_run(
         report: whether the run ends with a report.
 
     Returns:
-        the first that fits of packed copies for both directions, for the forward, and none (CPU); where none fits, the
-        last, which says what is missing.
+        the first that fits of full weights and 8 bits, each with packed copies for both directions, for the forward,
+        and none (CPU), or with all networks on the GPU at once and by turns; where none fits, the last, which says what
+        is missing. What the settings say is not tried otherwise.
     """
     model = opened(model)  # once for all packings
     allowed = None if budget is None else bytes_of(budget, "budget")
@@ -90,26 +101,56 @@ def plan_run(
     cpu = device == "cpu"
     limit = min((x for x in (allowed, memory) if x is not None), default=None) if cpu else allowed
     beside = LIBRARIES if cpu else 0
-    asked = settings.pop("packing", None)
-    choices: tuple[Packing, ...] = (asked,) if asked else get_args(Packing) if cpu and limit is not None else ("both",)
-    for packing in choices:
-        within = limit
-        for _ in range(TRIES):
-            step = plan(
-                model, method, resolution, batch, within, dtype, device, measure, beside, packing=packing, **settings
-            )
-            counted, size = counted_for(model, step, dtype, packing=packing, **settings)
-            phases = Phases(counted, step.assignment, size, step.context, report).all()
-            over = 0 if limit is None else next(p.bytes for p in phases if p.name == "training step") - limit
-            if within is None or over <= 0 or not step.fits:
-                break
-            within -= over  # what lies between the step's blocks is known once its plan is
-        step = replace(step, budget=limit, missing=step.missing if within == limit else "")
-        missing = step.missing or _missing(phases, limit, memory)
-        found = RunPlan(step, phases, packing, allowed, memory, missing)
+    held = getattr(model, "weights", "full")
+    weights = (held,) if held != "full" or method_named(method).trains_whole_unet else get_args(Weights)
+    for more in _ways(settings, weights, cpu, limit is not None):
+        found = _planned((model, method, resolution, batch), limit, dtype, device, measure, beside, report, more)
+        missing = found.missing or _missing(found.phases, limit, memory)
+        found = replace(found, budget=allowed, ram=memory, missing=missing)
         if found.fits:
             break
     return found
+
+
+def _ways(settings: dict[str, Any], weights: tuple[str, ...], cpu: bool, limited: bool) -> list[dict[str, Any]]:
+    """The settings with each way to hold the networks, from the fastest on; what was asked for stays.
+
+    The full precision is tried before 8 bits: these change what is learned, if only a little.
+    """
+    choices: dict[str, tuple[Any, ...]] = {
+        "weights": weights,
+        "packing": get_args(Packing) if cpu else ("both",),
+        "offload": (False,) if cpu else (False, True),
+    }
+    for name, values in choices.items():
+        asked = settings.get(name)
+        choices[name] = (asked,) if asked is not None else values if limited else values[:1]
+    return [settings | dict(zip(choices, way, strict=True)) for way in itertools.product(*choices.values())]
+
+
+def _planned(
+    what: tuple[Any, str, int | None, int | None],
+    limit: int | None,
+    dtype: torch.dtype,
+    device: str,
+    measure: bool,
+    beside: int,
+    report: bool,
+    settings: dict[str, Any],
+) -> RunPlan:
+    """The plan of a run whose networks are held one way."""
+    within = limit
+    for _ in range(TRIES):
+        step = plan(*what, within, dtype, device, measure, beside, **settings)
+        counted, size = counted_for(what[0], step, dtype, **settings)
+        phases = Phases(counted, step.assignment, size, step.context, report).all()
+        over = 0 if limit is None else next(p.bytes for p in phases if p.name == "training step") - limit
+        if within is None or over <= 0 or not step.fits:
+            break
+        within -= over  # what lies between the step's blocks is known once its plan is
+    step = replace(step, budget=limit, missing=step.missing if within == limit else "")
+    held = settings["packing"], settings["offload"], settings["weights"]
+    return RunPlan(step, phases, *held, None, None, step.missing)
 
 
 def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:

@@ -62,6 +62,8 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
         if name not in known:
             raise ValueError(why_unknown(method, name))
     adapted = dict(chosen.tiny if model is not None and model.embedded else {})
+    if model is not None and getattr(model, "weights", "full") != "full":
+        adapted["weights"] = model.weights
     given = adapted | dict(chosen.presets[preset] if preset else {}) | overrides
     values = chosen.implied(given) | given
     if "plan" in values:
@@ -70,6 +72,11 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
         values["plan"] = {n: short_plan(p) for n, p in plan.items()} if many else short_plan(plan)
     settings = chosen.settings(method=method, **with_none_for_unset(chosen.settings, values))
     settings.check()
+    if settings.weights == "int8" and chosen.trains_whole_unet:
+        raise ValueError(
+            f"{method} trains every weight of the UNet, and 8 bits do not train. Fix: weights='full', or "
+            "dreambooth_lora, whose UNet stays frozen"
+        )
     return settings
 
 

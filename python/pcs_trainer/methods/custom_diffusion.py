@@ -25,6 +25,7 @@ from ..data.augment import Augmentation
 from ..model.model import Model
 from ..settings import Settings
 from ..unet.blocks import TextKV
+from ..unet.int8 import own_parameters
 from .learner import Learner
 from .method import Method
 
@@ -54,7 +55,7 @@ class CustomDiffusion(Settings):
 
 def setup(model: Model, s: CustomDiffusion, learner: Learner) -> None:
     """The variant's parameters in float32, and the subject's word."""
-    for name, parameter in model.unet.named_parameters():
+    for name, parameter in own_parameters(model.unet):
         if any(part in name for part in PARAMETERS[s.variant]):
             learner.train_value(grammar.value_name("unet", name), parameter, master=True)
     learner.add_subject_word(s)

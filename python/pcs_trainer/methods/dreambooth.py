@@ -105,6 +105,7 @@ METHOD = Method(
     settings=DreamBooth,
     setup=setup,
     paper="https://arxiv.org/abs/2208.12242",
+    trains_whole_unet=True,
     trains="the whole UNet; prior-preservation loss on generated class images",
     choose="the closest likeness, when GPU memory and a file of the UNet's size are acceptable",
     tiny={"steps": 350, "batch": 2, "learning_rate": 3e-4, "prior_images": 32},

@@ -18,6 +18,7 @@ from ..distributed import full_value, is_part
 from ..model.model import Model
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, without_adapters
 from ..settings import Settings
+from ..unet.int8 import layer_in_8_bits, widen
 from ..unet.layers import Conv2d, Linear, LowRank, replace_data
 
 KEY = "learning"  # the residuals of the running training, among those of concepts on the same model
@@ -81,7 +82,14 @@ class Learner:
         self._attach(Slot(grammar.UNET, block, Kind.CONTEXT), pair, word)
 
     def train_value(self, name: str, parameter: nn.Parameter, *, master: bool) -> None:
-        """Train a parameter of the model itself; `master` holds it in float32 while it trains."""
+        """Train a parameter of the model itself; `master` holds it in float32 while it trains.
+
+        One that is held in 8 bits is read again as it was.
+        """
+        part, _, own_name = name.partition(".")
+        layer = layer_in_8_bits(self.model.unet, own_name) if part == grammar.UNET else None
+        if layer is not None:
+            self._undo.append(widen(layer, self.model.unet.conv_in.weight))
         device, value = parameter.device, parameter.data
         original = on_host(value)
         self.originals.append(original)

@@ -59,5 +59,6 @@ class Method:
     # (s): variance of the noise on the small picture that an up-scaler reads; None where no up-scaler is trained
     extra_input: Callable[[Any], float | None] = _nothing
     implied: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_more  # (given settings): defaults that go with them
+    trains_whole_unet: bool = False  # so that none of its weights can be held in 8 bits
     lag: bool = False  # whether the paper samples with localized attention guidance
     one_subject: Callable[[Any], str | None] = _nothing  # (s): why several subjects cannot be learned together

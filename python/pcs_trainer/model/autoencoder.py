@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..unet.layers import replace_data
+from .turns import turn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,23 +88,6 @@ def _upcast(model: Model, halves: tuple[torch.dtype, ...]) -> Iterator[Autoencod
         nn.Module.to(module, was)
 
 
-@contextmanager
-def _unet_aside(model: Model) -> Iterator[None]:
-    """A GPU's UNet waits in the machine's memory: SDXL's photos take 3 GB in float32 beside its 5."""
-    own = list(model.unet.parameters()) if "unet" in model.loaded and torch.device(model.device).type != "cpu" else []
-    if own:
-        model.unet.forget_derived()
-    waiting = []
-    try:
-        for p in own:
-            waiting.append(p.data.cpu())
-            replace_data(p, p.data.new_empty(0))
-        yield
-    finally:
-        for p, value in zip(own, waiting, strict=False):
-            replace_data(p, value.to(model.device))
-
-
 @torch.no_grad()
 def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) -> Moments:
     """Encode images.
@@ -121,7 +104,8 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     means, stds = [], []
     count = at_once(images[0][..., 0].size, batch) if images else batch
     halves = (torch.float16, torch.bfloat16)
-    with _unet_aside(model), _upcast(model, halves) as vae:  # latents to learn from: rounding would stay in them
+    # SDXL's photos take 3 GB in float32 beside the UNet's 5. Latents to learn from: rounding would stay in them.
+    with turn(model, "vae", alone=True), _upcast(model, halves) as vae:
         like = next(vae.parameters())
         for start in range(0, len(images), count):
             x = torch.stack([to_tensor(p) for p in images[start : start + count]]).to(like)  # [P, 3, H, W]
@@ -142,7 +126,7 @@ def decode(model: Model, latents: Tensor) -> list[Image]:
     factor, (shift, scale) = latent_factor(model), _scaling(model.vae)
     count = at_once(latents.shape[2] * latents.shape[3] * factor**2, len(latents) or 1)
     images = []
-    with _upcast(model, (torch.float16,)) as vae:
+    with turn(model, "vae"), _upcast(model, (torch.float16,)) as vae:
         like = next(vae.parameters())
         for part in latents.split(count):
             z = (part.float() / scale + shift).to(like)

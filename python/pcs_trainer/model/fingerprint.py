@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .model import Model
+from ..unet.int8 import layer_in_8_bits, original, own_parameters
+from ..unet.unet import UNet
 
 TENSORS, VALUES = 8, 4  # 32 weights from all depths: a header of 300 characters, and no fine-tune leaves all of them
 SMALLEST = 64  # of a tensor that is read; biases and norms are left out, as many fine-tunes leave those as they were
@@ -23,20 +23,37 @@ FLOOR = 1e-6  # near zero a relative limit would ask for equal bits
 _known: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def fingerprint(model: Model) -> str:
+class HasUNet(Protocol):
+    """A Model, as far as it is asked here."""
+
+    @property
+    def unet(self) -> UNet:
+        """The denoising network."""
+
+
+def fingerprint(model: HasUNet) -> str:
     """A hash of the UNet's configuration and 32 of its weights, as the model was when first asked.
 
     Compare two with `same_base`: the same model in another precision has another string.
     """
-    unet = model.unet
+    return fingerprint_of(model.unet)
+
+
+def fingerprint_of(unet: UNet) -> str:
+    """`fingerprint` of the model that has this UNet. Weights in 8 bits are read as they were in its file."""
     if unet not in _known:
         settings = json.dumps(_hashed(unet.settings), sort_keys=True, default=str)
-        named = sorted((n, p) for n, p in unet.named_parameters() if p.numel() >= SMALLEST and p.dim() > 1)
-        chosen = [p for _, p in named[:: max(1, len(named) // TENSORS)]][:TENSORS]
-        values = [float(p.detach().flatten()[k * (p.numel() // VALUES)]) for p in chosen for k in range(VALUES)]
+        named = sorted((n, p) for n, p in own_parameters(unet) if p.numel() >= SMALLEST and p.dim() > 1)
+        chosen = [_as_it_was(unet, n, p) for n, p in named[:: max(1, len(named) // TENSORS)]][:TENSORS]
+        values = [float(p.flatten()[k * (p.numel() // VALUES)]) for p in chosen for k in range(VALUES)]
         digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
         _known[unet] = digest + ":" + ",".join(f"{v:.6g}" for v in values)
     return _known[unet]
+
+
+def _as_it_was(unet: UNet, name: str, p: nn.Parameter) -> Tensor:
+    layer = layer_in_8_bits(unet, name)
+    return p.detach() if layer is None else original(layer, unet.conv_in.weight)
 
 
 def weights_mark(network: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -11,17 +11,21 @@ from torch import nn
 from ..errors import UnsupportedModel
 from ..machine import device_problem
 from ..unet.config import checked_config, family, reads_small_picture
+from ..unet.int8 import expect_8_bits
 from ..unet.unet import UNet
+from .int8 import in_8_bits, load_in_8_bits
 from .layout import lay_out
 from .quiet import quiet
 from .schedule import Schedule
 from .sources import TINY, Folder, SingleFile, find_source, read_json
+from .turns import Turns, is_there
 from .weights import load_weights, weight_files
 
 if TYPE_CHECKING:
     from .peers import Autoencoder, TextEncoder
 
 Network = TypeVar("Network", bound=nn.Module)
+Weights = Literal["full", "int8"]
 PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule", "low_res_schedule")
 PIPELINES = "StableDiffusion"
 # Names in the attention of the first models' VAE files -> today's.
@@ -35,10 +39,14 @@ OTHER_FAMILIES = ("StableDiffusion3", "StableDiffusionDiffEdit", "StableDiffusio
 class Model:
     """A UNet, its text encoders and tokenizers, VAE and noise schedule; each is read when first used."""
 
-    def __init__(self, source: Folder | SingleFile, dtype: torch.dtype | None, device: str) -> None:
+    def __init__(
+        self, source: Folder | SingleFile, dtype: torch.dtype | None, device: str, weights: Weights = "full"
+    ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
+        self.weights = weights
+        self.turns = Turns()
         self._parts: dict[str, Any] = {}
         self._text_pipeline: Any = None
 
@@ -113,11 +121,35 @@ class Model:
             if name not in PARTS:
                 raise ValueError(f"{name!r} is not a part of a model; the parts are {', '.join(PARTS)}")
             self._parts.pop(name, None)
+            self.turns.forget(name)
 
-    def _settle(self, module: Network) -> Network:
-        """The module frozen, on the model's device and in its dtype."""
+    def hold(self, weights: Weights) -> None:
+        """Hold the UNet's frozen weights like this from now on: a UNet that is held otherwise is read again."""
+        if weights != self.weights:
+            self.weights = weights
+            self.release("unet")
+
+    def offload(self, on: bool = True) -> None:
+        """Let text encoders, UNet and autoencoder take turns on a GPU: who does not work waits in RAM."""
+        self.turns.on = on
+        if torch.device(self.device).type not in ("cpu", "meta"):
+            for name in ("text_encoders", "vae"):
+                if self.turns.waits(name) and is_there(self, name):
+                    self.turns.to_host(self, name)
+                elif not on and name in self._parts:
+                    self.turns.to_device(self, name)
+
+    def stay(self, name: str) -> None:
+        """A part that others take turns with is on the device whenever it is nobody's turn, as the UNet is."""
+        self.turns.staying.add(name)
+        if self.turns.on and name in self._parts and torch.device(self.device).type not in ("cpu", "meta"):
+            self.turns.to_device(self, name)
+
+    def _settle(self, module: Network, part: str = "unet") -> Network:
+        """The module frozen, on the model's device or where it waits, in the model's dtype."""
+        place = "cpu" if self.device != "meta" and self.turns.waits(part) else self.device
         # torch's own `to`: diffusers' warns of each cast of an autoencoder, and checks what is not so here.
-        module = nn.Module.to(module, device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        module = nn.Module.to(module, device=place, dtype=self.dtype).requires_grad_(False).eval()
         half = self.dtype is None and any(p.dtype == torch.float16 for p in module.parameters())
         # CPUs have no fast float16 arithmetic: the files' half precision is for their size alone
         return module.float() if half and self.device == "cpu" else module
@@ -129,12 +161,19 @@ class Model:
             peer = self.source.converted(UNet2DConditionModel, "unet")
             unet = UNet.from_config(dict(peer.config), device="meta")
             unet.load_state_dict(peer.state_dict(), strict=True, assign=True)
+            del peer
+            if self.weights == "int8":
+                return self._settle(in_8_bits(unet))
             return lay_out(self._settle(unet), self.device)
         folder = self.source.part("unet")
         unet = _unet_of(folder / "config.json")
         if self.device == "meta":
+            if self.weights == "int8":
+                expect_8_bits(unet)
             return self._settle(unet)
-        load_weights(unet, weight_files(folder, "diffusion_pytorch_model", self.dtype), self.dtype, self.device)
+        files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
+        load = load_in_8_bits if self.weights == "int8" else load_weights
+        load(unet, files, self.dtype, self.device)
         return lay_out(self._settle(unet), self.device)
 
     @quiet("diffusers", "transformers")
@@ -152,8 +191,9 @@ class Model:
         if isinstance(self.source, SingleFile):
             pipeline = self._pipeline(self.source)
             parts = [getattr(pipeline, n, None) for n in ("text_encoder", "text_encoder_2")]
-            return [self._settle(part) for part in parts if part is not None]
-        return [self._settle(self._text_encoder(folder)) for folder in _text_parts(self.source, "text_encoder")]
+            return [self._settle(part, "text_encoders") for part in parts if part is not None]
+        folders = _text_parts(self.source, "text_encoder")
+        return [self._settle(self._text_encoder(folder), "text_encoders") for folder in folders]
 
     def _text_encoder(self, folder: Path) -> TextEncoder:
         import transformers
@@ -198,8 +238,9 @@ class Model:
                 vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
             if self.device != "meta":
                 files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
-                load_weights(vae, files, self.dtype, self.device, OLD_VAE_NAMES)
-        settled: Any = _upcast(self._settle(vae))
+                place = "cpu" if self.turns.waits("vae") else self.device
+                load_weights(vae, files, self.dtype, place, OLD_VAE_NAMES)
+        settled: Any = _upcast(self._settle(vae, "vae"))
         return settled.to(memory_format=torch.channels_last)  # convolutions read it as the UNet's do
 
     def _load_schedule(self) -> Schedule:
@@ -263,6 +304,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     config: str | Path | None = None,
+    weights: Weights = "full",
 ) -> Model:
     """Open a model; its parts are read when first used.
 
@@ -274,6 +316,9 @@ def load_model(
         device: where the networks go: "cpu", "cuda", "cuda:1", and untested "xpu" and "mps", which have no kernels of
             ours; "meta" builds them without weights.
         config: for a checkpoint file, the folder or hub name of the configuration files diffusers converts it by.
+        weights: "int8" holds the UNet's frozen weights in 8 bits, with a scale for every 64 of them: half the memory
+            of 16 bits. Each is expanded for the time of one product. What a method trains keeps its own precision,
+            and is learned for the weights as they are held; it draws on the 16-bit model too.
 
     Raises:
         UnsupportedModel: one sentence naming the file and what is wrong with it, here or when a part is first used.
@@ -284,4 +329,6 @@ def load_model(
         raise ValueError(f"device {str(device)!r}: {problem}")
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))
     _check_family(source)
-    return Model(source, dtype, str(device))
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, not {weights!r}")
+    return Model(source, dtype, str(device), weights)

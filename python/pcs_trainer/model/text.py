@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .text_adapters import adapters, without_adapters
 from .tokens import Ids, tokenize
+from .turns import turn
 
 if TYPE_CHECKING:
     from .model import Model
@@ -107,12 +108,13 @@ def encode(
     reading = prompts if isinstance(prompts, Reading) else read(model, prompts, words)
     parts, pooled = [], None
     several = len(model.text_encoders) > 1  # SDXL reads the last but one layer of its encoders
-    for e, (encoder, said, blank) in enumerate(zip(model.text_encoders, reading.said, reading.blank, strict=True)):
-        table = [rows[e] for rows in words.values()]
-        states, pooled = _states(encoder, said, torch.cat(table) if table else None, several)
-        if hold_first:
-            states, pooled = _held(encoder, said, blank, (states, pooled), several)
-        parts.append(states)
+    with turn(model, "text_encoders"):
+        for e, (encoder, said, blank) in enumerate(zip(model.text_encoders, reading.said, reading.blank, strict=True)):
+            table = [rows[e] for rows in words.values()]
+            states, pooled = _states(encoder, said, torch.cat(table) if table else None, several)
+            if hold_first:
+                states, pooled = _held(encoder, said, blank, (states, pooled), several)
+            parts.append(states)
     joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]  # [B, T, C]
     return Text(by_block(model, joined), pooled, reading.ids)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 
+Converter = Callable[[Tensor, Path], dict[str, Tensor]]
 GROUP = 48  # tensors converted before the file is opened again, which lets go of the pages read so far
 
 
@@ -62,14 +63,19 @@ def _open(file: Path) -> Any:
         raise UnsupportedModel(f"{file} cannot be read: {error}") from error
 
 
-def read_tensors(file: Path, dtype: torch.dtype | None, device: str) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a file. On the CPU in the file's own dtype it is a view of the mapped file, read when touched."""
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file, a view of the mapped file."""
+    tensor: Tensor = _open(file).get_tensor(name)
+    return tensor
+
+
+def read_tensors(file: Path, device: str) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a file, in the file's own dtype; on the CPU it is a view of the mapped file, read when touched."""
     names = list(_open(file).keys())
     for start in range(0, len(names), GROUP):
         opened = _open(file)
         for name in names[start : start + GROUP]:
-            tensor = opened.get_tensor(name).to(device)  # before the cast: files are mostly the smaller of the two
-            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            yield name, opened.get_tensor(name).to(device)  # before any cast: files are mostly the smaller of the two
 
 
 def _renamed(name: str, renames: dict[str, str]) -> str:
@@ -84,6 +90,7 @@ def load_weights(
     dtype: torch.dtype | None,
     device: str,
     renames: dict[str, str] | None = None,
+    converted: Mapping[str, Converter] | None = None,
 ) -> None:
     """Give a network that was built on the meta device its weights.
 
@@ -93,6 +100,7 @@ def load_weights(
         dtype: of floating-point weights; None keeps the files' own.
         device: where the weights go.
         renames: parts of names in the files -> parts of the network's names.
+        converted: names of tensors -> what makes of each, in the file's own dtype, the tensors that take its place.
 
     Raises:
         UnsupportedModel: names the file and the missing, unexpected or misshapen tensor.
@@ -100,7 +108,7 @@ def load_weights(
     wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     state: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in read_tensors(file, dtype, device):
+        for name, tensor in read_tensors(file, device):
             name = _renamed(name, renames or {})
             if name not in wanted:
                 raise UnsupportedModel(f"{file} has a tensor {name!r} that this configuration does not have")
@@ -109,7 +117,11 @@ def load_weights(
                     f"{file}: tensor {name!r} has shape {list(tensor.shape)}; "
                     f"the configuration makes it {list(wanted[name])}"
                 )
-            state[name] = tensor
+            wanted_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            if converted and name in converted:
+                state |= converted[name](tensor, file)
+            else:  # a view would keep all pages of the file that were read beside it
+                state[name] = tensor.to(wanted_dtype, copy=converted is not None)
     missing = [name for name in wanted if name not in state]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -15,6 +15,7 @@ from ..data.batches import Batch, Stream, draw_batch, seeded
 from ..distributed import rank_and_world
 from ..methods.learner import Learner
 from ..model.text import Reading, Text, encode, read
+from ..model.turns import turn
 from ..model.upscaler import level_labels
 from .class_prediction import ClassPrediction
 from .inputs import Inputs, on_device
@@ -158,7 +159,8 @@ class Objective:
     @torch.no_grad()
     def _frozen_texts(self) -> dict[str, Text]:
         prompts = sorted({*self.data.prompts, *self.task.class_prompts})
-        found = {p: encode(self.model, [p], self.learner.rows, self.learner.hold_first) for p in prompts}
+        with turn(self.model, "text_encoders"):
+            found = {p: encode(self.model, [p], self.learner.rows, self.learner.hold_first) for p in prompts}
         self.model.release("text_encoders")
         return found
 

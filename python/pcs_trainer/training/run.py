@@ -217,6 +217,8 @@ class Run:
         """Pictures from where the run stands; whatever goes wrong here does not end it."""
         before = set(self.model.loaded)
         pcs_kernels.forget_packed_weights()
+        if self.model.turns.on:
+            self.device_step.forget()  # the UNet comes back to another place than a recorded step knows
         try:
             random = torch.get_rng_state()
             with torch.no_grad():

@@ -25,6 +25,7 @@ from ..methods import settings_for
 from ..methods.learner import Learner
 from ..methods.start import learner_for
 from ..model.model import Model, load_model
+from ..model.turns import place
 from ..settings import Settings
 from ..unet.layers import replace_data
 from .begun import as_it_began
@@ -83,6 +84,7 @@ class Trainer:
             raise ValueError(f"the concepts share the token {tokens[0]!r}: give each a token of its own")
         self._asked = [{*overrides, *(name for name, value in one.items() if value)} for one in given]
         self.task = Task(self.model, subjects[0].settings, tuple(subjects), folder)
+        self._hold_model()
         refused = self.task.method.one_subject(self.settings) if len(subjects) > 1 else None
         if refused:
             raise ValueError(refused)
@@ -118,7 +120,16 @@ class Trainer:
         """What trains, put on the model when first asked for."""
         if self._learner is None:
             self._learner = learner_for(self.model, [subject.settings for subject in self.subjects])
+            if self._learner.text_trains and self.settings.offload:
+                self.model.stay("text_encoders")
+                for p in self._learner.parameters.values():  # what was put on encoders that were waiting
+                    place(p, p.data.to(self.model.device))
         return self._learner
+
+    def _hold_model(self) -> None:
+        """Weights as the settings want them held, and networks where they want them."""
+        self.model.hold(self.settings.weights)
+        self.model.offload(self.settings.offload)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by the name that the concept file gives it."""
@@ -196,6 +207,7 @@ class Trainer:
             self._learner.restore()
             self._learner = None
         self.task = replace(self.task, settings=subjects[0].settings, subjects=subjects)
+        self._hold_model()
 
     def _check_gradients(self, objective: Objective, say: Say) -> None:
         """The proof before step 1; a machine without the memory for it is told so, and trains."""

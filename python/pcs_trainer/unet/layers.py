@@ -9,8 +9,9 @@ Letters: B batch, N tokens, C channels, H x W image, R rank of a residual, K res
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 import pcs_kernels
+from pcs_kernels import Int8Weight
 
 Masks = Tensor | dict[str, Tensor] | None
 
@@ -49,7 +51,7 @@ class LowRank:
         return y if mask is None else y * mask[..., None].to(y.dtype)  # [B, N, C_out]
 
 
-def replace_data(parameter: nn.Parameter, value: Tensor) -> None:
+def replace_data(parameter: Tensor, value: Tensor) -> None:
     """Replace `parameter.data` and bump its version, so that packed copies of its values are invalidated."""
     parameter.data = value
     increment_version(parameter)
@@ -107,9 +109,17 @@ def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
     return pcs_kernels.frozen_linear(x, layer.matrix(), layer.bias)  # [B, N, C_out]
 
 
-def _cast(layer: Linear | Conv2d | LayerNorm, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weights in x's dtype: a trained one may be a float32 master in a bfloat16 network."""
+def held(layer: Linear | Conv2d) -> Tensor | Int8Weight:
+    """The layer's weight as the frozen ops take it: itself, or its codes and scales."""
+    return layer.weight if layer.weight_scales is None else Int8Weight(layer.weight, layer.weight_scales)
+
+
+def _cast(layer: Linear | Conv2d | LayerNorm, x: Tensor) -> tuple[Any, Tensor | None]:
+    """The weights in x's dtype, or in 8 bits: a trained one may be a float32 master in a bfloat16 network."""
     weight, bias = layer.weight, layer.bias
+    if weight.dtype is torch.int8:
+        assert isinstance(layer, (Linear, Conv2d))
+        return held(layer), None if bias is None else bias.to(x.dtype)
     if weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype):
         return weight, bias
     return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -121,10 +131,13 @@ class Linear(nn.Linear):
     def __init__(self, c_in: int, c_out: int, bias: bool = True) -> None:
         super().__init__(c_in, c_out, bias)
         self.residuals: list[LowRank] = []
+        self.weight_scales: nn.Parameter | None
+        self.register_parameter("weight_scales", None)  # of a weight in 8 bits
+        self.original: Callable[[], Tensor] | None = None  # reads such a weight as it was
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Tensor | Int8Weight:
         """The weight [C_out, C_in]."""
-        return self.weight
+        return held(self)
 
     def forward(self, x: Tensor, masks: Masks = None) -> Tensor:
         return project(self, x, masks)
@@ -138,11 +151,16 @@ class Conv2d(nn.Conv2d):
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2)
         self.residuals: list[LowRank] = []
+        self.weight_scales: nn.Parameter | None
+        self.register_parameter("weight_scales", None)  # of a weight in 8 bits
+        self.original: Callable[[], Tensor] | None = None  # reads such a weight as it was
         self._matrix: tuple[tuple[int, int], Tensor] | None = None
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Tensor | Int8Weight:
         """A frozen 1x1 weight as [C_out, C_in]: one tensor for as long as the weight is the same, so it packs once."""
         weight = self.weight
+        if self.weight_scales is not None:
+            return Int8Weight(weight.detach().flatten(1), self.weight_scales)
         seen = pcs_kernels.weight_version(weight)
         if self._matrix is None or self._matrix[0] != seen:
             self._matrix = (seen, weight.detach().flatten(1))
@@ -156,7 +174,7 @@ class Conv2d(nn.Conv2d):
         if trained(self):
             weight, bias = _cast(self, x)
             return pcs_kernels.trained_conv2d(x, weight, bias, self.stride[0], self.padding[0])  # [B, C_out, H, W]
-        return pcs_kernels.frozen_conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])  # [B, C_out, H, W]
+        return pcs_kernels.frozen_conv2d(x, held(self), self.bias, self.stride[0], self.padding[0])  # [B, C_out, H, W]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -185,15 +203,17 @@ class Stack:
         self.layers = list(layers)
         self.widths = [layer.out_features for layer in layers]
         self._seen: list[tuple[int, int]] = []
-        self._weight = torch.empty(0)  # [sum of the widths, C_in]
+        self._weight: Tensor | Int8Weight = torch.empty(0)  # [sum of the widths, C_in]
         self._bias: Tensor | None = None  # [sum of the widths]
 
     def _refresh(self) -> None:
-        tensors = [p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None]
+        tensors = [p for layer in self.layers for p in (layer.weight, layer.weight_scales, layer.bias) if p is not None]
         seen = [pcs_kernels.weight_version(p) for p in tensors]
         if seen == self._seen:
             return
-        self._weight = _joined([layer.weight for layer in self.layers])
+        weight = _joined([layer.weight for layer in self.layers])
+        scales = [layer.weight_scales for layer in self.layers if layer.weight_scales is not None]
+        self._weight = Int8Weight(weight, _joined(scales)) if scales else weight
         self._bias = None if self.layers[0].bias is None else _joined([layer.bias for layer in self.layers])
         self._seen = [pcs_kernels.weight_version(p) for p in tensors]
 
@@ -205,7 +225,8 @@ class Stack:
         """Each layer's output for x [..., C_in], in the order of the layers."""
         if self._seen and any(trained(layer) for layer in self.layers):
             self.forget()
-        if any(trained(layer) or layer.residuals for layer in self.layers):
+        apart = any(trained(layer) or layer.residuals for layer in self.layers)
+        if apart or len({layer.weight.dtype for layer in self.layers}) > 1:
             return [layer(x) for layer in self.layers]
         self._refresh()
         return list(pcs_kernels.frozen_linear(x, self._weight, self._bias).split(self.widths, dim=-1))

@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pcs_kernels
+
+from .layers import Conv2d, held
 
 # [phase, tap of the 2-tap kernel, tap of the 3-tap kernel]
 TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
@@ -65,12 +67,14 @@ class UpsampledConv:
         """Drop the kernels."""
         self.seen, self.kernels = None, None
 
-    def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def __call__(self, conv: Conv2d, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> the convolution's output [B, O, 2 H, 2 W] for the upsampled x."""
         weight = conv.weight
         seen = pcs_kernels.weight_version(weight)
         if self.kernels is None or seen != self.seen:
-            self.seen, self.kernels = seen, phase_kernels(weight.detach())
+            whole = held(conv)
+            whole = pcs_kernels.expand_weight(whole, x.dtype) if isinstance(whole, pcs_kernels.Int8Weight) else whole
+            self.seen, self.kernels = seen, phase_kernels(whole.detach())
         bias = None if conv.bias is None else conv.bias.repeat(4)
         z = pcs_kernels.frozen_conv2d(x, self.kernels, bias, 1, 1)  # [B, 4 O, H + 1, W + 1]
         return _Interleave.apply(z)  # [B, O, 2 H, 2 W]

@@ -67,6 +67,15 @@ MODEL_FLAGS = (
         MODEL_CONFIG,
     ),
 )
+WEIGHTS = Option(
+    "--weights",
+    "how the UNet's frozen weights are held: full, or int8, in half the memory of 16 bits",
+    one_of("kind of weights", ("full", "int8")),
+    metavar="KIND",
+    otherwise="full",
+    group="model",
+)
+OFFLOAD = Option("--offload", "text encoders, UNet and autoencoder take turns on the GPU", None, False, group="model")
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))
 LAG_OPTIONS = (
     Option(
@@ -203,9 +212,10 @@ def open_model(options: argparse.Namespace) -> Model:
     device, kind = device_of(options)
     dtype, reason = dtype_of(options, kind)
     try:
-        model = load_model(where, dtype, device, options.model_config)
+        model = load_model(where, dtype, device, options.model_config, getattr(options, "weights", None) or "full")
     except UnsupportedModel as error:
         raise UsageError(f"--model: {error}") from None
+    model.offload(bool(getattr(options, "offload", False)))
     if untested(kind):
         say(untested(kind))
     if reason:

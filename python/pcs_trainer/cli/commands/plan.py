@@ -14,7 +14,7 @@ from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
 from . import COMMANDS
-from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, RAM, RESOLUTION, dtype_of, say
+from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, OFFLOAD, RAM, RESOLUTION, WEIGHTS, dtype_of, say
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ OPTIONS = grouped(
     Option("--budget", "memory limit, e.g. 6GB", byte_size, metavar="SIZE", otherwise="no limit: the fastest plan"),
     RAM,
     replace(MODEL_CONFIG, group="what to plan"),
+    WEIGHTS,
+    OFFLOAD,
     Option("--no-report", "plan a run that writes no report", None, False),
     Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
     Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), metavar="TYPE", otherwise="what suits the device"),
@@ -101,6 +103,8 @@ def run(options: argparse.Namespace) -> int:
         report=not options.no_report,
         rank=options.rank,
         prior=options.prior,
+        weights=options.weights,
+        offload=options.offload or None,
     )
     if reason:
         say(f"planned in {str(dtype).removeprefix('torch.')}: {reason}")
@@ -159,9 +163,10 @@ def chosen_plan(
 
     from ...memory.whole_run import plan_run
 
-    weight = model.unet.conv_in.weight
-    if weight.device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--budget: memory is counted for cpu and cuda alone, not for {weight.device.type}")
+    device = torch.device(model.device)  # the UNet is not read yet: how it is held is found out here
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--budget: memory is counted for cpu and cuda alone, not for {device.type}")
+    ways = ("packing", "weights", "offload")  # to hold the networks: a limit of RAM decides these alone
     apart = ("resolution", "batch", "accumulate")  # arguments of plan() itself
     others = {name: value for name, value in chosen.items() if name not in apart}
     found: RunPlan = plan_run(
@@ -170,8 +175,8 @@ def chosen_plan(
         chosen.get("resolution"),
         chosen.get("batch"),
         budget,
-        dtype=weight.dtype,
-        device=weight.device.type,
+        dtype=model.dtype or model.unet.conv_in.weight.dtype,
+        device=device.type,
         accumulate=chosen.get("accumulate"),
         ram=ram,
         report=report,
@@ -179,17 +184,19 @@ def chosen_plan(
     )
     if not found.fits:
         raise DoesNotFit(f"{method} does not fit: {found.missing}")
-    if budget is not None and weight.device.type == "cuda":
-        total = torch.cuda.get_device_properties(weight.device).total_memory
+    if budget is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
         if budget > total:
             raise UsageError(f"--budget: {bytes_text(budget)} is more than this GPU's {bytes_text(total)}")
-        torch.cuda.set_per_process_memory_fraction((budget - found.step.context) / total, weight.device)
-    if weight.device.type == "cpu":
+        torch.cuda.set_per_process_memory_fraction((budget - found.step.context) / total, device)
+    if device.type == "cpu":
         warn_of_the_reference()
     limits = [f"{what} {bytes_text(size)}" for what, size in (("budget", budget), ("RAM", ram)) if size is not None]
     most = found.largest
-    say(f"{', '.join(limits)}: {bytes_text(most.bytes)} needed ({most.name}), recomputation plans {found.step.plans}")
-    return {name: value for name, value in found.settings.items() if budget is not None or name == "packing"}
+    held = [f"weights {found.weights}"] * (found.weights != "full") + ["offload"] * found.offload
+    how = "".join(f", {one}" for one in held)
+    say(f"{', '.join(limits)}: {bytes_text(most.bytes)} needed ({most.name}){how}, recomputation {found.step.plans}")
+    return {name: value for name, value in found.settings.items() if budget is not None or name in ways}
 
 
 COMMAND = Command(

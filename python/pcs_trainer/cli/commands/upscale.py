@@ -21,11 +21,13 @@ from .common import (
     MODEL_FLAGS,
     MOST_PIXELS,
     NEGATIVE,
+    OFFLOAD,
     SAMPLER,
     SEED,
     STEPS,
     STRENGTH,
     UPSCALER_EXAMPLE,
+    WEIGHTS,
     check_drawing,
     check_room,
     filled,
@@ -62,6 +64,8 @@ OPTIONS = (
         FORCE,
     ),
     *MODEL_FLAGS,
+    WEIGHTS,
+    OFFLOAD,
     *grouped(
         "images",
         Option(
