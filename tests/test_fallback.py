@@ -248,3 +248,31 @@ def test_a_real_op_falls_back_whole(monkeypatch):
 
 def test_a_fault_is_a_plain_sentence():
     assert Fault("x") == "x" and isinstance(Fault("x"), str)
+
+
+def test_tensors_that_cannot_be_stepped_in_one_launch_are_stepped_one_by_one(monkeypatch):
+    """A card without room for the kernel of all tensors: the next steps do not try again, and a forced one raises."""
+    pytest.importorskip("triton")
+    from pcs_kernels.ops.adamw8bit import many
+    from pcs_kernels.optim import together
+
+    def no_room(*_):
+        raise OutOfResources
+
+    monkeypatch.setattr(many.Many, "step", no_room)
+    value, grad, state = torch.zeros(8), torch.ones(8), {"state1": torch.zeros(8), "state2": torch.zeros(8)}
+    kind, numbers, launches = (value.device, value.dtype, grad.dtype, False), types.SimpleNamespace(floats=None), {}
+
+    def collected():
+        one = together.Together(256, False, launches)
+        entry = many.Entry(value, grad, (state["state1"], state["state2"]), 3)
+        one._entries[kind] = numbers, [entry], [(value, grad, state)]
+        return one
+
+    with pytest.warns(RuntimeWarning, match=r"each tensor by itself: it needs 120832 of shared memory"):
+        ((found, same, row),) = collected().step()
+    assert found[0] is value and same is numbers and row == 3 and launches == {kind: None}
+    monkeypatch.setattr(together, "forced_backend", lambda: "triton")
+    launches.clear()
+    with pytest.raises(OutOfResources):
+        collected().step()

@@ -90,3 +90,36 @@ def test_a_step_that_cannot_be_recorded_runs_eagerly_and_says_so(monkeypatch):
     said = [e.data["text"] for e in events if e.kind == "warning"]
     assert len([text for text in said if "without a CUDA graph" in text]) == 1
     assert [e.step for e in events if e.kind == "step"] == [1, 2, 3, 4, 5]
+
+
+def test_after_memory_was_given_up_eager_steps_come_first_again():
+    """Gradients have new places then, and what a recording reads of them is made in an eager step."""
+    done = []
+
+    class Settled:
+        is_settled = True
+
+        def recorded(self):
+            pass
+
+        forget = recorded
+
+    class Noted:
+        runs = True
+
+        def record(self, run):
+            done.append("record")
+            return (lambda: None), run()
+
+    def run(given):
+        done.append("run")
+        return given.sum()
+
+    replayed = graph.Replayed(run, Noted(), lambda text: None, Settled())
+    for _ in range(graph.WARM + 2):
+        replayed(torch.ones(2))
+    assert done == ["run"] * graph.WARM + ["record", "run"] and replayed.forget()
+    done.clear()
+    for _ in range(graph.WARM + 1):
+        replayed(torch.ones(2))
+    assert done == ["run"] * graph.WARM + ["record", "run"]

@@ -134,3 +134,16 @@ def test_accumulated_steps_of_an_unknown_norm_leave_everything_as_it_was_too(cli
     broken.remove()
     handle.backward(*[lambda: net(torch.ones(2, 64)).sum()] * 2)
     assert not int(handle.refused) and not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_a_good_step_after_a_bad_first_one_is_clipped(accumulate):
+    """No norm is known then: the trainer takes the bad one away, on a GPU right before the step that follows."""
+    p = torch.nn.Parameter(torch.zeros(8))
+    optimizer = AdamW8bit([p], lr=1e-3)
+    handle = step_in_backward(optimizer, accumulate, 1.0, "previous")
+    handle.backward(*[lambda: (p * float("inf")).sum()] * accumulate)
+    handle.norm = None
+    handle.backward(*[lambda: (p * 100 / accumulate).sum()] * accumulate)
+    m = float(optimizer.state[p]["state1"].norm())
+    assert m == pytest.approx(0.1, rel=1e-3)  # a tenth of a gradient of norm 1

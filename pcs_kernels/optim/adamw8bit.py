@@ -110,7 +110,8 @@ class AdamW8bit(torch.optim.Optimizer):
             found = self._tensors(p)
             if found is not None and not together.takes(*found, numbers, i):
                 self._apply(*found, numbers.rows[i], None)
-        together.step()
+        for found, numbers, i in together.step():
+            self._apply(*found, numbers.rows[i], None)
         return loss
 
     @torch.no_grad()
@@ -146,7 +147,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._count_anew()
         for numbers in self._numbers.values():
             numbers.fill(self.param_groups)
-        for launches in self._launches.values():
+        for launches in filter(None, self._launches.values()):
             launches.send()
 
     def _ready(self) -> None:

@@ -79,6 +79,8 @@ class StepInBackward:
         if len(losses) != self.accumulate:
             raise ValueError(f"step_in_backward was made for {self.accumulate} micro-batches, not {len(losses)}")
         unknown = self.clip == "two_pass" or self.norm is None
+        if self.max_norm is not None and self.norm is None:
+            self._steps_now = False  # the norm may have been taken away since the last step ended
         if self.max_norm is not None and unknown and self.accumulate == 1:
             self._measure(losses[0])
             self._norm_now = self._take_norm()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import forced_backend
+from .._fallback import launch_reason, tell_once
 from ..ops.adamw8bit.codes import is_dynamic
 from ..ops.adamw8bit.op import OP
 from .step_numbers import StepNumbers, capturing
@@ -17,7 +18,8 @@ if TYPE_CHECKING:  # Triton is imported where it runs
 
 CODED = ("state1", "state2", "absmax1", "absmax2")
 Kind = tuple[torch.device, torch.dtype, torch.dtype, bool]  # device, parameter's and gradient's type, 8 bits
-Launches = dict[Kind, "Many"]
+Found = tuple[Tensor, Tensor, dict[str, Any]]  # value, gradient, state
+Launches = dict[Kind, "Many | None"]  # None: the card has no room for the kernel
 
 
 class Together:
@@ -31,7 +33,7 @@ class Together:
 
     def __init__(self, block_size: int, stochastic: bool, launches: Launches) -> None:
         self.block_size, self.stochastic, self.launches = block_size, stochastic, launches
-        self._entries: dict[Kind, tuple[StepNumbers, list[Entry]]] = {}
+        self._entries: dict[Kind, tuple[StepNumbers, list[Entry], list[Found]]] = {}
 
     def takes(self, value: Tensor, grad: Tensor, state: dict[str, Any], numbers: StepNumbers, i: int) -> bool:
         """Whether this parameter will be stepped by a launch of many; otherwise it needs the single op."""
@@ -49,16 +51,30 @@ class Together:
         if not fits(entry):
             return False
         kind = value.device, value.dtype, grad.dtype, coded
-        self._entries.setdefault(kind, (numbers, []))[1].append(entry)
+        if kind in self.launches and self.launches[kind] is None:
+            return False
+        _, entries, given = self._entries.setdefault(kind, (numbers, [], []))
+        entries.append(entry)
+        given.append((value, grad, state))
         return True
 
-    def step(self) -> None:
-        """One launch for each kind."""
+    def step(self) -> list[tuple[Found, StepNumbers, int]]:
+        """One launch for each kind; the tensors of a kind that cannot be launched so, to be stepped one by one."""
+        left: list[tuple[Found, StepNumbers, int]] = []
         if not self._entries:
-            return
+            return left
         from ..ops.adamw8bit.many import Many
 
-        for kind, (numbers, entries) in self._entries.items():
-            if kind not in self.launches:
-                self.launches[kind] = Many(self.block_size if kind[3] else None, self.stochastic)
-            self.launches[kind].step(entries, numbers.floats, capturing())
+        for kind, (numbers, entries, given) in self._entries.items():
+            many = self.launches.setdefault(kind, Many(self.block_size if kind[3] else None, self.stochastic))
+            assert many is not None
+            try:
+                many.step(entries, numbers.floats, capturing())
+            except Exception as error:
+                reason = launch_reason(error)
+                if reason is None or forced_backend():
+                    raise
+                tell_once(("adamw8bit many", kind), f"adamw8bit steps each tensor by itself: {reason}")
+                self.launches[kind] = None
+                left += [(found, numbers, entry.row) for found, entry in zip(given, entries, strict=True)]
+        return left

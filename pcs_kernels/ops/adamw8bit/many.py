@@ -50,6 +50,7 @@ class Many:
         self.stochastic = stochastic
         self._known: list[tuple[int, ...]] = []
         self._table: tuple[Tensor, Tensor] | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []  # tables that graphs read whenever they are replayed
         self._spare: tuple[Tensor, Tensor] | None = None
         self._unsent: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
 
@@ -104,6 +105,7 @@ class Many:
                 )
             self._table, self._spare = self._spare, None
             self._unsent.append(((table, tiles), self._table))
+            self._captured.append(self._table)
         else:
             here = [_pinned(t, device).to(device, non_blocking=True) for t in (table, tiles)]
             self._table = here[0], here[1]

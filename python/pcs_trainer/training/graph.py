@@ -108,6 +108,7 @@ class Replayed:
         """Let go of what is recorded, and its memory, until a shape comes again; False where there is nothing."""
         found = bool(self._kept)
         self._kept.clear()
+        self._seen.clear()  # eager steps come first again: gradients have other places, and tables are made anew
         return found
 
     def __call__(self, given: Any) -> Tensor:

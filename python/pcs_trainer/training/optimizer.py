@@ -164,6 +164,8 @@ class Stepper:
             group["lr"] = rate * factor
         if isinstance(self.optimizer, AdamW8bit):
             self.optimizer.prepare()
+        if self.handle is not None and not self.is_settled:
+            self.handle.norm = None  # of a step that may have been bad: the host hears of it one step late
         return self._copy(step) if step and step % GOOD_EVERY == 0 else None
 
     def run(self, loss_of: Callable[[int], Tensor]) -> Tensor:

@@ -120,7 +120,7 @@ class Run:
 
     def prove(self) -> None:
         """Say once that all of it trains; NotTrained where it does not. Steps that were skipped do not count."""
-        due = self.taken == PROOF_STEP or (self.step == self.s.steps and self.taken > 1)
+        due = self.taken >= PROOF_STEP or (self.step == self.s.steps and self.taken > 1)
         if self.movement is None or self.shown_to_train or not due:
             return
         self.shown_to_train = True
