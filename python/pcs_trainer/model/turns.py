@@ -41,6 +41,7 @@ class Turns:
         self.staying = {"unet"}  # on the device whenever it is nobody's turn
         self.now = ""  # whose turn it is
         self._kept: dict[str, list[tuple[nn.Parameter, int, Tensor]]] = {}
+        self._aside: list[tuple[nn.Parameter, Tensor]] = []  # the UNet's values while it waits
 
     def waits(self, part: str) -> bool:
         """Whether a network that is read now is to wait for its turn."""
@@ -51,27 +52,35 @@ class Turns:
         self._kept.pop(part, None)
 
     def to_host(self, model: Owner, part: str) -> None:
-        """A network's parameters into the machine's memory."""
+        """A network's parameters into the machine's memory. Nobody looks at a UNet that waits: it is empty."""
         if part == "unet":
             model.unet.forget_derived()  # views of its weights, which would stay
         kept = {id(p): (version, value) for p, version, value in self._kept.get(part, ())}
+        self.forget(part)
         for p in parameters(model, part):
             version, value = kept.get(id(p), (None, None))
-            _move(p, p.data.cpu() if value is None or version != p._version else value)
-        self.forget(part)
+            value = p.data.cpu() if value is None or version != p._version else value
+            if part == "unet":
+                self._aside.append((p, value))
+                replace_data(p, p.data.new_empty(0))
+            else:
+                _move(p, value)
 
     def to_device(self, model: Owner, part: str) -> None:
         """A network's parameters onto the model's device."""
-        kept = []
         for module in networks(model, part):
             for one in module.modules():  # buffers are few and small, and stay once they are there
                 one._buffers.update({n: b.to(model.device) for n, b in one._buffers.items() if b is not None})
-        for p in parameters(model, part):
-            if p.device.type == "cpu":
-                value = p.data
-                _move(p, value.to(model.device))
-                kept.append((p, p._version, value))
-        self._kept[part] = kept
+        if part == "unet":
+            waiting, self._aside = self._aside, []
+        else:
+            waiting = [(p, p.data) for p in parameters(model, part) if p.device.type == "cpu"]
+        kept = []
+        for p, value in waiting:
+            (replace_data if part == "unet" else _move)(p, value.to(model.device))
+            kept.append((p, p._version, value))
+        if self.on:
+            self._kept[part] = kept
 
 
 def place(p: nn.Parameter, value: Tensor) -> None:
@@ -124,7 +133,7 @@ def turn(model: Owner, part: str, alone: bool = False) -> Iterator[None]:
     try:
         for name in others:
             turns.to_host(model, name)
-        if part in model.loaded:
+        if part in model.loaded and turns.on:
             turns.to_device(model, part)
         yield
     finally:
