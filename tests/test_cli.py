@@ -175,7 +175,7 @@ def test_debug_shows_where(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys):
-    assert cli.main(["plan", "--budget", "520MB", "--batch", "4"]) == 3
+    assert cli.main(["plan", "--budget", "505MB", "--batch", "4"]) == 3
     assert "missing" in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ from pcs_trainer.concept.attach import attached
 from pcs_trainer.concept.concept import Concept
 from pcs_trainer.distributed import full_value, is_part, shard
 from pcs_trainer.model import layout
-from pcs_trainer.model.autoencoder import _unet_aside
+from pcs_trainer.model.turns import turn
 from pcs_trainer.training.losses import picture_losses
 from pcs_trainer.unet.layers import replace_data
 from second_device import NAME, folder, model, one_thread, twin
@@ -248,7 +248,7 @@ def channels_last(unet):
 def test_the_order_stays_when_weights_come_and_go(model, twin):
     """Set aside for the autoencoder, replaced by a concept's and put back, released and read again."""
     before = {name: p.cpu() for name, p in model.unet.named_parameters()}
-    with _unet_aside(model):
+    with torch.no_grad(), turn(model, "vae", alone=True):
         pass
     assert channels_last(model.unet)
     name = next(n for n, p in four_dimensional(model.unet).items() if p.shape[2] == 3)

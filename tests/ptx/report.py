@@ -86,6 +86,7 @@ SHOWN = {
     "lowrank_residual": "SD1.5 64x64 r16 bf16",
     "adamw8bit": "SDXL 1280x10240 bf16",
     "frozen_conv": "SD1.5 64x64 320 bf16",
+    "int8_weight": "SD1.5 conv 1280 bf16",
 }
 # more of the ops whose tiles differ most by shape: with SHOWN's, what benchmarks/roofline.py tells of
 ALSO = {

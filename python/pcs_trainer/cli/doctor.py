@@ -85,11 +85,16 @@ def _trials() -> dict[str, Trial]:
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return pcs_kernels.group_norm_silu(x, 8, weight, bias)
 
+    codes = pcs_kernels.quantize_weight(normal(48, 100, scale=0.1))
+
     def residual(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return pcs_kernels.lowrank_residual(x, matrix.to(x), None, down, up)
 
     def conv(x: Tensor) -> Tensor:
         return pcs_kernels.frozen_conv2d(x, kernel.to(x), None, 1, 1)
+
+    def eight_bits(x: Tensor) -> Tensor:
+        return pcs_kernels.frozen_linear(x, pcs_kernels.Int8Weight(*(t.to(x.device) for t in codes)))
 
     # odd sizes (63 rows, 77 tokens, 130 queries, 14 x 11 pixels) reach the kernels' partial tiles
     return {
@@ -99,6 +104,7 @@ def _trials() -> dict[str, Trial]:
         "self_attention": Trial(pcs_kernels.self_attention, [normal(1, 2, 130, 40) for _ in range(3)]),
         "lowrank_residual": Trial(residual, [normal(2, 63, 64), normal(4, 64, scale=0.125), normal(48, 4)]),
         "frozen_conv": Trial(conv, [normal(2, 16, 14, 11)]),
+        "int8_weight": Trial(eight_bits, [normal(63, 100)]),
     }
 
 

@@ -88,7 +88,7 @@ def first_rows(model: Model, word: str, count: int = 0) -> list[Tensor]:
     for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
         ids = plain_ids(tokenizer, word)
         ids = (ids * (count or 1))[: count or len(ids)]
-        rows.append(encoder.get_input_embeddings().weight.detach()[ids].to(model.device).float().clone())
+        rows.append(encoder.get_input_embeddings().weight.detach()[ids].float().clone())
     return rows
 
 

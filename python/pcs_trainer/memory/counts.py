@@ -115,7 +115,8 @@ def _counted(request: Request) -> Counted:
 
 
 def counted_once(request: Request) -> Counted:
-    """The count of a request; asked again, the same tracing, whatever is packed."""
-    found = copy.copy(_counted(replace(request, settings=replace(request.settings, packing="both"))))
+    """The count of a request; asked again, the same tracing, whatever is packed and whoever waits between steps."""
+    settings = replace(request.settings, packing="both", offload=False)
+    found = copy.copy(_counted(replace(request, settings=settings)))
     found.request = request
     return found

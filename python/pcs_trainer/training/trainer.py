@@ -124,6 +124,9 @@ class Trainer:
                 self.model.stay("text_encoders")
                 for p in self._learner.parameters.values():  # what was put on encoders that were waiting
                     place(p, p.data.to(self.model.device))
+                for word in self._learner.words.values():
+                    kept = [r if isinstance(r, nn.Parameter) else r.to(self.model.device) for r in word.rows]
+                    word.rows = kept
         return self._learner
 
     def _hold_model(self) -> None:
