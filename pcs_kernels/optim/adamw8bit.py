@@ -27,6 +27,8 @@ from .together import CODED, Launches, Together
 # bitsandbytes nests the coded state under this key since 0.46, so that FSDP leaves it alone.
 _BNB_NESTED = "__bnb_optimizer_quant_state__"
 
+Place = tuple[StepNumbers, int, dict[str, Any]]  # a parameter's row among its device's numbers, and its group
+
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose two states are coded in 8 bits by blocks.
@@ -69,13 +71,11 @@ class AdamW8bit(torch.optim.Optimizer):
         self.decay_first = decay_first
         self._launches: Launches = {}
         self._numbers: dict[torch.device, StepNumbers] = {}
-        self._place: dict[Tensor, tuple[StepNumbers, int, dict[str, Any]]] = {}  # and the parameter's group
+        self._in_graphs: list[StepNumbers] = []  # captured graphs read and write them whenever they are replayed
+        self._place: dict[Tensor, Place] = {}  # of the parameters in the groups as `_counted` has them
+        self._left: dict[Tensor, Place] = {}  # of those taken out of the groups, for when they come back
+        self._counted: list[tuple[int, ...]] = []
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; the steps counted so far stay."""
-        super().add_param_group(param_group)
-        self._place = {}
 
     @torch.no_grad()
     def step(
@@ -130,7 +130,12 @@ class AdamW8bit(torch.optim.Optimizer):
         if p.grad is None:
             raise ValueError("update needs p.grad; it is None")
         _check_scale(grad_scale)
-        self._ready()
+        place = self._place.get(p)
+        # All groups are compared once a step, not once a parameter: a row that was used belongs to the step before.
+        if capturing() or place is None or place[2] is not group or place[0].used(place[1]):
+            self._ready()
+        else:
+            self._send()
         if p not in self._place or self._place[p][2] is not group:
             raise ValueError("update needs a parameter of this optimizer and the parameter group that holds it")
         numbers, i, _ = self._place[p]
@@ -143,8 +148,11 @@ class AdamW8bit(torch.optim.Optimizer):
 
         Every step does this by itself, but for one that a CUDA graph replays: call it before each replay.
         """
-        if not self._place:
+        if self._counted != self._held():
             self._count_anew()
+        self._send()
+
+    def _send(self) -> None:
         for numbers in self._numbers.values():
             numbers.fill(self.param_groups)
         for launches in filter(None, self._launches.values()):
@@ -155,19 +163,29 @@ class AdamW8bit(torch.optim.Optimizer):
             self.prepare()
         elif not self._place:
             raise RuntimeError("AdamW8bit has nothing to capture yet. Fix: take one step before the CUDA graph")
+        elif self._counted != self._held():
+            raise RuntimeError("AdamW8bit's param_groups have changed. Fix: take one step before the CUDA graph")
+        else:
+            self._in_graphs += [n for n in self._numbers.values() if n not in self._in_graphs]
+
+    def _held(self) -> list[tuple[int, ...]]:
+        """Which parameters the groups hold: param_groups may be edited by hand, as torch's optimizers allow."""
+        return [(id(group), *map(id, group["params"])) for group in self.param_groups]
 
     def _count_anew(self) -> None:
-        """Rows of numbers for all parameters, with the counts that there are: new parameters come behind the others."""
-        counted = {device: numbers.counts for device, numbers in self._numbers.items()}
+        """Rows of numbers for all parameters, each with the count that it has; a new parameter begins at 0."""
+        before = self._left | self._place
+        self._numbers, self._place = {}, {}
         everyone = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
         for device in dict.fromkeys(p.device for p, _ in everyone):
             mine = [(place, p, g) for place, (p, g) in enumerate(everyone) if p.device == device]
             groups, places = [g for _, _, g in mine], [place for place, _, _ in mine]
             numbers = StepNumbers(device, groups, places, self.seed, self.decay_first)
-            if device in counted:
-                numbers.counts[: len(counted[device])].copy_(counted[device])
+            numbers.take_counts({i: before[p][:2] for i, (_, p, _) in enumerate(mine) if p in before})
             self._numbers[device] = numbers
             self._place |= {p: (numbers, i, self.param_groups[g]) for i, (_, p, g) in enumerate(mine)}
+        self._left = {p: place for p, place in before.items() if p in self.state and p not in self._place}
+        self._counted = self._held()
 
     def _tensors(self, p: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
         """(value, gradient, state) as their memory lies; None where this process has no part of p."""
@@ -211,9 +229,13 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As bitsandbytes has it, with each parameter's count of steps, which is read from its device here."""
-        if not self._place:
+        if self._counted != self._held():
             self._count_anew()
-        saved = super().state_dict()
+        left = {p: self.state.pop(p) for p in self._left}  # torch has no number for what no group holds
+        try:
+            saved = super().state_dict()
+        finally:
+            self.state.update(left)
         counts = {id(numbers): numbers.counts.tolist() for numbers in self._numbers.values()}
         everyone = [p for group in self.param_groups for p in group["params"]]
         steps = [counts[id(self._place[p][0])][self._place[p][1]] for p in everyone]
@@ -244,7 +266,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.state.update(loaded)
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({k: deepcopy(v) for k, v in saved_group.items() if k != "params"})
-        self._place = {}
+        self._place, self._left, self._counted = {}, {}, []
         self.prepare()
         for numbers in self._numbers.values():
             mine = [steps.get(p, 0) for p, (its, _, _) in self._place.items() if its is numbers]

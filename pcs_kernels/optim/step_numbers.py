@@ -7,7 +7,7 @@ them changed. A CUDA graph that holds `compute` replays with whatever the buffer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ class StepNumbers:
         self._filled: list[tuple[float, ...]] | None = None
         self._made_for: tuple[bool, float | Tensor, int | None] | None = None
         self._used: set[int] = set()  # rows whose step was taken, or refused, since they were made
+
+    def take_counts(self, places: Mapping[int, tuple[StepNumbers, int]]) -> None:
+        """Go on from counts that other numbers hold: {row: (the other numbers, the row there)}."""
+        for other in dict.fromkeys(numbers for numbers, _ in places.values()):
+            rows = {i: row for i, (numbers, row) in places.items() if numbers is other}
+            here, there = torch.tensor(list(rows)), torch.tensor(list(rows.values()))
+            counts = other.counts[there.to(other.counts.device)]
+            self.counts[here.to(self.counts.device)] = counts.to(self.counts.device)
+
+    def used(self, i: int) -> bool:
+        """Whether row i's step was taken, or refused, so that its next one begins a new step."""
+        return i in self._used
 
     def fill(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Send the groups' numbers where one of them changed; never waits, and is not for a graph that is captured."""

@@ -1,0 +1,98 @@
+"""param_groups of the 8-bit optimizer that are edited by hand, as torch's own optimizers allow."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from pcs_kernels.optim import AdamW8bit, adamw8bit, step_in_backward
+
+
+def parameter() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(8))
+
+
+def moved_by(opt: AdamW8bit, *ps: torch.nn.Parameter) -> list[bool]:
+    """Which of them a step on gradients of ones changes."""
+    before = [p.detach().clone() for p in ps]
+    for p in ps:
+        p.grad = torch.ones(8)
+    opt.step()
+    return [not torch.equal(a, p) for a, p in zip(before, ps, strict=True)]
+
+
+def steps(opt: AdamW8bit) -> list[int]:
+    """Counts, in the order in which the groups hold the parameters."""
+    return [state["step"] for _, state in sorted(opt.state_dict()["state"].items())]
+
+
+def test_an_appended_parameter_trains_and_begins_at_step_1():
+    a, b = parameter(), parameter()
+    opt = AdamW8bit([a])
+    moved_by(opt, a)
+    opt.param_groups[0]["params"].insert(0, b)
+    assert moved_by(opt, a, b) == [True, True] and steps(opt) == [1, 2]
+
+
+def test_a_replaced_parameter_gives_its_place_to_the_new_one():
+    a, b = parameter(), parameter()
+    opt = AdamW8bit([a])
+    moved_by(opt, a)
+    opt.param_groups[0]["params"][0] = b
+    assert moved_by(opt, a, b) == [False, True] and steps(opt) == [1]
+
+
+def test_a_removed_parameter_stays_and_goes_on_where_it_was_once_it_is_back():
+    a, b = parameter(), parameter()
+    opt = AdamW8bit([a, b])
+    moved_by(opt, a, b)
+    opt.param_groups[0]["params"] = [b]
+    assert moved_by(opt, a, b) == [False, True] and steps(opt) == [2]
+    opt.param_groups[0]["params"].append(a)
+    assert moved_by(opt, a, b) == [True, True] and steps(opt) == [3, 2]
+
+
+def test_a_parameter_moved_to_another_group_takes_its_rate_and_keeps_its_count():
+    a, b = parameter(), parameter()
+    opt = AdamW8bit([dict(params=[a]), dict(params=[b], lr=0.0)])
+    moved_by(opt, a)
+    opt.param_groups[0]["params"], opt.param_groups[1]["params"] = [b], [a]
+    assert moved_by(opt, a, b) == [False, True] and steps(opt) == [1, 2]
+
+
+def test_a_step_in_backward_names_a_group_that_no_longer_holds_the_parameter():
+    a, b = parameter(), parameter()
+    opt = AdamW8bit([dict(params=[a]), dict(params=[b], lr=0.0)])
+    handle = step_in_backward(opt)
+    handle.backward(lambda: (a + b).sum())
+    opt.param_groups[0]["params"], opt.param_groups[1]["params"] = [b], [a]
+    with pytest.raises(ValueError, match="the parameter group that holds it"):
+        handle.backward(lambda: (a + b).sum())
+
+
+def test_an_update_after_an_edit_has_a_place_for_the_new_parameter():
+    a, b = parameter(), parameter()
+    opt = AdamW8bit([a])
+    moved_by(opt, a)
+    opt.param_groups[0]["params"].append(b)
+    b.grad = torch.ones(8)
+    opt.update(b, opt.param_groups[0])
+    assert b.any() and steps(opt)[1] == 1
+
+
+def test_an_edit_is_refused_in_a_capture_and_captured_numbers_stay(monkeypatch):
+    """A graph reads and counts in the rows that it was captured with whenever it is replayed."""
+    a, b = parameter(), parameter()
+    opt = AdamW8bit([a])
+    moved_by(opt, a)
+    rows = weakref.ref(opt._numbers[a.device])
+    with monkeypatch.context() as capture:
+        capture.setattr(adamw8bit, "capturing", lambda: True)
+        moved_by(opt, a)
+        opt.param_groups[0]["params"].append(b)
+        with pytest.raises(RuntimeError, match=r"param_groups have changed\. Fix: take one step"):
+            moved_by(opt, a, b)
+    moved_by(opt, a, b)
+    gc.collect()
+    assert rows() is not None and opt._numbers[a.device] is not rows()
