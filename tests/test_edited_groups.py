@@ -81,6 +81,15 @@ def test_an_update_after_an_edit_has_a_place_for_the_new_parameter():
     assert b.any() and steps(opt)[1] == 1
 
 
+def test_a_rate_that_is_a_tensor_may_be_changed_in_place():
+    a, rate = parameter(), torch.tensor(1e-2)
+    opt = AdamW8bit([a], weight_decay=0.0)
+    opt.param_groups[0]["lr"] = rate
+    assert moved_by(opt, a) == [True]
+    rate.zero_()
+    assert moved_by(opt, a) == [False]
+
+
 def test_an_edit_is_refused_in_a_capture_and_captured_numbers_stay(monkeypatch):
     """A graph reads and counts in the rows that it was captured with whenever it is replayed."""
     a, b = parameter(), parameter()

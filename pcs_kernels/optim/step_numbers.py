@@ -83,11 +83,13 @@ class StepNumbers:
 
     def _of_group(self, group: dict[str, Any]) -> tuple[float, ...]:
         """beta1, beta2, 1 - beta1, 1 - beta2, lr, eps, decay before and after, and the logarithms of the betas."""
-        beta1, beta2 = group["betas"][:2]
-        decay = 1 - group["lr"] * group["weight_decay"]
+        # Numbers, not the tensors that a group may hold: one changed in place would equal itself, and not be sent.
+        beta1, beta2 = (float(beta) for beta in group["betas"][:2])
+        rate = float(group["lr"])
+        decay = 1 - rate * group["weight_decay"]
         before, after = (decay, 1.0) if self.decay_first else (1.0, decay)
         logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-        return (beta1, beta2, 1 - beta1, 1 - beta2, group["lr"], group["eps"], before, after, *logs)
+        return (beta1, beta2, 1 - beta1, 1 - beta2, rate, group["eps"], before, after, *logs)
 
     def row_for(self, i: int, grad_scale: float | Tensor) -> Tensor:
         """The row of one parameter's next step; all rows are made together where this one is used up.
