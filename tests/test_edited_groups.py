@@ -105,3 +105,18 @@ def test_an_edit_is_refused_in_a_capture_and_captured_numbers_stay(monkeypatch):
     moved_by(opt, a, b)
     gc.collect()
     assert rows() is not None and opt._numbers[a.device] is not rows()
+
+
+def test_the_table_of_a_captured_graph_stays_when_the_next_one_is_made():
+    """A graph reads its table whenever it is replayed; an eager step with gradients elsewhere makes another."""
+    pytest.importorskip("triton")
+    from pcs_kernels.ops.adamw8bit.many import Many
+
+    many, device = Many(None, False), torch.device("cpu")
+    many._fit([(0, 0, 0, 0, 0, 0, 8, 0, 0)], device, captured=False)
+    many._fit([(16, 0, 0, 0, 0, 0, 8, 0, 0)], device, captured=True)
+    tables = [weakref.ref(t) for t in many._table]
+    many.send()
+    many._fit([(32, 0, 0, 0, 0, 0, 8, 0, 0)], device, captured=False)
+    gc.collect()
+    assert all(table() is not None for table in tables)
