@@ -31,6 +31,11 @@ def image_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def weight_format(weight: Tensor) -> torch.memory_format:
+    """The format in which a frozen weight is multiplied: channels-last for a convolution's [O, C, kh, kw]."""
+    return torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+
+
 def in_memory_order(p: Tensor, t: Tensor) -> Tensor:
     """t with p's dimensions in the order of p's memory: an optimizer's blocks are blocks of memory."""
     channels_last = p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)

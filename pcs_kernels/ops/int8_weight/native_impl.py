@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .reference import BLOCK
+from ..._layout import weight_format
+from .reference import BLOCK, as_shaped
 
 LIBRARY = _native.library()
 _own = threading.local()  # a thread's `buffer`: as large as the largest weight that it has expanded
@@ -18,23 +19,11 @@ def reason(x: Tensor) -> str | None:
     return _native.reason(x)
 
 
-def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype, memory_format=order)
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Those of codes: convolutions channels-last."""
-    if len(shape) == 2:
-        return shape[1], 1
-    _, ins, height, width = shape
-    return ins * height * width, 1, width * ins, ins
-
-
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight = weight.contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format)
+    weight = weight.contiguous(memory_format=weight_format(weight))
     outs, inputs = weight.shape[0], weight[0].numel()
-    codes, scales = _like(weight, torch.int8), torch.empty((outs, -(-inputs // BLOCK)), dtype=torch.int16)
+    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=weight_format(weight))
+    scales = torch.empty((outs, -(-inputs // BLOCK)), dtype=torch.int16)
     LIBRARY.int8_quantize(
         _native.dtype_code(weight),
         _native.address(weight),
@@ -48,7 +37,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return _into(_like(codes, dtype), codes, scales)
+    return _into(torch.empty_like(codes, dtype=dtype, memory_format=weight_format(codes)), codes, scales)
 
 
 def lend(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,13 +47,8 @@ def lend(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if buffer is None or buffer.numel() < needed:
         _own.buffer = None  # the smaller one goes first
         _own.buffer = buffer = torch.empty(needed, dtype=torch.uint8)
-    weight = buffer[:needed].view(dtype).as_strided(codes.shape, _strides(codes.shape))
-    return _into(weight, codes, scales)
-
-
-def give_back() -> None:
-    """Free this thread's memory of `lend`."""
-    _own.buffer = None
+    rows = buffer[:needed].view(dtype).view(codes.shape[0], -1)
+    return _into(as_shaped(rows, codes.shape), codes, scales)
 
 
 def _into(weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

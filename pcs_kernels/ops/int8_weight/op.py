@@ -8,6 +8,7 @@ bfloat16 numbers, so that a network that is cast leaves them alone. A weight is 
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ... import _check as check
 from ..._direct import watched
 from ..._dispatch import Op, define, forced_backend
+from ..._layout import weight_format
 from .reference import BLOCK
 
 OP = Op("int8_weight", __package__)
@@ -29,23 +31,10 @@ class Int8Weight(NamedTuple):
     codes: Tensor
     scales: Tensor
 
-    @property
-    def shape(self) -> torch.Size:
-        """The weight's shape."""
-        return self.codes.shape
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
-
-def blocks_of(shape: torch.Size | tuple[int, ...]) -> int:
+def blocks_of(shape: torch.Size) -> int:
     """How many scales an output of a weight of this shape has."""
-    inputs = 1
-    for n in shape[1:]:
-        inputs *= n
-    return -(-inputs // BLOCK)
+    return -(-prod(shape[1:]) // BLOCK)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -65,7 +54,7 @@ def _check_int8(codes: Tensor, scales: Tensor) -> None:
     check.require(codes.dim() in (2, 4), lambda: f"codes must be [O, C] or [O, C, kh, kw], not {tuple(codes.shape)}")
     check.shape("scales", scales, (codes.shape[0], blocks_of(codes.shape)), "[O, ceil(inputs / 64)]")
     check.same_device("scales", scales, "codes", codes)
-    in_order = codes.is_contiguous(memory_format=torch.channels_last if codes.dim() == 4 else torch.contiguous_format)
+    in_order = codes.is_contiguous(memory_format=weight_format(codes))
     check.require(in_order, lambda: "codes must lie in the order that quantize gives them (convolutions channels-last)")
 
 
@@ -77,12 +66,8 @@ def _quantize(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 def _quantize_fake(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     _check_weight(weight)
-    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=_order(weight))
+    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=weight_format(weight))
     return codes, weight.new_empty((weight.shape[0], blocks_of(weight.shape)), dtype=torch.int16)
-
-
-def _order(weight: Tensor) -> torch.memory_format:
-    return torch.channels_last if weight.dim() == 4 else torch.contiguous_format
 
 
 def _choose_expand(codes: Tensor, scales: Tensor, dtype: int, backend: str) -> Any:
@@ -101,7 +86,7 @@ def _expand(chosen: Any, codes: Tensor, scales: Tensor, dtype: int, backend: str
 
 def _expand_fake(codes: Tensor, scales: Tensor, dtype: int, backend: str) -> Tensor:
     _check_int8(codes, scales)
-    return torch.empty_like(codes, dtype=DTYPES[dtype], memory_format=_order(codes))
+    return torch.empty_like(codes, dtype=DTYPES[dtype], memory_format=weight_format(codes))
 
 
 _QUANTIZE = define("int8_weight_quantize(Tensor weight, str backend) -> (Tensor, Tensor)", _quantize, _quantize_fake)

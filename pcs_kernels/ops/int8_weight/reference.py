@@ -16,14 +16,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     divisor = values_of(scales)[..., None]
     codes = torch.where(divisor == 0, 0.0, blocks / divisor).round().to(torch.int8)
     codes = codes.flatten(1)[:, : rows.shape[1]].contiguous()  # [O, K]
-    return _as_shaped(codes, weight.shape), scales
+    return as_shaped(codes, weight.shape), scales
 
 
 def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     rows = _in_order(codes).flatten(1)  # [O, K]
     wide = torch.promote_types(dtype, torch.float32)
     spread = values_of(scales).repeat_interleave(BLOCK, dim=1)[:, : rows.shape[1]]  # [O, K]
-    return _as_shaped((rows.to(wide) * spread.to(wide)).to(dtype), codes.shape)
+    return as_shaped((rows.to(wide) * spread.to(wide)).to(dtype), codes.shape)
 
 
 def values_of(scales: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _in_order(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
 
 
-def _as_shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+def as_shaped(rows: Tensor, shape: torch.Size) -> Tensor:
     """[O, K] -> [O, C] or, channels-last, [O, C, kh, kw]."""
     if len(shape) == 2:
         return rows

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import AotCase, blocks, launch, meta, record, unavailable
+from ..._layout import weight_format
 from .reference import BLOCK
 from .reference import quantize as quantize
 from .triton_kernels import int8_expand_kernel
@@ -20,8 +21,7 @@ def reason(x: Tensor) -> str | None:
 
 
 def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    order = torch.channels_last if codes.dim() == 4 else torch.contiguous_format
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device, memory_format=order)
+    weight = torch.empty_like(codes, dtype=dtype, memory_format=weight_format(codes))
     scales = scales.contiguous()
     inputs, total = codes[0].numel(), scales.numel()
     kind = {"WHOLE": inputs % BLOCK == 0, "WIDTH": BLOCK}
@@ -40,8 +40,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         ("16 inputs bf16", (320, 16), torch.bfloat16),
     ):
         codes = meta(*shape, dtype=torch.int8)
-        if codes.dim() == 4:
-            codes = codes.contiguous(memory_format=torch.channels_last)
+        codes = codes.contiguous(memory_format=weight_format(codes))
         scales = meta(shape[0], blocks(codes[0].numel(), BLOCK), dtype=torch.int16)
         cases += record(arch, label, lambda c=codes, s=scales, d=dtype: expand(c, s, d))
     return cases

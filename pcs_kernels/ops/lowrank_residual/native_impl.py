@@ -47,13 +47,13 @@ def _pack(matrices: Tensor, rows_are_columns: bool) -> Tensor:
     return out
 
 
-def _weight(weight: Tensor, direction: Literal["forward", "backward"]) -> Tensor:
+def _weight(weight: Tensor, direction: Literal["forward", "backward"], keep: bool) -> Tensor:
     """The frozen weight packed: the copy that is kept where one may be, else one for this call."""
 
     def pack(weight: Tensor) -> Tensor:
         return _pack(weight, rows_are_columns=direction == "forward")
 
-    return packed(weight, f"lowrank {direction}", pack) if may_pack(direction) else pack(weight.detach())
+    return packed(weight, f"lowrank {direction}", pack) if keep and may_pack(direction) else pack(weight.detach())
 
 
 def _adapter(p: Tensor, dtype: torch.dtype, rows_are_columns: bool) -> Tensor:
@@ -100,8 +100,9 @@ def forward(
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
+    pack: bool = True,
 ) -> Tensor:
-    w = _weight(weight, "forward")
+    w = _weight(weight, "forward", pack)
     a, b = (_adapter(p, x.dtype, rows_are_columns=True) for p in (down, up))
     bias = None if bias is None else bias.contiguous()
     return _project(x, w, weight.shape[0], bias, a, b, down.shape[-2], mask, scale, index)[0]
@@ -117,11 +118,12 @@ def backward(
     scale: float,
     index: Tensor | None,
     needs: Needs,
+    pack: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx is the same projection the other way round; its low-rank part t also gives ddown."""
     dx = t = None
     if needs.x:
-        w = _weight(weight, "backward")
+        w = _weight(weight, "backward", pack)
         a, b = (_adapter(p, dy.dtype, rows_are_columns=False) for p in (up, down))
         dx, low = _project(dy, w, weight.shape[1], None, a, b, down.shape[-2], mask, scale, index)
         t = low[:, : down.shape[-2]]

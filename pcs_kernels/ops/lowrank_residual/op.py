@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import _check as check
 from ..._dispatch import Op, define, forced_backend
-from ..int8_weight import Int8Weight, expand_weight
+from ..int8_weight import Int8Weight, lent_weight
 
 OP = Op("lowrank_residual", __package__)
 
@@ -113,7 +113,7 @@ def _choose(
 def _forward(chosen: Any, *args: Any) -> Tensor:
     _, _, _, down, _, _, _, index, _, _ = args
     _check_index(index, down.shape[0])
-    return chosen.forward(*args[:8])
+    return chosen.forward(*args[:9])
 
 
 def _forward_fake(
@@ -154,7 +154,7 @@ def _choose_backward(
 
 
 def _backward(chosen: Any, *args: Any) -> tuple[Tensor, ...]:
-    return chosen.backward(*args[:8], Needs(*args[8:14]))
+    return chosen.backward(*args[:8], Needs(*args[8:14]), args[14])
 
 
 def _backward_fake(
@@ -256,7 +256,7 @@ class _LowrankResidual(torch.autograd.Function):
 
 def _whole(weight: Tensor, scales: Tensor | None, x: Tensor) -> tuple[Tensor, bool]:
     """The weight itself, or what its codes and scales stand for, and whether a packed copy of it may be kept."""
-    return (weight, True) if scales is None else (expand_weight(Int8Weight(weight, scales), x.dtype), False)
+    return (weight, True) if scales is None else (lent_weight(Int8Weight(weight, scales), x.dtype), False)
 
 
 def lowrank_residual(
@@ -290,9 +290,8 @@ def lowrank_residual(
         check.floating("x", x)
     check.tensor("weight", weight)
     if weight.dim() == 4:
-        check.require(
-            tuple(weight.shape[2:]) == (1, 1), lambda: f"weight must be a 1x1 convolution, not {tuple(weight.shape)}"
-        )
+        shape = tuple(weight.shape)
+        check.require(shape[2:] == (1, 1), lambda: f"weight must be a 1x1 convolution, not {shape}")
         weight = weight.flatten(1)
     rest = (bias, down, up, mask, check.number("scale", scale), index)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, *rest)):

@@ -30,6 +30,7 @@ def forward(
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
+    pack: bool = True,
 ) -> Tensor:
     rows, a, b = per_sample(x, down, up, index)
     residual = (rows @ a.transpose(1, 2)) @ b.transpose(1, 2) * scale  # [B, M, C_out]
@@ -57,6 +58,7 @@ def backward(
     scale: float,
     index: Tensor | None,
     needs: Needs,
+    pack: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """t = scale mask dy up;  dx = dy W + t down;  ddown = t^T x;  dup = scale (mask dy)^T (x down^T)"""
     empty = dy.new_empty(0)

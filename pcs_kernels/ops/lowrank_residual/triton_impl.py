@@ -263,6 +263,7 @@ def forward(
     mask: Tensor | None,
     scale: float,
     index: Tensor | None,
+    pack: bool = True,
 ) -> Tensor:
     rows_mask, index = _dense_rows(mask), _dense_rows(index)
     bias = None if bias is None else bias.contiguous()
@@ -281,6 +282,7 @@ def backward(
     scale: float,
     index: Tensor | None,
     needs: Needs,
+    pack: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """t = dy up;  dx = dy W + mask scale t down;  ddown = (mask scale t)^T x;  dup = (mask scale dy)^T (x down^T)"""
     dx = dweight = dbias = ddown = dup = dmask = t = dy.new_empty(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..model.fingerprint import fingerprint, same_base
 from ..model.text import encode
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, token_table
-from ..unet.int8 import hold, layer_in_8_bits, widen
+from ..unet.int8 import hold, layer_in_8_bits, quantized, widen
 from ..unet.layers import LowRank, laid_out_as, replace_data
 from .base_weights import is_projection, network, parameters_of
 from .concept import Concept
@@ -187,7 +187,7 @@ def in_place(model: Model, concept: Concept) -> Iterator[Concept]:
             if layer is None:
                 replace_data(parameter, laid_out_as(parameter, value))
             else:
-                hold(layer, value.to(parameter.device))
+                hold(layer, quantized(value.to(parameter.device)))
         del own, parameter, layer
         moved = {spell(slot) for slot in values}
         yield replace(concept, tensors={name: t for name, t in concept.tensors.items() if name not in moved})

@@ -161,9 +161,7 @@ class Phases:
         images = at_once(self.size * self.size, DRAWN)
         parts = {"UNet weights": self.unet * self.cpu, "autoencoder weights": self._vae(self.encoder)}
         parts |= {"working memory": self.encoder.encoding(images, self.size)}
-        if (
-            self._draws_class_images() and not self.offload
-        ):  # their latents are made while the encoders that drew them are there
+        if self._draws_class_images() and not self.offload:  # with encoders that drew them still there
             parts |= {"text encoder weights": self.text}
         return self._phase("photos to latents", parts | self._host(self.pictures), self.pictures + self.unet)
 

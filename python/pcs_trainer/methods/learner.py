@@ -17,6 +17,7 @@ from ..data.prompts import Vocabulary
 from ..distributed import full_value, is_part
 from ..model.model import Model
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, without_adapters
+from ..model.turns import place
 from ..settings import Settings
 from ..unet.int8 import layer_in_8_bits, widen
 from ..unet.layers import Conv2d, Linear, LowRank, replace_data
@@ -186,6 +187,13 @@ class Learner:
     def kept_rows(self) -> dict[str, list[Tensor]]:
         """The token embeddings that belong to the concept, on the CPU."""
         return {n: [r.detach().clone().cpu() for r in w.rows] for n, w in self.words.items() if w.kept}
+
+    def come_to(self, device: str) -> None:
+        """Bring what trains, before an optimizer has seen it, and all words to a device."""
+        for p in self.parameters.values():
+            place(p, p.data.to(device))
+        for word in self.words.values():
+            word.rows = [r if isinstance(r, nn.Parameter) else r.to(device) for r in word.rows]
 
     def take_parts(self, parts: dict[str, nn.Parameter]) -> None:
         """Train these parts of tensors in place of the whole ones (several processes share a network)."""

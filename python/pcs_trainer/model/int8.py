@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModel
-from ..unet.int8 import codes_and_scales, expect_8_bits, hold, layers_for_8_bits
+from ..unet.int8 import SCALES, expect_8_bits, hold, layers_for_8_bits, quantized
 from ..unet.unet import UNet
 from .fingerprint import fingerprint_of
 from .weights import load_weights, read_tensor
@@ -25,9 +25,9 @@ def load_in_8_bits(unet: UNet, files: list[Path], dtype: torch.dtype | None, dev
 
     def converted(name: str, tensor: Tensor, file: Path) -> dict[str, Tensor]:
         layers[name].original = partial(read_tensor, file, name)
-        made = codes_and_scales(name, tensor if tensor.dtype == torch.bfloat16 else tensor.float())
-        _check_finite(made, f"{file}: tensor {name!r}")
-        return made
+        codes, scales = quantized(tensor)
+        _check_finite(scales, f"{file}: tensor {name!r}")
+        return {name: codes, name.removesuffix("weight") + SCALES: scales}
 
     load_weights(unet, files, dtype, device, converted={name: partial(converted, name) for name in layers})
 
@@ -36,14 +36,12 @@ def in_8_bits(unet: UNet) -> UNet:
     """The same UNet with the weights of its inner layers in 8 bits, one layer after the other."""
     fingerprint_of(unet)  # a converted checkpoint has no tensors to read again: what tells it apart is kept from now on
     for name, layer in layers_for_8_bits(unet).items():
-        weight = layer.weight.detach()
-        hold(layer, weight if weight.dtype == torch.bfloat16 else weight.float())
-        assert layer.weight_scales is not None
-        _check_finite({"weight_scales": layer.weight_scales}, f"the tensor '{name}.weight'")
+        weight = quantized(layer.weight.detach())
+        _check_finite(weight.scales, f"the tensor '{name}.weight'")
+        hold(layer, weight)
     return unet
 
 
-def _check_finite(made: dict[str, Tensor], where: str) -> None:
-    scales = next(t for name, t in made.items() if name.endswith("weight_scales"))
+def _check_finite(scales: Tensor, where: str) -> None:
     if scales.device.type != "meta" and not bool(scales.view(torch.bfloat16).isfinite().all()):
         raise UnsupportedModel(f"{where} holds values that are NaN or infinite")

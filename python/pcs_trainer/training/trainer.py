@@ -25,7 +25,6 @@ from ..methods import settings_for
 from ..methods.learner import Learner
 from ..methods.start import learner_for
 from ..model.model import Model, load_model
-from ..model.turns import place
 from ..settings import Settings
 from ..unet.layers import replace_data
 from .begun import as_it_began
@@ -122,11 +121,7 @@ class Trainer:
             self._learner = learner_for(self.model, [subject.settings for subject in self.subjects])
             if self._learner.text_trains and self.settings.offload:
                 self.model.stay("text_encoders")
-                for p in self._learner.parameters.values():  # what was put on encoders that were waiting
-                    place(p, p.data.to(self.model.device))
-                for word in self._learner.words.values():
-                    kept = [r if isinstance(r, nn.Parameter) else r.to(self.model.device) for r in word.rows]
-                    word.rows = kept
+                self._learner.come_to(self.model.device)  # it was put on encoders that were waiting
         return self._learner
 
     def _hold_model(self) -> None:

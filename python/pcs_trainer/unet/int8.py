@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 import pcs_kernels
@@ -30,18 +31,17 @@ def layers_for_8_bits(unet: nn.Module) -> dict[str, Linear | Conv2d]:
 def expect_8_bits(unet: nn.Module) -> None:
     """Codes and scales without contents in the place of weights, on a UNet that waits for its weights."""
     for layer in layers_for_8_bits(unet).values():
-        hold(layer, layer.weight.detach())
+        hold(layer, quantized(layer.weight.detach()))
 
 
-def codes_and_scales(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """What a state dict of 8-bit weights has in the place of the weight `name`."""
-    codes, scales = pcs_kernels.quantize_weight(weight)
-    return {name: codes, name.removesuffix("weight") + SCALES: scales}
+def quantized(weight: Tensor) -> pcs_kernels.Int8Weight:
+    """A weight in 8 bits. The CPU's own kernel reads bfloat16 and float32."""
+    return pcs_kernels.quantize_weight(weight if weight.dtype == torch.bfloat16 else weight.float())
 
 
-def hold(layer: Linear | Conv2d, weight: Tensor) -> None:
-    """Give a frozen layer this weight, in 8 bits."""
-    codes, scales = pcs_kernels.quantize_weight(weight)
+def hold(layer: Linear | Conv2d, weight: pcs_kernels.Int8Weight) -> None:
+    """Give a frozen layer this weight."""
+    codes, scales = weight
     if layer.weight.device == codes.device:
         layer.weight.requires_grad_(False)
         replace_data(layer.weight, codes)
