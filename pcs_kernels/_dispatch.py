@@ -87,9 +87,9 @@ class Op:
             return _not_loaded(backend_name, error)
         if backend_name != "triton":
             return module
-        reference = importlib.import_module(f"{self.package}.reference")
-        self._strict[backend_name] = guarded(self.name, module, reference, falls_back=False)
-        return guarded(self.name, module, reference, falls_back=True)
+        instead = getattr(module, "INSTEAD", None) or importlib.import_module(f"{self.package}.reference")
+        self._strict[backend_name] = guarded(self.name, module, instead, falls_back=False)
+        return guarded(self.name, module, instead, falls_back=True)
 
     def why_not(self, backend_name: str, *args: Any) -> str | None:
         """None when `backend_name` can run this call, else the reason in one sentence."""

@@ -2,7 +2,7 @@
 
 A backend can fail as it is loaded (a broken installation), at its first launch (no C compiler), or in the launch of one
 kernel for one shape (more shared memory than the card has). The first two are reasons of the backend; the third is
-caught around the call, done again from its start by the reference, and remembered for calls of the same kind.
+caught around the call, done again from its start by plain torch, and remembered for calls of the same kind.
 """
 
 from __future__ import annotations
@@ -103,28 +103,28 @@ def _caught(op: str, name: str, run: Callable[..., Any], instead: Callable[..., 
                 raise BackendUnavailable(f"{what}. Fix: do not force the backend for this call") from error
         kind = tuple(map(_kind, arguments))
         failed.add(kind)
-        tell_once((op, name, kind), f"{what}; plain torch (the reference) does such calls from now on")
+        tell_once((op, name, kind), f"{what}; plain torch does such calls from now on")
         return instead(*arguments)
 
     return call
 
 
-def guarded(op: str, module: ModuleType, reference: ModuleType, falls_back: bool) -> ModuleType:
+def guarded(op: str, module: ModuleType, instead: ModuleType, falls_back: bool) -> ModuleType:
     """A copy of a Triton implementation whose calls survive a kernel that cannot be built or launched.
 
-    The reference does the whole call again. That is right also where a call writes in place (adamw8bit): it launches
+    Plain torch does the whole call again. That is right also where a call writes in place (adamw8bit): it launches
     one kernel, and a launch that failed has written nothing; tests/test_fallback.py holds those calls to one launch.
 
     Args:
         op: its name, for the messages.
         module: of the Triton implementation.
-        reference: of the same op; the functions that both have are the op's calls.
+        instead: the op in plain torch; the functions that both have are the op's calls.
         falls_back: False for a forced backend, whose failure is raised as BackendUnavailable.
     """
     copy = ModuleType(module.__name__, module.__doc__)
     copy.__dict__.update(vars(module))
-    for name, function in inspect.getmembers(reference, inspect.isfunction):
+    for name, function in inspect.getmembers(instead, inspect.isfunction):
         run = getattr(module, name, None)
-        if function.__module__ == reference.__name__ and not name.startswith("_") and run is not None:
+        if function.__module__ == instead.__name__ and not name.startswith("_") and run is not None:
             setattr(copy, name, _caught(op, name, run, function if falls_back else None))
     return copy

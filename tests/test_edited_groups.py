@@ -1,6 +1,8 @@
 """param_groups of the 8-bit optimizer that are edited by hand, as torch's own optimizers allow."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -120,3 +122,29 @@ def test_the_table_of_a_captured_graph_stays_when_the_next_one_is_made():
     many._fit([(32, 0, 0, 0, 0, 0, 8, 0, 0)], device, captured=False)
     gc.collect()
     assert all(table() is not None for table in tables)
+
+
+@pytest.mark.parametrize(
+    "copied", (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))), ids=("copy", "pickle")
+)
+def test_a_copied_optimizer_goes_on_as_its_original_would(copied):
+    """As torch's own optimizers do; a count that began anew would correct the averages of step 3 as those of step 1."""
+    torch.manual_seed(0)
+    values = [torch.randn(64, 80).bfloat16(), torch.randn(7)]
+    params = [torch.nn.Parameter(v) for v in values]
+    optimizer = AdamW8bit(params, lr=1e-2, block_size=64, seed=3)
+    gradients = [[torch.randn(p.shape).to(p.dtype) for p in params] for _ in range(4)]
+
+    def step(its, optimizer, given):
+        for p, g in zip(its, given, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+
+    for given in gradients[:2]:
+        step(params, optimizer, given)
+    others, other = copied((params, optimizer))
+    for given in gradients[2:]:
+        step(params, optimizer, given)
+        step(others, other, given)
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+    assert [s["step"] for s in other.state_dict()["state"].values()] == [4, 4]

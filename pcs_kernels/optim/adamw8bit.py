@@ -69,13 +69,16 @@ class AdamW8bit(torch.optim.Optimizer):
         self.min_8bit_size = min_8bit_size
         self.seed = seed
         self.decay_first = decay_first
+        self._begin()
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+
+    def _begin(self) -> None:
         self._launches: Launches = {}
         self._numbers: dict[torch.device, StepNumbers] = {}
         self._in_graphs: list[StepNumbers] = []  # captured graphs read and write them whenever they are replayed
         self._place: dict[Tensor, Place] = {}  # of the parameters in the groups as `_counted` has them
         self._left: dict[Tensor, Place] = {}  # of those taken out of the groups, for when they come back
         self._counted: list[tuple[int, ...]] = []
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(
@@ -236,11 +239,37 @@ class AdamW8bit(torch.optim.Optimizer):
             saved = super().state_dict()
         finally:
             self.state.update(left)
-        counts = {id(numbers): numbers.counts.tolist() for numbers in self._numbers.values()}
+        steps = self._steps()
         everyone = [p for group in self.param_groups for p in group["params"]]
-        steps = [counts[id(self._place[p][0])][self._place[p][1]] for p in everyone]
-        saved["state"] = {key: {"step": steps[key], **state} for key, state in saved["state"].items()}
+        saved["state"] = {key: {"step": steps[everyone[key]], **state} for key, state in saved["state"].items()}
         return saved
+
+    def _steps(self) -> dict[Tensor, int]:
+        """Each parameter's count, read from its device."""
+        places = self._left | self._place
+        counts = {numbers: numbers.counts.tolist() for numbers in dict.fromkeys(place[0] for place in places.values())}
+        return {p: counts[numbers][i] for p, (numbers, i, _) in places.items()}
+
+    def _take_steps(self, steps: dict[Tensor, int]) -> None:
+        """Numbers for all parameters made anew, with these counts; none is 0."""
+        self._place, self._left, self._counted = {}, {}, []
+        self.prepare()
+        for numbers in self._numbers.values():
+            mine = [steps.get(p, 0) for p, (its, _, _) in self._place.items() if its is numbers]
+            numbers.counts.copy_(torch.tensor(mine, dtype=torch.int32))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: what was asked for, states, groups and counts; no buffers of a device's steps."""
+        asked = {name: getattr(self, name) for name in ("block_size", "min_8bit_size", "seed", "decay_first")}
+        return super().__getstate__() | asked | {"steps": self._steps()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        steps = state["steps"]
+        super().__setstate__({name: value for name, value in state.items() if name != "steps"})
+        for p, its in self.state.items():
+            its.update({name: _loaded(name, value, p.device) for name, value in its.items()})
+        self._begin()
+        self._take_steps(steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of bitsandbytes' AdamW8bit; codes and scales keep their dtypes.
@@ -266,11 +295,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.state.update(loaded)
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({k: deepcopy(v) for k, v in saved_group.items() if k != "params"})
-        self._place, self._left, self._counted = {}, {}, []
-        self.prepare()
-        for numbers in self._numbers.values():
-            mine = [steps.get(p, 0) for p, (its, _, _) in self._place.items() if its is numbers]
-            numbers.counts.copy_(torch.tensor(mine, dtype=torch.int32))
+        self._take_steps(steps)
 
 
 def _loaded(name: str, value: Any, device: torch.device) -> Any:

@@ -26,7 +26,10 @@ from ..._launch import (
 )
 from ..._layout import heads_last_empty, unit_rows
 from ..._operands import LOG2_E, common_align, head_reason, strides, width_reason
+from . import in_parts
 from .triton_kernels import self_bwd_kv_kernel, self_bwd_q_kernel, self_fwd_kernel
+
+INSTEAD = in_parts  # what does a call whose kernel fails: the reference's scores may not fit
 
 
 class Kernel(Enum):
