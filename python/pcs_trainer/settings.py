@@ -85,6 +85,7 @@ class Settings:
     seed: int = 0
     plan: str | dict[str, str] = "A"  # recomputation plan of the UNet, or of its layers by leading part of their names
     weights: Literal["full", "int8"] = "full"  # the UNet's frozen weights: as they are, or in 8 bits
+    resident: Literal["device", "streamed"] = "device"  # streamed: frozen weights wait in RAM, copied ahead of use
     offload: bool = False  # GPU: text encoders, UNet and autoencoder take turns on it; who does not work waits in RAM
     graph: Literal["auto", "off"] = "auto"  # NVIDIA GPUs: record a step as a CUDA graph and replay it
     packing: Literal["both", "forward", "none"] = "both"  # CPU: directions in which frozen weights are kept packed

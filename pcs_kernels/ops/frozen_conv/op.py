@@ -20,7 +20,8 @@ from ... import _check as check
 from ..._dispatch import Op, autocast_is_on, define, forced_backend, without_autocast
 from ..._layout import image_format
 from ..._packed import may_pack
-from ..int8_weight import Int8Weight, lent_weight
+from ...streaming import StreamedWeight, lent, parts_of
+from ..int8_weight import Int8Weight
 from . import reference
 from .checks import check_conv, check_linear
 
@@ -161,46 +162,61 @@ class _FrozenConv2d(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
-class _Int8Conv2d(torch.autograd.Function):
-    """The convolution of a weight in 8 bits: codes and scales are kept, the weight is not."""
+class _LentConv2d(torch.autograd.Function):
+    """The convolution of a weight that is made for each direction: its codes and scales, or where it lies, are kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, stride: int, padding: int
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor | None,
+        scales: Tensor | None,
+        source: StreamedWeight | None,
+        bias: Tensor | None,
+        stride: int,
+        padding: int,
     ) -> Tensor:
         ctx.save_for_backward(codes, scales)
-        ctx.numbers = x.shape[2], x.shape[3], stride, padding
+        ctx.source, ctx.numbers = source, (x.shape[2], x.shape[3], stride, padding)
         ctx.order, ctx.backend = image_format(x), forced_backend()
-        return frozen_conv2d(x, lent_weight(Int8Weight(codes, scales), x.dtype), bias, stride, padding, pack=False)
+        return frozen_conv2d(x, lent(codes, scales, source, x.dtype), bias, stride, padding, pack=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight = lent_weight(Int8Weight(*ctx.saved_tensors), dy.dtype)
-        dy = _ordered(dy, ctx.order)
+        codes, scales = ctx.saved_tensors
+        weight, dy = lent(codes, scales, ctx.source, dy.dtype), _ordered(dy, ctx.order)
         if _torch_alone(dy) and not ctx.backend:
             dx = _gradient(dy, weight, *ctx.numbers).contiguous(memory_format=ctx.order)
         else:
             dx = torch.ops.pcs_kernels.frozen_conv2d_backward(dy, weight, *ctx.numbers, False, ctx.backend)
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None, None, None
 
 
-class _Int8Linear(torch.autograd.Function):
-    """The product with a weight in 8 bits, likewise."""
+class _LentLinear(torch.autograd.Function):
+    """The product with such a weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor | None,
+        scales: Tensor | None,
+        source: StreamedWeight | None,
+        bias: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(codes, scales)
-        ctx.backend = forced_backend()
-        return frozen_linear(x, lent_weight(Int8Weight(codes, scales), x.dtype), bias, pack=False)
+        ctx.source, ctx.backend = source, forced_backend()
+        return frozen_linear(x, lent(codes, scales, source, x.dtype).flatten(1), bias, pack=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight = lent_weight(Int8Weight(*ctx.saved_tensors), dy.dtype)
+        codes, scales = ctx.saved_tensors
+        weight = lent(codes, scales, ctx.source, dy.dtype).flatten(1)
         if _torch_alone(dy) and not ctx.backend:
-            return reference.backward_linear(dy, weight, False), None, None, None
-        return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, False, ctx.backend), None, None, None
+            return reference.backward_linear(dy, weight, False), None, None, None, None
+        return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, False, ctx.backend), None, None, None, None
 
 
 def _torch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -253,14 +269,9 @@ def _must_be_frozen(function: str, instead: str, **parameters: Tensor | None) ->
         )
 
 
-def _expanded(weight: Int8Weight, x: Tensor) -> Tensor:
-    check.floating("x", x)
-    return lent_weight(weight, x.dtype)
-
-
 def frozen_conv2d(
     x: Tensor,
-    weight: Tensor | Int8Weight,
+    weight: Tensor | Int8Weight | StreamedWeight,
     bias: Tensor | None = None,
     stride: int = 1,
     padding: int = 1,
@@ -270,7 +281,7 @@ def frozen_conv2d(
 
     Args:
         x: [B, C, H, W].
-        weight: [O, C, kh, kw], or its `Int8Weight`; one that requires a gradient is refused.
+        weight: [O, C, kh, kw], its `Int8Weight` or `StreamedWeight`; one that requires a gradient is refused.
         bias: [O] or None, likewise.
         stride: of both sides.
         padding: of both sides, with zeros.
@@ -279,11 +290,12 @@ def frozen_conv2d(
     Returns:
         [B, O, H', W'], channels-last where x is.
     """
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, (Int8Weight, StreamedWeight)):
         _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", bias=bias)
-        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
-            return _Int8Conv2d.apply(x, *weight, bias, stride, padding)
-        return frozen_conv2d(x, _expanded(weight, x), bias, stride, padding, pack=False)
+        check.floating("x", x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _LentConv2d.apply(x, *parts_of(weight), bias, stride, padding)
+        return frozen_conv2d(x, lent(*parts_of(weight), x.dtype), bias, stride, padding, pack=False)
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
     if _torch_alone(x) and type(stride) is type(padding) is int:  # the op's schema refuses other types
         check_conv(x, weight, bias, stride, padding)
@@ -295,23 +307,26 @@ def frozen_conv2d(
     return torch.ops.pcs_kernels.frozen_conv2d_forward(x, weight, bias, stride, padding, pack, forced_backend())
 
 
-def frozen_linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None, pack: bool = True) -> Tensor:
+def frozen_linear(
+    x: Tensor, weight: Tensor | Int8Weight | StreamedWeight, bias: Tensor | None = None, pack: bool = True
+) -> Tensor:
     """x weight^T + bias with a frozen weight: gradients flow to x, and nothing but the weight is kept for them.
 
     Args:
         x: [..., C].
-        weight: [O, C], or its `Int8Weight`; one that requires a gradient is refused.
+        weight: [O, C], its `Int8Weight` or `StreamedWeight`; one that requires a gradient is refused.
         bias: [O] or None, likewise.
         pack: keep a packed copy of the weight for each direction used (CPU) that `packing` allows; False saves it.
 
     Returns:
         [..., O].
     """
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, (Int8Weight, StreamedWeight)):
         _must_be_frozen("frozen_linear", "torch.nn.functional.linear", bias=bias)
-        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
-            return _Int8Linear.apply(x, *weight, bias)
-        return frozen_linear(x, _expanded(weight, x), bias, pack=False)
+        check.floating("x", x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _LentLinear.apply(x, *parts_of(weight), bias)
+        return frozen_linear(x, lent(*parts_of(weight), x.dtype).flatten(1), bias, pack=False)
     _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
     # torch's product keeps the weight alone where that is all its gradient needs, but for Apple's, which has a backward
     # of its own that keeps x too.

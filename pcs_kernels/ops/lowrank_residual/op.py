@@ -6,7 +6,7 @@ x [..., C_in]; weight [C_out, C_in] or [C_out, C_in, 1, 1]; bias [C_out]; down [
 mask of shape x.shape[:-1].
 Many concepts on one frozen weight: down [K, R, C_in], up [K, C_out, R], index [B] says which one sample b of x takes.
 Kept for the backward: x where down, up, weight or mask take a gradient, else nothing but the weights. A weight in 8
-bits is expanded for each direction, and not packed.
+bits, or one that is streamed, is made for each direction, and not packed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ... import _check as check
 from ..._dispatch import Op, define, forced_backend
-from ..int8_weight import Int8Weight, lent_weight
+from ...streaming import StreamedWeight, lent, parts_of
+from ..int8_weight import Int8Weight
 
 OP = Op("lowrank_residual", __package__)
 
@@ -226,7 +227,7 @@ class _LowrankResidual(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
@@ -234,34 +235,39 @@ class _LowrankResidual(torch.autograd.Function):
         scale: float,
         index: Tensor | None,
         scales: Tensor | None,
+        source: StreamedWeight | None,
         backend: str,
     ) -> Tensor:
         _, need_weight, _, need_down, need_up, need_mask = ctx.needs_input_grad[:6]
         keeps_x = need_weight or need_down or need_up or need_mask
         ctx.save_for_backward(x if keeps_x else None, weight, down, up, mask, index, scales)
-        ctx.settings = scale, backend
-        weight, pack = _whole(weight, scales, x)
+        ctx.settings = scale, source, backend
+        weight, pack = _whole(weight, scales, source, x)
         return _FORWARD(x, weight, bias, down, up, mask, scale, index, pack, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, mask, index, scales = ctx.saved_tensors
-        scale, backend = ctx.settings
+        scale, source, backend = ctx.settings
         need = ctx.needs_input_grad[:6]
-        weight, pack = _whole(weight, scales, dy)
+        weight, pack = _whole(weight, scales, source, dy)
         gradients = _BACKWARD(dy, x, weight, down, up, mask, scale, index, *need, pack, backend)
-        return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None, None)
+        return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None, None, None)
 
 
-def _whole(weight: Tensor, scales: Tensor | None, x: Tensor) -> tuple[Tensor, bool]:
-    """The weight itself, or what its codes and scales stand for, and whether a packed copy of it may be kept."""
-    return (weight, True) if scales is None else (lent_weight(Int8Weight(weight, scales), x.dtype), False)
+def _whole(
+    weight: Tensor | None, scales: Tensor | None, source: StreamedWeight | None, x: Tensor
+) -> tuple[Tensor, bool]:
+    """The weight itself, or what is lent of it, and whether a packed copy of it may be kept."""
+    if weight is not None and scales is None:
+        return weight, True
+    return lent(weight, scales, source, x.dtype).flatten(1), False
 
 
 def lowrank_residual(
     x: Tensor,
-    weight: Tensor | Int8Weight,
+    weight: Tensor | Int8Weight | StreamedWeight,
     bias: Tensor | None,
     down: Tensor,
     up: Tensor,
@@ -273,7 +279,8 @@ def lowrank_residual(
 
     Args:
         x: [..., C_in].
-        weight: [C_out, C_in], or [C_out, C_in, 1, 1] of a 1x1 convolution; a frozen one may be an `Int8Weight`.
+        weight: [C_out, C_in], or [C_out, C_in, 1, 1] of a 1x1 convolution; a frozen one may be an
+            `Int8Weight` or a `StreamedWeight`.
         bias: [C_out] or None.
         down: [R, C_in]; with `index` a stack [K, R, C_in].
         up: [C_out, R]; with `index` a stack [K, C_out, R].
@@ -284,17 +291,16 @@ def lowrank_residual(
     Returns:
         [..., C_out].
     """
-    scales = None
-    if isinstance(weight, Int8Weight):
-        weight, scales = weight
+    if isinstance(weight, (Int8Weight, StreamedWeight)):
         check.floating("x", x)
-    check.tensor("weight", weight)
-    if weight.dim() == 4:
-        shape = tuple(weight.shape)
-        check.require(shape[2:] == (1, 1), lambda: f"weight must be a 1x1 convolution, not {shape}")
-        weight = weight.flatten(1)
+    else:
+        check.tensor("weight", weight)
+    shape = tuple(weight[0].shape if isinstance(weight, Int8Weight) else weight.shape)
+    codes, scales, source = parts_of(weight)
+    check.require(len(shape) != 4 or shape[2:] == (1, 1), lambda: f"weight must be a 1x1 convolution, not {shape}")
+    codes = codes.flatten(1) if len(shape) == 4 and codes is not None else codes
     rest = (bias, down, up, mask, check.number("scale", scale), index)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, *rest)):
-        return _LowrankResidual.apply(x, weight, *rest, scales, forced_backend())
-    weight, pack = _whole(weight, scales, x)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, codes, *rest)):
+        return _LowrankResidual.apply(x, codes, *rest, scales, source, forced_backend())
+    weight, pack = _whole(codes, scales, source, x)
     return _FORWARD(x, weight, *rest, pack, forced_backend())

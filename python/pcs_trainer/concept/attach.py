@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..model.fingerprint import fingerprint, same_base
 from ..model.text import encode
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, token_table
-from ..unet.int8 import hold, layer_in_8_bits, quantized, widen
+from ..unet.int8 import hold, layer_in_8_bits, quantized
 from ..unet.layers import LowRank, laid_out_as, replace_data
+from ..unet.streaming import at_hand
 from .base_weights import is_projection, network, parameters_of
 from .concept import Concept
 from .grammar import OWN_WORD, UNET, Kind, Part, Slot, spell
@@ -144,16 +145,15 @@ def _put_residuals(model: Model, concept: Concept, strength: float) -> None:
 def _put_values(
     model: Model, concepts: Sequence[Concept], strengths: Sequence[float], undo: list[Callable[[], None]]
 ) -> None:
-    """Replace parameters by their changed values, in 16 bits where they were held in 8; `undo` gets the way back."""
+    """Replace parameters by their changed values, on the device and in 16 bits; `undo` gets the way back."""
     changes: dict[nn.Parameter, list[tuple[float, Tensor, Kind]]] = defaultdict(list)
     by_part: dict[Part, dict[str, nn.Parameter]] = {}
     for concept, strength in zip(concepts, strengths, strict=True):
         for slot, tensor in concept.changes().items() if strength else ():  # at 0 the base's value stays
             if slot.part not in by_part:
                 by_part[slot.part] = _parameters(model, slot.part, concept.key)
-            layer = layer_in_8_bits(model.unet, slot.layer) if slot.part == UNET else None
-            if layer is not None:
-                undo.append(widen(layer, model.unet.conv_in.weight))
+            if slot.part == UNET:
+                undo += at_hand(model.unet, slot.layer)
             changes[by_part[slot.part][slot.layer]].append((strength, tensor, slot.kind))
     with torch.no_grad():
         for parameter, parts in changes.items():

@@ -64,6 +64,8 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
     adapted = dict(chosen.tiny if model is not None and model.embedded else {})
     if model is not None and getattr(model, "weights", "full") != "full":
         adapted["weights"] = model.weights
+    if model is not None and getattr(model, "resident", "device") != "device":
+        adapted["resident"] = model.resident
     given = adapted | dict(chosen.presets[preset] if preset else {}) | overrides
     values = chosen.implied(given) | given
     if "plan" in values:
@@ -75,6 +77,11 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
     if settings.weights == "int8" and chosen.trains_whole_unet:
         raise ValueError(
             f"{method} trains every weight of the UNet, and 8 bits do not train. Fix: weights='full', or "
+            "dreambooth_lora, whose UNet stays frozen"
+        )
+    if settings.resident == "streamed" and chosen.trains_whole_unet:
+        raise ValueError(
+            f"{method} trains every weight of the UNet, and only frozen ones are streamed. Fix: resident='device', or "
             "dreambooth_lora, whose UNet stays frozen"
         )
     return settings

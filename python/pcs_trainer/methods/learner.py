@@ -17,10 +17,9 @@ from ..data.prompts import Vocabulary
 from ..distributed import full_value, is_part
 from ..model.model import Model
 from ..model.text_adapters import TextLowRank, attach_context, attach_text, detach_text, without_adapters
-from ..model.turns import place
 from ..settings import Settings
-from ..unet.int8 import layer_in_8_bits, widen
-from ..unet.layers import Conv2d, Linear, LowRank, replace_data
+from ..unet.layers import Conv2d, Linear, LowRank, device_of, place, replace_data
+from ..unet.streaming import at_hand
 
 KEY = "learning"  # the residuals of the running training, among those of concepts on the same model
 
@@ -85,12 +84,11 @@ class Learner:
     def train_value(self, name: str, parameter: nn.Parameter, *, master: bool) -> None:
         """Train a parameter of the model itself; `master` holds it in float32 while it trains.
 
-        One that is held in 8 bits is read again as it was.
+        One that is held in 8 bits is read again as it was; one that is streamed comes to the device.
         """
         part, _, own_name = name.partition(".")
-        layer = layer_in_8_bits(self.model.unet, own_name) if part == grammar.UNET else None
-        if layer is not None:
-            self._undo.append(widen(layer, self.model.unet.conv_in.weight))
+        if part == grammar.UNET:
+            self._undo += at_hand(self.model.unet, own_name)
         device, value = parameter.device, parameter.data
         original = on_host(value)
         self.originals.append(original)
@@ -289,11 +287,11 @@ def fresh_pair(
     `spread` is rank^-0.5 where it is not given: down^T down is then the identity in the mean, whatever the rank. PEFT's
     "gaussian" is 1 / rank. Adam's step of W is proportional to it, so learning rates of one do not suit the other.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    c_out, c_in = weight.shape[:2]
+    assert isinstance(layer.weight, Tensor)
+    c_out, c_in = layer.weight.shape[:2]
+    device = device_of(layer) if isinstance(layer, (Linear, Conv2d)) else layer.weight.device
     down = torch.randn(rank, c_in, generator=generator) * (rank**-0.5 if spread is None else spread)
     up = torch.zeros(c_out, rank)
     if init == "both_random":
         up = torch.randn(c_out, rank, generator=generator) * SMALL_START * c_in**-0.5
-    return Pair(nn.Parameter(down.to(weight.device)), nn.Parameter(up.to(weight.device)))
+    return Pair(nn.Parameter(down.to(device)), nn.Parameter(up.to(device)))

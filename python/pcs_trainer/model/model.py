@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
+from pcs_kernels import WeightRing
+
 from ..errors import UnsupportedModel
 from ..machine import device_problem
 from ..unet.config import checked_config, family, reads_small_picture
 from ..unet.int8 import expect_8_bits
+from ..unet.streaming import ring_bytes, stream
 from ..unet.unet import UNet
 from .int8 import in_8_bits, load_in_8_bits
 from .layout import lay_out
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 Network = TypeVar("Network", bound=nn.Module)
 Weights = Literal["full", "int8"]
+Resident = Literal["device", "streamed"]
 PARTS = ("unet", "text_encoders", "tokenizers", "vae", "schedule", "low_res_schedule")
 PIPELINES = "StableDiffusion"
 # Names in the attention of the first models' VAE files -> today's.
@@ -40,12 +44,18 @@ class Model:
     """A UNet, its text encoders and tokenizers, VAE and noise schedule; each is read when first used."""
 
     def __init__(
-        self, source: Folder | SingleFile, dtype: torch.dtype | None, device: str, weights: Weights = "full"
+        self,
+        source: Folder | SingleFile,
+        dtype: torch.dtype | None,
+        device: str,
+        weights: Weights = "full",
+        resident: Resident = "device",
     ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
         self.weights = weights
+        self.resident = resident
         self.turns = Turns()
         self._parts: dict[str, Any] = {}
         self._text_pipeline: Any = None
@@ -123,10 +133,10 @@ class Model:
             self._parts.pop(name, None)
             self.turns.forget(name)
 
-    def hold(self, weights: Weights) -> None:
+    def hold(self, weights: Weights, resident: Resident = "device") -> None:
         """Hold the UNet's frozen weights like this from now on: a UNet that is held otherwise is read again."""
-        if weights != self.weights:
-            self.weights = weights
+        if (weights, resident) != (self.weights, self.resident):
+            self.weights, self.resident = weights, resident
             self.release("unet")
 
     def offload(self, on: bool = True) -> None:
@@ -147,7 +157,8 @@ class Model:
 
     def _settle(self, module: Network, part: str = "unet") -> Network:
         """The module frozen, on the model's device or where it waits, in the model's dtype."""
-        place = "cpu" if self.device != "meta" and self.turns.waits(part) else self.device
+        waits = self.turns.waits(part) or (part == "unet" and self.resident == "streamed")
+        place = "cpu" if self.device != "meta" and waits else self.device
         # torch's own `to`: diffusers' warns of each cast of an autoencoder, and checks what is not so here.
         module = nn.Module.to(module, device=place, dtype=self.dtype).requires_grad_(False).eval()
         half = self.dtype is None and any(p.dtype == torch.float16 for p in module.parameters())
@@ -162,9 +173,7 @@ class Model:
             unet = UNet.from_config(dict(peer.config), device="meta")
             unet.load_state_dict(peer.state_dict(), strict=True, assign=True)
             del peer
-            if self.weights == "int8":
-                return self._settle(in_8_bits(unet))
-            return lay_out(self._settle(unet), self.device)
+            return self._placed(in_8_bits(unet) if self.weights == "int8" else unet)
         folder = self.source.part("unet")
         unet = _unet_of(folder / "config.json")
         if self.device == "meta":
@@ -173,8 +182,15 @@ class Model:
             return self._settle(unet)
         files = weight_files(folder, "diffusion_pytorch_model", self.dtype)
         load = load_in_8_bits if self.weights == "int8" else load_weights
-        load(unet, files, self.dtype, self.device)
-        return lay_out(self._settle(unet), self.device)
+        load(unet, files, self.dtype, "cpu" if self.resident == "streamed" else self.device)
+        return self._placed(unet)
+
+    def _placed(self, unet: UNet) -> UNet:
+        """A UNet that has its weights, each where it stays."""
+        unet = lay_out(self._settle(unet), self.device)
+        if self.resident == "streamed":
+            stream(unet, WeightRing(self.device, ring_bytes(unet)))
+        return unet
 
     @quiet("diffusers", "transformers")
     def _pipeline(self, source: SingleFile) -> Any:
@@ -305,6 +321,7 @@ def load_model(
     device: torch.device | str = "cpu",
     config: str | Path | None = None,
     weights: Weights = "full",
+    resident: Resident = "device",
 ) -> Model:
     """Open a model; its parts are read when first used.
 
@@ -319,6 +336,8 @@ def load_model(
         weights: "int8" holds the UNet's frozen weights in 8 bits, with a scale for every 64 of them: half the memory
             of 16 bits. Each is expanded for the time of one product. What a method trains keeps its own precision,
             and is learned for the weights as they are held; it draws on the 16-bit model too.
+        resident: "streamed" keeps the UNet's frozen weights in the machine's memory, from where each is copied to the
+            device ahead of its use: the values are the same, bit for bit.
 
     Raises:
         UnsupportedModel: one sentence naming the file and what is wrong with it, here or when a part is first used.
@@ -331,4 +350,6 @@ def load_model(
     _check_family(source)
     if weights not in get_args(Weights):
         raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, not {weights!r}")
-    return Model(source, dtype, str(device), weights)
+    if resident not in get_args(Resident):
+        raise ValueError(f"resident must be one of {', '.join(get_args(Resident))}, not {resident!r}")
+    return Model(source, dtype, str(device), weights, resident)

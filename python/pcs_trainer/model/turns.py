@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..unet.layers import replace_data
+from ..unet.layers import place, replace_data
 from ..unet.unet import UNet
 
 NETWORKS = ("unet", "text_encoders", "vae")
@@ -58,6 +58,8 @@ class Turns:
         kept = {id(p): (version, value) for p, version, value in self._kept.get(part, ())}
         self.forget(part)
         for p in parameters(model, part):
+            if part == "unet" and p.device.type == "cpu":  # streamed from there
+                continue
             version, value = kept.get(id(p), (None, None))
             value = p.data.cpu() if value is None or version != p._version else value
             if part == "unet":
@@ -81,14 +83,6 @@ class Turns:
             kept.append((p, p._version, value))
         if self.on:
             self._kept[part] = kept
-
-
-def place(p: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter that no optimizer has seen yet a value elsewhere."""
-    if torch._has_compatible_shallow_copy_type(p, value):  # as torch's own Module.to asks
-        replace_data(p, value)
-    else:
-        torch.utils.swap_tensors(p, nn.Parameter(value, requires_grad=p.requires_grad))
 
 
 def _move(p: nn.Parameter, value: Tensor) -> None:

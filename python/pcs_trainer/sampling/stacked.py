@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..concept.concept import Concept
 from ..concept.grammar import on_unet
-from ..unet.layers import Conv2d, Linear, LowRank
+from ..unet.layers import Conv2d, Linear, LowRank, device_of
 from ..unet.unet import UNet
 
 NOBODY = -1  # an image without concept
@@ -80,8 +80,8 @@ def stacked(unet: UNet, concepts: Sequence[Concept], strengths: Sequence[float])
             rank = max(d.shape[0] for d in downs if d is not None)
             layer = unet.projection(name)
             c_out, c_in = layer.weight.shape[:2]
-            down = _stack(downs, (rank, c_in), [1.0] * len(downs)).to(layer.weight.device)  # [K + 1, R, C_in]
-            up = _stack(ups, (c_out, rank), strengths).to(layer.weight.device)  # [K + 1, C_out, R]
+            down = _stack(downs, (rank, c_in), [1.0] * len(downs)).to(device_of(layer))  # [K + 1, R, C_in]
+            up = _stack(ups, (c_out, rank), strengths).to(device_of(layer))  # [K + 1, C_out, R]
             made.append((layer, unet.attach(name, LowRank(down, up))))
         yield [residual for _, residual in made]
     finally:

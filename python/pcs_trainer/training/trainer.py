@@ -126,7 +126,7 @@ class Trainer:
 
     def _hold_model(self) -> None:
         """Weights as the settings want them held, and networks where they want them."""
-        self.model.hold(self.settings.weights)
+        self.model.hold(self.settings.weights, self.settings.resident)
         self.model.offload(self.settings.offload)
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -48,6 +48,8 @@ def hold(layer: Linear | Conv2d, weight: pcs_kernels.Int8Weight) -> None:
     else:
         layer.weight = nn.Parameter(codes, requires_grad=False)
     layer.weight_scales = nn.Parameter(scales, requires_grad=False)
+    if layer.streamed is not None:
+        layer.streamed = pcs_kernels.StreamedWeight(layer.streamed.ring, layer.weight, layer.weight_scales)
 
 
 def original(layer: Linear | Conv2d, like: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 import pcs_kernels
-from pcs_kernels import Int8Weight
+from pcs_kernels import Int8Weight, StreamedWeight
+from pcs_kernels.streaming import on_the_host
 
 Masks = Tensor | dict[str, Tensor] | None
 
@@ -55,6 +56,14 @@ def replace_data(parameter: Tensor, value: Tensor) -> None:
     """Replace `parameter.data` and bump its version, so that packed copies of its values are invalidated."""
     parameter.data = value
     increment_version(parameter)
+
+
+def place(p: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter that no optimizer has seen yet a value elsewhere."""
+    if torch._has_compatible_shallow_copy_type(p, value):  # as torch's own Module.to asks
+        replace_data(p, value)
+    else:
+        torch.utils.swap_tensors(p, nn.Parameter(value, requires_grad=p.requires_grad))
 
 
 def laid_out_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -109,16 +118,22 @@ def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
     return pcs_kernels.frozen_linear(x, layer.matrix(), layer.bias)  # [B, N, C_out]
 
 
-def held(layer: Linear | Conv2d) -> Tensor | Int8Weight:
-    """The layer's weight as the frozen ops take it: itself, or its codes and scales."""
+def held(layer: Linear | Conv2d) -> Tensor | Int8Weight | StreamedWeight:
+    """The layer's weight as the frozen ops take it: itself, its codes and scales, or where it is streamed from."""
+    if layer.streamed is not None:
+        return layer.streamed
     return layer.weight if layer.weight_scales is None else Int8Weight(layer.weight, layer.weight_scales)
+
+
+def device_of(layer: Linear | Conv2d) -> torch.device:
+    """Where a layer computes."""
+    return layer.weight.device if layer.streamed is None else layer.streamed.ring.device
 
 
 def _cast(layer: Linear | Conv2d | LayerNorm, x: Tensor) -> tuple[Any, Tensor | None]:
     """The weights in x's dtype, or in 8 bits: a trained one may be a float32 master in a bfloat16 network."""
     weight, bias = layer.weight, layer.bias
-    if weight.dtype is torch.int8:
-        assert isinstance(layer, (Linear, Conv2d))
+    if isinstance(layer, (Linear, Conv2d)) and (weight.dtype is torch.int8 or layer.streamed is not None):
         return held(layer), None if bias is None else bias.to(x.dtype)
     if weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype):
         return weight, bias
@@ -134,8 +149,9 @@ class Linear(nn.Linear):
         self.weight_scales: nn.Parameter | None
         self.register_parameter("weight_scales", None)  # of a weight in 8 bits
         self.original: Callable[[], Tensor] | None = None  # reads such a weight as it was
+        self.streamed: StreamedWeight | None = None  # where the weight waits in the machine's memory
 
-    def matrix(self) -> Tensor | Int8Weight:
+    def matrix(self) -> Tensor | Int8Weight | StreamedWeight:
         """The weight [C_out, C_in]."""
         return held(self)
 
@@ -154,11 +170,14 @@ class Conv2d(nn.Conv2d):
         self.weight_scales: nn.Parameter | None
         self.register_parameter("weight_scales", None)  # of a weight in 8 bits
         self.original: Callable[[], Tensor] | None = None  # reads such a weight as it was
+        self.streamed: StreamedWeight | None = None  # where the weight waits in the machine's memory
         self._matrix: tuple[tuple[int, int], Tensor] | None = None
 
-    def matrix(self) -> Tensor | Int8Weight:
+    def matrix(self) -> Tensor | Int8Weight | StreamedWeight:
         """A frozen 1x1 weight as [C_out, C_in]: one tensor for as long as the weight is the same, so it packs once."""
         weight = self.weight
+        if self.streamed is not None:
+            return self.streamed
         if self.weight_scales is not None:
             return Int8Weight(weight.detach().flatten(1), self.weight_scales)
         seen = pcs_kernels.weight_version(weight)
@@ -203,7 +222,7 @@ class Stack:
         self.layers = list(layers)
         self.widths = [layer.out_features for layer in layers]
         self._seen: list[tuple[int, int]] = []
-        self._weight: Tensor | Int8Weight = torch.empty(0)  # [sum of the widths, C_in]
+        self._weight: Tensor | Int8Weight | StreamedWeight = torch.empty(0)  # [sum of the widths, C_in]
         self._bias: Tensor | None = None  # [sum of the widths]
 
     def _refresh(self) -> None:
@@ -211,10 +230,15 @@ class Stack:
         seen = [pcs_kernels.weight_version(p) for p in tensors]
         if seen == self._seen:
             return
-        weight = _joined([layer.weight for layer in self.layers])
+        device, streamed = device_of(self.layers[0]), self.layers[0].streamed
+        weight = _joined([layer.weight for layer in self.layers], device)
         scales = [layer.weight_scales for layer in self.layers if layer.weight_scales is not None]
-        self._weight = Int8Weight(weight, _joined(scales)) if scales else weight
-        self._bias = None if self.layers[0].bias is None else _joined([layer.bias for layer in self.layers])
+        parts = (weight, _joined(scales, device)) if scales else (weight,)
+        if streamed is not None:
+            self._weight = StreamedWeight(streamed.ring, *parts)
+        else:
+            self._weight = Int8Weight(*parts) if scales else weight
+        self._bias = None if self.layers[0].bias is None else _joined([layer.bias for layer in self.layers], device)
         self._seen = [pcs_kernels.weight_version(p) for p in tensors]
 
     def forget(self) -> None:
@@ -226,15 +250,21 @@ class Stack:
         if self._seen and any(trained(layer) for layer in self.layers):
             self.forget()
         apart = any(trained(layer) or layer.residuals for layer in self.layers)
-        if apart or len({layer.weight.dtype for layer in self.layers}) > 1:
+        kinds = {(layer.weight.dtype, layer.streamed is None) for layer in self.layers}
+        if apart or len(kinds) > 1:
             return [layer(x) for layer in self.layers]
         self._refresh()
         return list(pcs_kernels.frozen_linear(x, self._weight, self._bias).split(self.widths, dim=-1))
 
 
-def _joined(parameters: list[nn.Parameter]) -> Tensor:
-    """One tensor holding all of them in order; each parameter becomes a view of its part."""
+def _joined(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+    """One tensor holding all of them in order; each parameter becomes a view of its part.
+
+    Parameters in the machine's memory are joined there, for copies to `device`.
+    """
     joined = torch.cat([p.detach() for p in parameters])  # [sum of the widths, ...]
+    if joined.device != device:
+        joined = on_the_host(joined, device)
     for p, part in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
         p.data = part
     return joined

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcs_kernels import WeightRing
+
 from .blocks import (
     Conditioning,
     Level,
@@ -49,6 +51,7 @@ class UNet(nn.Module):
             width, groups, linear = channels[level], c["norm_num_groups"], c["use_linear_projection"]
             return Transformer(width, heads, depth, c["cross_attention_dim"], groups, linear, only_cross)
 
+        self.ring: WeightRing | None = None  # through which frozen weights reach the device, where they are streamed
         self.conv_in = Conv2d(c["in_channels"], channels[0], 3)
         self.time_embedding = TimestepEmbedding(channels[0], c_time)
         self.class_embedding = nn.Embedding(c["num_class_embeds"], c_time) if c["num_class_embeds"] else None
@@ -154,7 +157,7 @@ class UNet(nn.Module):
         return [k for k in kernels if k is not None]
 
     def forget_derived(self) -> None:
-        """Drop what was made from frozen weights that now train: it would keep their values of before in memory."""
+        """Drop what was made from frozen weights: where these train or wait, it would stay in memory beside them."""
         for module in self.modules():
             if isinstance(module, Resample):
                 module.upsampled.forget()
@@ -162,6 +165,8 @@ class UNet(nn.Module):
                 module.forget()
         self._time_stack.forget()
         self._kv_stack.forget()
+        if self.ring is not None:
+            self.ring.forget()
 
     def projection(self, name: str) -> Linear | Conv2d:
         """The layer `name` that a low-rank residual may go on; ValueError where it is another kind of layer."""

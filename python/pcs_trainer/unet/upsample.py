@@ -73,6 +73,7 @@ class UpsampledConv:
         seen = pcs_kernels.weight_version(weight)
         if self.kernels is None or seen != self.seen:
             whole = held(conv)
+            whole = whole.take() if isinstance(whole, pcs_kernels.StreamedWeight) else whole
             whole = pcs_kernels.expand_weight(whole, x.dtype) if isinstance(whole, pcs_kernels.Int8Weight) else whole
             self.seen, self.kernels = seen, phase_kernels(whole.detach())
         bias = None if conv.bias is None else conv.bias.repeat(4)

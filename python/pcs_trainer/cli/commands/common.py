@@ -75,6 +75,14 @@ WEIGHTS = Option(
     otherwise="full",
     group="model",
 )
+RESIDENT = Option(
+    "--resident",
+    "where the UNet's frozen weights are: on the device, or streamed to it from RAM ahead of their use",
+    one_of("place", ("device", "streamed")),
+    metavar="PLACE",
+    otherwise="device",
+    group="model",
+)
 OFFLOAD = Option("--offload", "text encoders, UNet and autoencoder take turns on the GPU", None, False, group="model")
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))
 LAG_OPTIONS = (
@@ -212,7 +220,8 @@ def open_model(options: argparse.Namespace) -> Model:
     device, kind = device_of(options)
     dtype, reason = dtype_of(options, kind)
     try:
-        model = load_model(where, dtype, device, options.model_config, getattr(options, "weights", None) or "full")
+        model = load_model(where, dtype, device, options.model_config)
+        model.hold(getattr(options, "weights", None) or "full", getattr(options, "resident", None) or "device")
     except UnsupportedModel as error:
         raise UsageError(f"--model: {error}") from None
     model.offload(bool(getattr(options, "offload", False)))

@@ -23,6 +23,7 @@ from .common import (
     MODEL_FLAGS,
     MOST_IMAGES,
     OFFLOAD,
+    RESIDENT,
     SEED,
     STEPS,
     WEIGHTS,
@@ -83,6 +84,7 @@ OPTIONS = (
     ),
     *MODEL_FLAGS,
     WEIGHTS,
+    RESIDENT,
     OFFLOAD,
     *grouped(
         "output",

@@ -14,7 +14,20 @@ from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
 from . import COMMANDS
-from .common import DTYPES, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, OFFLOAD, RAM, RESOLUTION, WEIGHTS, dtype_of, say
+from .common import (
+    DTYPES,
+    HUB_EXAMPLE,
+    METHOD,
+    MODEL,
+    MODEL_CONFIG,
+    OFFLOAD,
+    RAM,
+    RESIDENT,
+    RESOLUTION,
+    WEIGHTS,
+    dtype_of,
+    say,
+)
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
@@ -61,6 +74,7 @@ OPTIONS = grouped(
     RAM,
     replace(MODEL_CONFIG, group="what to plan"),
     WEIGHTS,
+    RESIDENT,
     OFFLOAD,
     Option("--no-report", "plan a run that writes no report", None, False),
     Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
@@ -104,6 +118,7 @@ def run(options: argparse.Namespace) -> int:
         rank=options.rank,
         prior=options.prior,
         weights=options.weights,
+        resident=options.resident,
         offload=options.offload or None,
     )
     if reason:
@@ -166,7 +181,7 @@ def chosen_plan(
     device = torch.device(model.device)  # the UNet is not read yet: how it is held is found out here
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--budget: memory is counted for cpu and cuda alone, not for {device.type}")
-    ways = ("packing", "weights", "offload")  # to hold the networks: a limit of RAM decides these alone
+    ways = ("packing", "weights", "resident", "offload")  # to hold the networks: a limit of RAM decides these alone
     apart = ("resolution", "batch", "accumulate")  # arguments of plan() itself
     others = {name: value for name, value in chosen.items() if name not in apart}
     found: RunPlan = plan_run(

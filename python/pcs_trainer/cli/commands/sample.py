@@ -27,6 +27,7 @@ from .common import (
     MOST_PIXELS,
     NEGATIVE,
     OFFLOAD,
+    RESIDENT,
     SAMPLER,
     SEED,
     STEPS,
@@ -70,6 +71,7 @@ OPTIONS = (
     ),
     *MODEL_FLAGS,
     WEIGHTS,
+    RESIDENT,
     OFFLOAD,
     *grouped(
         "images",

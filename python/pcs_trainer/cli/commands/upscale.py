@@ -22,6 +22,7 @@ from .common import (
     MOST_PIXELS,
     NEGATIVE,
     OFFLOAD,
+    RESIDENT,
     SAMPLER,
     SEED,
     STEPS,
@@ -65,6 +66,7 @@ OPTIONS = (
     ),
     *MODEL_FLAGS,
     WEIGHTS,
+    RESIDENT,
     OFFLOAD,
     *grouped(
         "images",

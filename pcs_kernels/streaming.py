@@ -1,0 +1,259 @@
+"""Frozen weights that stay in the machine's memory and pass through a ring on the device, each ahead of its use.
+
+The ring is one block of the device's memory, and all that the weights take there. A weight that is taken stays in place
+until the next one is taken; then its place may be given away. Which weight comes next is learned from the uses
+themselves: after a and b comes what came after a and b before. So a backward, a recomputation or a drawing needs no
+order told, and an order that has changed costs waiting, never a wrong value.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._fallback import tell_once
+from ._packed import weight_version
+from .ops.int8_weight import Int8Weight, lent_weight
+
+ALIGN = 256  # bytes; what allocators of devices give, and more than any kernel asks for
+AHEAD = 32  # weights that are looked for behind the one in use; the ring's size ends it earlier where they are large
+
+
+class Copier(Protocol):
+    """Copies to the device, in their own order beside the device's work. A mark is a moment of that work."""
+
+    def copy(self, pairs: list[tuple[Tensor, Tensor]], after: list[Any]) -> Any:
+        """Copy (to, from) pairs once the moments in `after` have passed; what is returned tells when they are there."""
+
+    def wait(self, ready: Any) -> None:
+        """Let the device's work go on when a copy is there."""
+
+    def mark(self) -> Any:
+        """The moment at which the work given to the device so far is done."""
+
+
+class AtOnce:
+    """Each copy is there when `copy` returns: devices without streams of their own."""
+
+    def copy(self, pairs: list[tuple[Tensor, Tensor]], after: list[Any]) -> Any:
+        del after  # the device's work is in one order
+        for to, given in pairs:
+            to.copy_(given)
+
+    def wait(self, ready: Any) -> None:
+        pass
+
+    def mark(self) -> Any:
+        return None
+
+
+class OnAStream:
+    """Copies on a CUDA stream beside the one that computes; the host waits for neither."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def copy(self, pairs: list[tuple[Tensor, Tensor]], after: list[Any]) -> Any:
+        for moment in after:
+            self.stream.wait_event(moment)
+        with torch.cuda.stream(self.stream):
+            for to, given in pairs:
+                to.copy_(given, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, ready: Any) -> None:
+        torch.cuda.current_stream(self.device).wait_event(ready)
+
+    def mark(self) -> Any:
+        return torch.cuda.current_stream(self.device).record_event()
+
+
+class StreamedWeight:
+    """A frozen weight in the machine's memory, in the place of a tensor wherever an op takes a frozen one.
+
+    Args:
+        ring: through which it reaches the device.
+        sources: the weight, or the codes and scales of one in 8 bits; parameters whose data may be replaced.
+    """
+
+    def __init__(self, ring: WeightRing, *sources: Tensor) -> None:
+        self.ring, self.sources = ring, sources
+        ring.check(self.size)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes of the ring."""
+        return sum(_aligned(t.nbytes) for t in self.sources)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's shape."""
+        return self.sources[0].shape
+
+    def take(self) -> Tensor | Int8Weight:
+        """The weight on the device, until the next one of its ring is taken."""
+        tensors = self.ring.take(self)
+        return tensors[0] if len(tensors) == 1 else Int8Weight(*tensors)
+
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a source is replaced or written to."""
+        return tuple(map(weight_version, self.sources))
+
+
+class _Place:
+    """Where in the ring a weight lies."""
+
+    def __init__(self, at: int, weight: StreamedWeight) -> None:
+        self.at, self.size, self.versions = at, weight.size, weight.versions()
+        self.tensors: list[Tensor] = []
+        self.ready: Any = None  # when its copy is there
+        self.used: list[Any] = []  # when the work that read it is done
+
+
+class WeightRing:
+    """A block of a device's memory through which frozen weights pass.
+
+    Args:
+        device: where the weights are used.
+        size: bytes of the block: at least the largest weight, and a few more for copies to run ahead.
+        copier: makes the copies; default: a stream of its own on an NVIDIA or AMD GPU, at once elsewhere.
+    """
+
+    def __init__(self, device: torch.device | str, size: int, copier: Copier | None = None) -> None:
+        self.device, self.size = torch.empty(0, device=device).device, size  # with its number, as tensors have it
+        self.copier = copier or (OnAStream(self.device) if self.device.type == "cuda" else AtOnce())
+        self.taken = self.missed = 0  # weights that were taken, and those of them that were not on their way
+        self._block: Tensor | None = None
+        self._here: dict[StreamedWeight, _Place] = {}  # from the longest unused on
+        # b -> {id of a: what came after a and b}
+        self._next: dict[StreamedWeight, dict[int, StreamedWeight]] = {}
+        self._last: tuple[StreamedWeight | None, StreamedWeight | None] = (None, None)
+        self._lock = threading.RLock()
+
+    def check(self, size: int) -> None:
+        """ValueError where a weight of so many bytes does not fit."""
+        if size > self.size:
+            raise ValueError(f"a weight of {size} bytes does not fit a ring of {self.size}. Fix: a larger ring")
+
+    def forget(self) -> None:
+        """Give the block back until a weight is taken again, and forget in which order they come."""
+        with self._lock:
+            self._end_use()
+            self._block, self._last = None, (None, None)
+            self._here.clear()
+            self._next.clear()
+
+    def take(self, weight: StreamedWeight) -> list[Tensor]:
+        """The weight's tensors on the device, until the next call."""
+        with self._lock:
+            self._end_use()
+            place = self._here.get(weight)
+            self.taken += 1
+            if place is None or place.versions != weight.versions():
+                self.missed += 1
+                self.check(weight.size)
+                place = self._fetch(weight, set())
+                assert place is not None
+            self._here[weight] = self._here.pop(weight)  # used last
+            before, last = self._last
+            if last is not None:
+                self._next.setdefault(last, {})[id(before)] = weight
+            self._last = last, weight
+            self._fetch_ahead()
+            self.copier.wait(place.ready)
+            return place.tensors
+
+    def _end_use(self) -> None:
+        """All work that reads the weight that was taken last has been given to the device."""
+        place = None if self._last[1] is None else self._here.get(self._last[1])
+        if place is not None:
+            place.used = [self.copier.mark()]
+
+    def _fetch_ahead(self) -> None:
+        """Copies of the weights that will come next, for as many as there is room without what comes before them."""
+        before, last = self._last
+        assert last is not None
+        soon = {last}
+        for _ in range(AHEAD):
+            weight = self._next.get(last, {}).get(id(before))
+            if weight is None:
+                return
+            if weight not in self._here and self._fetch(weight, soon) is None:
+                return
+            soon.add(weight)
+            before, last = last, weight
+
+    def _fetch(self, weight: StreamedWeight, keep: set[StreamedWeight]) -> _Place | None:
+        """Begin the copy of a weight, in the place of others than those in `keep`; None where these leave no room."""
+        if self._block is None:
+            self._block = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+        gone = [self._here[weight]] if weight in self._here else []  # of values that it has no longer
+        at = self._gap(weight.size, gone)
+        for other in [w for w in self._here if w not in keep]:
+            if at is not None:
+                break
+            gone.append(self._here[other])
+            at = self._gap(weight.size, gone)
+        if at is None:
+            return None
+        self._here = {w: place for w, place in self._here.items() if place not in gone}
+        place = _Place(at, weight)
+        pairs = []
+        for source in weight.sources:
+            part = self._block[at : at + source.nbytes].view(source.dtype)
+            place.tensors.append(part.as_strided(source.shape, source.stride(), part.storage_offset()))
+            pairs.append((place.tensors[-1], source.detach()))
+            at += _aligned(source.nbytes)
+        place.ready = self.copier.copy(pairs, [moment for one in gone for moment in one.used])
+        self._here[weight] = place
+        return place
+
+    def _gap(self, size: int, gone: list[_Place]) -> int | None:
+        """Where a weight fits between those that stay."""
+        at = 0
+        for place in sorted((p for p in self._here.values() if p not in gone), key=lambda p: p.at):
+            if place.at - at >= size:
+                break
+            at = place.at + place.size
+        return at if self.size - at >= size else None
+
+
+def on_the_host(t: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor from which a device copies without the host's waiting: in pinned memory, where it can be."""
+    t = t.cpu() if t.device.type != "cpu" else t
+    if device.type != "cuda":
+        return t
+    try:
+        return t.pin_memory()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        tell_once("pinned", f"no pinned memory for weights that wait in RAM ({why}): their copies hold up the host")
+        return t
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+FrozenWeight = Tensor | Int8Weight | StreamedWeight
+Parts = tuple[Tensor | None, Tensor | None, StreamedWeight | None]
+
+
+def parts_of(weight: FrozenWeight) -> Parts:
+    """(a tensor or codes, scales, where a weight is streamed from), as autograd's functions take them."""
+    if isinstance(weight, StreamedWeight):
+        return None, None, weight
+    return (*weight, None) if isinstance(weight, Int8Weight) else (weight, None, None)
+
+
+def lent(codes: Any, scales: Any, source: StreamedWeight | None, dtype: torch.dtype) -> Tensor:
+    """A weight for one product, which ends before the next one is asked for; a 1x1 convolution's keeps its shape."""
+    if source is not None:
+        taken = source.take()
+        if isinstance(taken, Tensor):
+            return taken
+        codes, scales = taken
+    return lent_weight(Int8Weight(codes, scales), dtype)

@@ -1,0 +1,75 @@
+"""A UNet whose frozen weights wait in the machine's memory and pass through a ring on the device.
+
+The same layers as those that may be held in 8 bits: what stays on the device is a hundredth of the bytes, and biases
+and norms, which are smaller yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pcs_kernels import StreamedWeight, WeightRing
+from pcs_kernels.streaming import on_the_host
+
+from .int8 import layers_for_8_bits, widen
+from .layers import Conv2d, Linear, place
+from .unet import UNet
+
+RING = 4  # in largest weights: one in use, and three on their way
+
+
+def ring_bytes(unet: UNet) -> int:
+    """The ring's size for the weights as they are held; those of float16 are float32 while gradients are checked."""
+    largest = 0
+    for layer in layers_for_8_bits(unet).values():
+        wide = 2 if layer.weight.dtype == torch.float16 else 1
+        largest = max(largest, sum(wide * p.nbytes for p in _weights(layer)))
+    return RING * (largest + 512)
+
+
+def stream(unet: UNet, ring: WeightRing) -> None:
+    """Let the weights of a UNet wait in the machine's memory from now on; all else goes to the ring's device."""
+    unet.ring = ring
+    layers = layers_for_8_bits(unet).values()
+    waiting = {id(p) for layer in layers for p in _weights(layer)}
+    for p in unet.parameters():
+        if id(p) not in waiting and p.device != ring.device:
+            place(p, p.data.to(ring.device))
+    for layer in layers:
+        for p in _weights(layer):
+            place(p, on_the_host(p.data, ring.device))
+        layer.streamed = StreamedWeight(ring, *_weights(layer))
+
+
+def settle(layer: Linear | Conv2d) -> Callable[[], None]:
+    """Bring a streamed weight to the device to stay; what is returned sends it back to the ring."""
+    streamed = layer.streamed
+    assert streamed is not None
+    waiting = [p.data for p in _weights(layer)]
+    for p in _weights(layer):
+        place(p, p.data.to(streamed.ring.device))
+    layer.streamed = None
+
+    def undo() -> None:
+        for p, value in zip(_weights(layer), waiting, strict=True):
+            place(p, value)
+        layer.streamed = streamed
+
+    return undo
+
+
+def at_hand(unet: UNet, name: str) -> list[Callable[[], None]]:
+    """Bring a frozen weight onto the device as its file has it, to be trained or replaced; what takes it back."""
+    path, _, kind = name.rpartition(".")
+    layer = unet.get_submodule(path) if kind == "weight" else None
+    if not isinstance(layer, (Linear, Conv2d)):
+        return []
+    undo = [] if layer.streamed is None else [settle(layer)]
+    return undo if layer.weight_scales is None else [*undo, widen(layer, unet.conv_in.weight)]
+
+
+def _weights(layer: Linear | Conv2d) -> list[nn.Parameter]:
+    return [p for p in (layer.weight, layer.weight_scales) if p is not None]
