@@ -1,5 +1,6 @@
 """Weights that pass through a ring: values whatever the copies' delays, room, order, and what a copy waits for."""
 
+import itertools
 import random
 import threading
 import time
@@ -92,7 +93,7 @@ def test_no_weight_is_used_before_its_copy_is_there(int8, seed):
                 waited.append(place)
         used.add(ring._here[weight])
         places = sorted(ring._here.values(), key=lambda p: p.at)
-        assert all(a.at + a.size <= b.at for a, b in zip(places, places[1:], strict=False))
+        assert all(a.at + a.size <= b.at for a, b in itertools.pairwise(places))
         assert places[-1].at + places[-1].size <= ring.size == ring._block.nbytes
         return tensors
 

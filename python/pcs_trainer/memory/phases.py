@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..model.quiet import quiet
 from ..model.weights import GROUP
 from ..training.proof import PROOF_SIDE
 from ..unet.int8 import own_parameters
+from ..unet.streaming import ring_bytes, waiting_weights
 from .blank import filled, text_encoder
 from .counts import Counted, counted_once, packed_bytes
 from .ledger import Ledger
@@ -66,13 +68,16 @@ class Phases:
         request = step.request
         self.request, self.networks, self.s = request, request.networks, request.settings
         self.cpu = request.device == "cpu"
-        own = list(step.rehearsal.unet.parameters())
-        self.unet = sum(p.numel() * min(p.itemsize, request.dtype.itemsize) for p in own)  # as they are read
+        unet = step.rehearsal.unet
+        own = list(unet.parameters())
+        self.unet = as_read(own, request.dtype)
+        self.waiting = 0
+        if self.s.resident == "streamed":
+            self.waiting = as_read(waiting_weights(unet), request.dtype)
+            self.unet += ring_bytes(unet) - self.waiting * (not self.cpu)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
-        encodes, decodes = autoencoder_dtypes(
-            self.networks.vae, request.dtype, step.rehearsal.unet.add_embedding is not None
-        )
+        encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)
         self.encoder = autoencoder(json.dumps(self.networks.vae), encodes)
         self.decoder = autoencoder(json.dumps(self.networks.vae), decodes)
         lasting = step.lasting()
@@ -122,7 +127,7 @@ class Phases:
         parts = {part: size for part, size in parts.items() if size}
         where = "interpreter and libraries" if self.cpu else "CUDA context"
         parts |= {where: self.context}
-        return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + self.host + ram)
+        return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + self.host + self.waiting + ram)
 
     def _drawn(self, name: str, images: int, beside: dict[str, int], ram: int = 0, frozen: bool = False) -> Phase:
         """Texts read, images predicted with guidance and decoded: with all three networks there, or by turns.
@@ -265,6 +270,11 @@ class Phases:
         beside = self.cpu or not self.whole  # a GPU holds one network, the CPU the pages of both files
         parts = {"UNet weights": self.unet, "concept": self.concept * beside}
         return self._drawn("report", REPORT, parts, self.concept, frozen=True)
+
+
+def as_read(parameters: Iterable[Tensor], dtype: torch.dtype) -> int:
+    """Bytes of parameters before a method has made any of them wider."""
+    return sum(p.numel() * min(p.itemsize, dtype.itemsize) for p in parameters)
 
 
 def autoencoder_dtypes(config: dict[str, Any], dtype: torch.dtype, sdxl: bool) -> tuple[torch.dtype, torch.dtype]:

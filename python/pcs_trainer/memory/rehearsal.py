@@ -25,6 +25,7 @@ from ..model.text_adapters import adapters
 from ..settings import Settings
 from ..training.optimizer import LARGEST_COPY
 from ..training.proof import gradients, some
+from ..unet.streaming import ring_bytes, waiting_weights
 from .blank import BlankModel, BlankVocabulary
 from .ledger import Ledger, StepCount
 from .networks import Networks
@@ -209,6 +210,9 @@ class Rehearsal:
         found = {
             name: sum(p.nbytes for p in ps if id(p) not in trained or id(p) in in_place) for name, ps in owned.items()
         }
+        if self.settings.resident == "streamed":
+            waiting = sum(p.nbytes for p in waiting_weights(self.unet) if id(p) not in trained)
+            found["UNet weights"] += ring_bytes(self.unet) - waiting
         masters = sum(p.nbytes for p in self.trained if id(p) not in in_place)
         text = 0 if self.cached is None else sum(t.nbytes for pair in self.cached.values() for t in pair)
         keeps_base = self.settings.prior == "own" and self.learner.trains_whole_network

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..methods import method_named
-from ..model.model import Weights
 from .phases import LIBRARIES, Phase, Phases
 from .planner import Plan, bytes_of, counted_for, opened, plan
 
@@ -26,6 +25,7 @@ class RunPlan:
     packing: Packing
     offload: bool
     weights: str
+    resident: str
     budget: int | None
     ram: int | None
     missing: str = ""  # empty where the run fits, else what is missing
@@ -43,7 +43,7 @@ class RunPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """The trainer's settings that this plan stands for."""
-        held = {"packing": self.packing, "offload": self.offload, "weights": self.weights}
+        held = {name: getattr(self, name) for name in ("packing", "offload", "weights", "resident")}
         return self.step.settings | held
 
     def __str__(self) -> str:
@@ -59,6 +59,8 @@ class RunPlan:
             lines += [f"packed copies of frozen weights: {PACKED[self.packing]}"]
         if self.weights == "int8":
             lines += ["the UNet's frozen weights are held in 8 bits (weights int8)"]
+        if self.resident == "streamed":
+            lines += ["the UNet's frozen weights wait in RAM, copied to the GPU ahead of use (resident streamed)"]
         if self.offload:
             lines += ["text encoders, UNet and autoencoder take turns on the GPU (offload)"]
         lines += [f"RAM limit: {self.ram / 1e9:.3f} GB"] if self.ram is not None else []
@@ -91,9 +93,9 @@ def plan_run(
         report: whether the run ends with a report.
 
     Returns:
-        the first that fits of full weights and 8 bits, each with packed copies for both directions, for the forward,
-        and none (CPU), or with all networks on the GPU at once and by turns; where none fits, the last, which says what
-        is missing. What the settings say is not tried otherwise.
+        the first that fits of full weights and 8 bits on the device, and of the two streamed to a GPU, each with packed
+        copies for both directions, for the forward, and none (CPU), or with all networks on the GPU at once and by
+        turns; where none fits, the last, which says what is missing. What the settings say is not tried otherwise.
     """
     model = opened(model)  # once for all packings
     allowed = None if budget is None else bytes_of(budget, "budget")
@@ -101,9 +103,16 @@ def plan_run(
     cpu = device == "cpu"
     limit = min((x for x in (allowed, memory) if x is not None), default=None) if cpu else allowed
     beside = LIBRARIES if cpu else 0
-    held = getattr(model, "weights", "full")
-    weights = (held,) if held != "full" or method_named(method).trains_whole_unet else get_args(Weights)
-    for more in _ways(settings, weights, cpu, limit is not None):
+    frozen = not method_named(method).trains_whole_unet
+    held = {"weights": getattr(model, "weights", "full"), "resident": getattr(model, "resident", "device")}
+    choices: dict[str, tuple[Any, ...]] = {
+        "resident": ("device", "streamed") if frozen and not cpu else ("device",),
+        "weights": ("full", "int8") if frozen else ("full",),
+        "packing": get_args(Packing) if cpu else ("both",),
+        "offload": (False,) if cpu else (False, True),
+    }
+    given = {name: value for name, value in held.items() if value != choices[name][0]} | settings
+    for more in _ways(given, choices, limit is not None):
         found = _planned((model, method, resolution, batch), limit, dtype, device, measure, beside, report, more)
         missing = found.missing or _missing(found.phases, limit, memory)
         found = replace(found, budget=allowed, ram=memory, missing=missing)
@@ -112,16 +121,12 @@ def plan_run(
     return found
 
 
-def _ways(settings: dict[str, Any], weights: tuple[str, ...], cpu: bool, limited: bool) -> list[dict[str, Any]]:
+def _ways(settings: dict[str, Any], choices: dict[str, tuple[Any, ...]], limited: bool) -> list[dict[str, Any]]:
     """The settings with each way to hold the networks, from the fastest on; what was asked for stays.
 
-    The full precision is tried before 8 bits: these change what is learned, if only a little.
+    The full precision is tried before 8 bits: these change what is learned, if only a little. Streaming comes last:
+    every weight crosses to the GPU twice a step.
     """
-    choices: dict[str, tuple[Any, ...]] = {
-        "weights": weights,
-        "packing": get_args(Packing) if cpu else ("both",),
-        "offload": (False,) if cpu else (False, True),
-    }
     for name, values in choices.items():
         asked = settings.get(name)
         choices[name] = (asked,) if asked is not None else values if limited else values[:1]
@@ -149,7 +154,7 @@ def _planned(
             break
         within -= over  # what lies between the step's blocks is known once its plan is
     step = replace(step, budget=limit, missing=step.missing if within == limit else "")
-    held = settings["packing"], settings["offload"], settings["weights"]
+    held = settings["packing"], settings["offload"], settings["weights"], settings["resident"]
     return RunPlan(step, phases, *held, None, None, step.missing)
 
 

@@ -21,6 +21,11 @@ from .unet import UNet
 RING = 4  # in largest weights: one in use, and three on their way
 
 
+def waiting_weights(unet: UNet) -> list[nn.Parameter]:
+    """Those that wait in the machine's memory, where the UNet's are streamed."""
+    return [p for layer in layers_for_8_bits(unet).values() for p in _weights(layer)]
+
+
 def ring_bytes(unet: UNet) -> int:
     """The ring's size for the weights as they are held; those of float16 are float32 while gradients are checked."""
     largest = 0
@@ -33,12 +38,11 @@ def ring_bytes(unet: UNet) -> int:
 def stream(unet: UNet, ring: WeightRing) -> None:
     """Let the weights of a UNet wait in the machine's memory from now on; all else goes to the ring's device."""
     unet.ring = ring
-    layers = layers_for_8_bits(unet).values()
-    waiting = {id(p) for layer in layers for p in _weights(layer)}
+    waiting = set(map(id, waiting_weights(unet)))
     for p in unet.parameters():
         if id(p) not in waiting and p.device != ring.device:
             place(p, p.data.to(ring.device))
-    for layer in layers:
+    for layer in layers_for_8_bits(unet).values():
         for p in _weights(layer):
             place(p, on_the_host(p.data, ring.device))
         layer.streamed = StreamedWeight(ring, *_weights(layer))
