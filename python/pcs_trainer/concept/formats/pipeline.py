@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...model.quiet import quiet
 from ...model.text_adapters import file_name, token_table
 from ...model.upscaler import level_of
+from ...unet.int8 import SCALES
 from ..base_weights import BaseWeights
 from ..concept import Concept
 from ..grammar import TEXT_PARTS, UNET, Part, parse, value_name, word_name
@@ -159,9 +160,12 @@ def _merged(concept: Concept, model: Model, part: Part, network: nn.Module) -> d
     base, state = BaseWeights(model), {}
     changed = {slot.path for slot in concept.changes()} | {f"{slot.path}.weight" for slot in plain_pairs(concept)}
     for name, value in network.state_dict().items():
+        if name.endswith(SCALES):
+            continue
         full = value_name(part, name if part == UNET else file_name(name))
         tuned = base.tuned(concept, full) if full in changed else None
-        state[name] = value if tuned is None else tuned.to(value)
+        whole = base.value(full).to(value.device) if value.dtype is torch.int8 else value
+        state[name] = whole if tuned is None else tuned.to(whole)
     return state
 
 
