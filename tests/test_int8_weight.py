@@ -121,6 +121,15 @@ def test_products_are_those_of_the_weight_that_is_held(dtype):
         assert torch.equal(ya, yb) and torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("which", ("conv", "linear", "lowrank"))
+def test_a_compiled_graph_takes_a_weight_in_8_bits_whole(which):
+    x, call = next((x, call) for name, x, _, call in calls() if name == which)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, call(x))
+
+
 def test_what_is_no_weight_in_8_bits_is_refused():
     good = pcs_kernels.quantize_weight(torch.randn(4, 100))
     x = torch.randn(2, 100)
