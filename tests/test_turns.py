@@ -122,6 +122,31 @@ def test_a_run_by_turns_is_the_same_run(folder, tmp_path, method):
         assert all(torch.equal(a, b) for a, b in zip(rows, found[True].words[word], strict=True))
 
 
+@pytest.mark.slow
+def test_text_encoders_that_have_trained_are_whole_again(folder):
+    """What trained on them comes back to where they are by then, and the next training's wait again."""
+    own = load_model(folder, torch.float32, device=NAME)
+    options = small_for("dreambooth_lora", **RUN) | dict(offload=True)
+    options |= dict(train_text_encoder=True, text_encoder_form="whole")
+    before = [p.cpu() for p in own.text_encoder.parameters()]
+    Trainer(own, "dreambooth_lora", pictures(), class_word="mug", **options).train()
+    assert place(own, "text_encoders") == NAME
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, own.text_encoder.parameters(), strict=True))
+    run = Trainer(own, images=pictures(), class_word="mug", **small_for("personalized_residuals", **RUN))
+    assert run.settings.offload and place(own, "text_encoders") == "cpu"  # as the model takes turns already
+    assert not Trainer(own, images=pictures(), class_word="mug", offload=False).model.turns.on
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_turns_that_are_over(folder):
+    own = load_model(folder, torch.float32, device=NAME)
+    own.offload()
+    sample(own, "a mug", steps=1)
+    assert own.turns._kept
+    own.offload(False)
+    assert not own.turns._kept and {place(own, p) for p in PARTS} == {NAME}
+
+
 def test_the_plan_takes_turns_where_they_are_needed():
     """The report's phase shrinks to the largest of three turns, and what waits is in the machine's memory."""
     beside = plan_run("tiny", "personalized_residuals", batch=1)

@@ -91,7 +91,7 @@ class Learner:
         layer = layer_in_8_bits(self.model.unet, own_name) if part == grammar.UNET else None
         if layer is not None:
             self._undo.append(widen(layer, self.model.unet.conv_in.weight))
-        device, value = parameter.device, parameter.data
+        value = parameter.data
         original = on_host(value)
         self.originals.append(original)
         replace_data(parameter, value.float().clone() if master else value.clone())
@@ -102,7 +102,7 @@ class Learner:
         def undo() -> None:
             parameter.requires_grad_(False)
             parameter.grad = None
-            replace_data(parameter, original.to(device))
+            replace_data(parameter, original.to(parameter.device))  # where it is by now: networks take turns
 
         self._undo.append(undo)
 

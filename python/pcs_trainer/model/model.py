@@ -130,8 +130,11 @@ class Model:
             self.release("unet")
 
     def offload(self, on: bool = True) -> None:
-        """Let text encoders, UNet and autoencoder take turns on a GPU: who does not work waits in RAM."""
-        self.turns.on = on
+        """Let text encoders, UNet and autoencoder take turns on a GPU: who does not work waits in RAM.
+
+        On a model that takes turns a `Trainer` goes on with them, unless its settings say otherwise.
+        """
+        self.turns.begin(on)
         if torch.device(self.device).type not in ("cpu", "meta"):
             for name in ("text_encoders", "vae"):
                 if self.turns.waits(name) and is_there(self, name):
@@ -162,9 +165,7 @@ class Model:
             unet = UNet.from_config(dict(peer.config), device="meta")
             unet.load_state_dict(peer.state_dict(), strict=True, assign=True)
             del peer
-            if self.weights == "int8":
-                return self._settle(in_8_bits(unet))
-            return lay_out(self._settle(unet), self.device)
+            return lay_out(self._settle(in_8_bits(unet) if self.weights == "int8" else unet), self.device)
         folder = self.source.part("unet")
         unet = _unet_of(folder / "config.json")
         if self.device == "meta":

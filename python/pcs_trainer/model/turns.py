@@ -43,6 +43,12 @@ class Turns:
         self._kept: dict[str, list[tuple[nn.Parameter, int, Tensor]]] = {}
         self._aside: list[tuple[nn.Parameter, Tensor]] = []  # the UNet's values while it waits
 
+    def begin(self, on: bool) -> None:
+        """Take turns from now on, or no longer; what stayed for a training that is over does so no more."""
+        self.on, self.staying = on, {"unet"}
+        if not on:
+            self._kept.clear()
+
     def waits(self, part: str) -> bool:
         """Whether a network that is read now is to wait for its turn."""
         return self.on and part not in self.staying and part != self.now
