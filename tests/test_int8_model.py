@@ -122,6 +122,24 @@ def test_the_settings_decide_how_the_model_is_held(model):
     assert own.unet.mid_block.resnets[0].conv1.weight.dtype == torch.float32
 
 
+def test_two_trainers_on_one_model_each_have_it_as_they_want_it(tmp_path):
+    own = load_model("tiny")
+    first = trainer(own, steps=2, weights="int8")
+    second = trainer(own, "dreambooth", steps=2, weights="full")
+    kinds = {}
+    for run in (first, second):
+        run.train(lambda event, run=run: kinds.setdefault(run.settings.method, own.unet.mid_block.resnets[0].conv1.weight.dtype))
+    assert kinds == {"personalized_residuals": torch.int8, "dreambooth": torch.float32}
+    first.trainable()
+    third = trainer(own, steps=2, weights="full")  # what trains stays on the network that it was put on
+    assert own.weights == "int8" and any(layer.residuals for layer in layers_for_8_bits(own.unet).values())
+    with pytest.raises(ValueError, match="another training has its tensors"):
+        third.trainable()
+    first.train()
+    third.train()
+    assert own.weights == "full"
+
+
 def test_concepts_with_whole_values_act_as_on_the_full_model(int8, model):
     before = bits(int8.unet)
     for made in (custom_diffusion(model), dreambooth_lora(model)):
@@ -148,6 +166,16 @@ def test_a_whole_network_is_drawn_in_8_bits(model):
             assert held == {torch.int8 if name == "int8" else torch.float32}
             found[name] = predict(own, [], "a mug")
     assert relative(found["int8"], found["full"]) < 0.05 < relative(found["full"], predict(model, [], "a mug"))
+
+
+def test_a_difference_on_a_whole_network_in_8_bits_is_added_to_that_network(model):
+    made = dreambooth(model)
+    name = "unet.mid_block.attentions.0.proj_out.weight"
+    own = load_model("tiny", weights="int8")
+    with in_place(own, made) as rest:
+        layer = own.unet.mid_block.attentions[0].proj_out
+        held = original(layer, own.unet.conv_in.weight)
+        assert relative(held, made.tensors[name]) < 0.02 < relative(held, model.unet.get_parameter(name[5:]))
 
 
 def test_the_plan_counts_codes_and_scales_and_at_most_one_expanded_weight():

@@ -23,7 +23,7 @@ from ..distributed import join, rank_and_world
 from ..errors import out_of_memory
 from ..methods import settings_for
 from ..methods.learner import Learner
-from ..methods.start import learner_for
+from ..methods.start import is_taken, learner_for
 from ..model.model import Model, load_model
 from ..settings import Settings
 from ..unet.layers import replace_data
@@ -118,6 +118,7 @@ class Trainer:
     def learner(self) -> Learner:
         """What trains, put on the model when first asked for."""
         if self._learner is None:
+            self._hold_model()
             self._learner = learner_for(self.model, [subject.settings for subject in self.subjects])
             if self._learner.text_trains and self.settings.offload:
                 self.model.stay("text_encoders")
@@ -125,7 +126,9 @@ class Trainer:
         return self._learner
 
     def _hold_model(self) -> None:
-        """Weights as the settings want them held, and networks where they want them."""
+        """Weights as the settings want them held, and networks where they want them; not under another training."""
+        if "unet" in self.model.loaded and is_taken(self.model):
+            return
         self.model.hold(self.settings.weights)
         self.model.offload(self.settings.offload)
 
@@ -135,6 +138,8 @@ class Trainer:
 
     def objective(self, say: Say = _silent) -> Objective:
         """The loss of this training: pictures as latents, what trains on the model, frozen texts encoded."""
+        if self._learner is None:
+            self._hold_model()  # another Trainer on the same model may have wanted it otherwise
         # Class images are the frozen model's, also where `trainable()` has put what trains on the model already.
         with self._learner.base() if self._learner else nullcontext():
             data = prepare(self.task, say)
