@@ -147,6 +147,11 @@ def test_nothing_is_left_of_turns_that_are_over(folder):
     assert not own.turns._kept and {place(own, p) for p in PARTS} == {NAME}
 
 
+def test_nobody_takes_turns_on_a_cpu():
+    found = plan_run("tiny", "personalized_residuals", batch=1, offload=True, device="cpu", ram="2GB")
+    assert found.fits and "offload" not in str(found)
+
+
 def test_the_plan_takes_turns_where_they_are_needed():
     """The report's phase shrinks to the largest of three turns, and what waits is in the machine's memory."""
     beside = plan_run("tiny", "personalized_residuals", batch=1)
@@ -154,6 +159,14 @@ def test_the_plan_takes_turns_where_they_are_needed():
     one, two = (next(p for p in found.phases if p.name == "report") for found in (beside, turns))
     assert two.bytes < one.bytes and two.ram > one.ram
     assert plan("tiny", "personalized_residuals", batch=1, offload=True).peak == beside.step.peak
+    # a network that had to wait keeps its values in the machine's memory while it works
+    own = load_model("tiny", torch.bfloat16)
+    weights = sum(p.nbytes for p in own.unet.parameters())
+    ram = {found.offload: {p.name: p.ram for p in found.phases} for found in (beside, turns)}
+    for name in ("text states", "gradient check", "training step", "validation", "checkpoint", "finish"):
+        assert ram[True][name] - ram[False][name] >= weights, name
+    small = plan_run("tiny", "personalized_residuals", batch=1, offload=True, ram=300_000_000)
+    assert "GB RAM are missing" in small.missing and "CUDA" not in small.missing
     between = (two.bytes + one.bytes) // 2
     assert plan_run("tiny", "personalized_residuals", batch=1, budget=between).settings["offload"] is True
     assert plan_run("tiny", "personalized_residuals", batch=1, budget=one.bytes * 2).settings["offload"] is False

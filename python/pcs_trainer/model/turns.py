@@ -64,7 +64,7 @@ class Turns:
         kept = {id(p): (version, value) for p, version, value in self._kept.get(part, ())}
         self.forget(part)
         for p in parameters(model, part):
-            version, value = kept.get(id(p), (None, None))
+            version, value = kept.pop(id(p), (None, None))  # what has changed goes before it is there anew
             value = p.data.cpu() if value is None or version != p._version else value
             if part == "unet":
                 self._aside.append((p, value))
