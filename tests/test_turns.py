@@ -1,13 +1,15 @@
 """Networks that take turns on a device, on one that is not the CPU: what is there when, and that nothing changes."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from pcs_trainer import load_concept, load_model, sample
 from pcs_trainer.memory.planner import plan
 from pcs_trainer.memory.whole_run import plan_run
+from pcs_trainer.model import turns
 from pcs_trainer.training.trainer import Trainer
+from pcs_trainer.unet.layers import replace_data
 from second_device import NAME, calls, folder, model, one_thread, twin
 from trainer_cases import cache, pictures, small_for
 
@@ -97,6 +99,54 @@ def test_an_error_in_a_turn_brings_the_unet_back(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         sample(own, "a mug", steps=1)
     assert [place(own, p) for p in PARTS] == [NAME, "cpu", "cpu"]
+
+
+@contextmanager
+def no_memory_on_the_way_back(monkeypatch, after):
+    """Once, so many of the UNet's parameters find memory on the device, and the next one none."""
+    count = [0]
+
+    def replace(p, value):
+        count[0] += value.device.type == NAME and value.numel() > 0
+        if count[0] == after:
+            count[0] = 10**6
+            raise torch.OutOfMemoryError("no memory")
+        replace_data(p, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(turns, "replace_data", replace)
+        yield
+
+
+def test_a_unet_that_found_no_memory_on_its_way_back_is_not_lost(folder, monkeypatch):
+    own = load_model(folder, torch.float32, device=NAME)
+    own.offload()
+    (wanted,) = sample(own, "a mug", steps=1)
+    for again in (lambda: None, lambda: own.turns.bring_back(own)):
+        with no_memory_on_the_way_back(monkeypatch, 30), pytest.raises(torch.OutOfMemoryError):
+            sample(own, "a mug", steps=1)
+        assert any(not p.numel() for p in own.unet.parameters())
+        again()
+        (found,) = sample(own, "a mug", steps=1)
+        assert found.tobytes() == wanted.tobytes() and all(p.numel() for p in own.unet.parameters())
+
+
+@pytest.mark.slow
+def test_a_preview_without_the_memory_to_end_leaves_the_training_whole(folder, monkeypatch):
+    own = load_model(folder, torch.float32, device=NAME)
+    events = []
+    options = small_for("personalized_residuals", **RUN) | dict(preview_every=1, preview_prompts=("a {subject}",))
+    run = Trainer(own, images=pictures(), class_word="mug", offload=True, **options)
+
+    def hear(event):
+        events.append(event)
+        if event.kind == "step" and event.step == 1:
+            patched.enter_context(no_memory_on_the_way_back(monkeypatch, 30))
+
+    with ExitStack() as patched:
+        run.train(hear)
+    assert [e.step for e in events if e.kind == "step"] == [1, 2]
+    assert sum("the preview failed" in e.data.get("text", "") for e in events) == 1
 
 
 @pytest.mark.slow
