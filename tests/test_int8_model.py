@@ -1,9 +1,13 @@
 """A UNet whose frozen weights are held in 8 bits: loading, training by each method, concepts on it and from it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from concept_cases import custom_diffusion, dreambooth, dreambooth_lora
 from pcs_trainer import load_concept, load_model
+from pcs_trainer.cli.commands import plan as plan_command
+from pcs_trainer.cli.commands.train import within_budget
 from pcs_trainer.concept.attach import attached, in_place, predict
 from pcs_trainer.errors import UnsupportedModel
 from pcs_trainer.memory.planner import plan
@@ -138,6 +142,19 @@ def test_two_trainers_on_one_model_each_have_it_as_they_want_it(tmp_path):
     first.train()
     third.train()
     assert own.weights == "full"
+
+
+def test_a_budget_on_resume_keeps_the_weights_that_the_run_learns_by(tmp_path, monkeypatch):
+    own, asked = load_model("tiny"), []
+    trainer(own, out=tmp_path, steps=2, batch=2, weights="int8").train(should_stop=lambda: True)
+    monkeypatch.setattr(plan_command, "chosen_plan", lambda *given: asked.append(given[-1]) or {})
+    options = SimpleNamespace(method="personalized_residuals", budget=10**9, ram=None, no_report=True, resume=True)
+    within_budget(options, own, {"rank": 4}, tmp_path)
+    within_budget(options, own, {"weights": "full"}, tmp_path)
+    options.resume = False
+    within_budget(options, own, {}, tmp_path)
+    began = {"weights": "int8", "batch": 2, "accumulate": 1}
+    assert asked == [began | {"rank": 4}, began | {"weights": "full"}, {}]
 
 
 def test_concepts_with_whole_values_act_as_on_the_full_model(int8, model):
