@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from pcs_trainer.memory.ledger import Ledger
 
 import pcs_kernels
 from pcs_kernels import Int8Weight
+from pcs_kernels.ops.int8_weight import reference
 from tests import needs
 
 SHAPES = ((3, 64), (5, 341), (7, 1), (4, 64, 3, 3), (6, 20, 3, 3), (2, 320, 1, 1))
@@ -71,6 +73,14 @@ def test_a_block_of_zeros_is_zeros(backend):
     with pcs_kernels.backend(backend):
         found = pcs_kernels.expand_weight(pcs_kernels.quantize_weight(w), torch.float32)
     assert bool((found[0, :64] == 0).all()) and bool((found[1] == 0).all()) and bool(found[0, 64:].any())
+
+
+def test_quantizing_makes_little_beside_the_codes():
+    """On a GPU a weight is quantized while the network is loaded, and the plan of a run has no room for more."""
+    w = torch.randn(1280, 640, 3, 3).bfloat16()
+    with Ledger([w]) as ledger:
+        codes, scales = reference.quantize(w)
+    assert ledger.result().peak < 2 * codes.nbytes + 2 * scales.nbytes + 32 * reference.AT_ONCE
 
 
 def calls():

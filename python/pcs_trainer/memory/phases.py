@@ -153,12 +153,14 @@ class Phases:
         return max((self._phase(name, turn, ram) for turn in turns), key=lambda phase: phase.bytes)
 
     def loading(self) -> Phase:
-        """The UNet, and the part of its file that is open."""
+        """The UNet, the part of its file that is open, and of a weight in 8 bits what it is made of, on a GPU."""
         itemsize = self.request.dtype.itemsize
         sizes = [p.numel() * itemsize for _, p in sorted(own_parameters(self.step.rehearsal.unet))]
         groups = [sum(sizes[i : i + GROUP]) for i in range(0, len(sizes), GROUP)]
         opened = 0 if self.cpu else max(groups)
-        return self._phase("loading", {"UNet weights": self.unet}, opened)
+        coded = [p.numel() for p in self.step.rehearsal.unet.parameters() if p.dtype == torch.int8]
+        made = 0 if self.cpu else (itemsize + 2) * max(coded, default=0)  # as it is read, and its codes twice
+        return self._phase("loading", {"UNet weights": self.unet, "a weight of the file": made}, opened)
 
     def photos(self) -> Phase:
         """Photos to latents, the UNet loaded; a GPU's waits in RAM."""
