@@ -38,3 +38,13 @@ def test_a_pipeline_has_the_weights_of_the_file_and_no_codes(int8, model, made):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_an_export_says_where_the_weights_of_8_bits_are_all_there_is(model, tmp_path):
+    """As of a checkpoint in a single file, which is converted whole or not at all."""
+    own = load_model("tiny", weights="int8")
+    made = dreambooth_lora(model)
+    assert not any("8 bits" in note for note in made.export(tmp_path / "one", "pipeline", model=own).notes)
+    for layer in layers_for_8_bits(own.unet).values():
+        layer.original = None
+    assert any("8 bits" in note for note in made.export(tmp_path / "two", "pipeline", model=own).notes)

@@ -132,7 +132,11 @@ def test_two_trainers_on_one_model_each_have_it_as_they_want_it(tmp_path):
     second = trainer(own, "dreambooth", steps=2, weights="full")
     kinds = {}
     for run in (first, second):
-        run.train(lambda event, run=run: kinds.setdefault(run.settings.method, own.unet.mid_block.resnets[0].conv1.weight.dtype))
+        run.train(
+            lambda event, run=run: kinds.setdefault(
+                run.settings.method, own.unet.mid_block.resnets[0].conv1.weight.dtype
+            )
+        )
     assert kinds == {"personalized_residuals": torch.int8, "dreambooth": torch.float32}
     first.trainable()
     third = trainer(own, steps=2, weights="full")  # what trains stays on the network that it was put on
@@ -189,7 +193,7 @@ def test_a_difference_on_a_whole_network_in_8_bits_is_added_to_that_network(mode
     made = dreambooth(model)
     name = "unet.mid_block.attentions.0.proj_out.weight"
     own = load_model("tiny", weights="int8")
-    with in_place(own, made) as rest:
+    with in_place(own, made):
         layer = own.unet.mid_block.attentions[0].proj_out
         held = original(layer, own.unet.conv_in.weight)
         assert relative(held, made.tensors[name]) < 0.02 < relative(held, model.unet.get_parameter(name[5:]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...model.quiet import quiet
 from ...model.text_adapters import file_name, token_table
 from ...model.upscaler import level_of
-from ...unet.int8 import SCALES
+from ...unet.int8 import SCALES, layers_for_8_bits
 from ..base_weights import BaseWeights
 from ..concept import Concept
 from ..grammar import TEXT_PARTS, UNET, Part, parse, value_name, word_name
@@ -64,6 +64,12 @@ def write_pipeline(
     if model.upscales and concept.small_noise is not None:
         level = level_of(model.low_res_schedule, concept.small_noise)
         report.notes.append(f"it was trained with little noise on the small picture: call it with noise_level={level}")
+    layers = layers_for_8_bits(model.unet).values()
+    if any(layer.weight_scales is not None and layer.original is None for layer in layers):
+        report.notes.append(
+            "the UNet's weights are what its 8 bits stand for, as a checkpoint file is not read again: "
+            "load_model(..., weights='full') for the export gives the file's own"
+        )
     report.files += sorted(file for file in folder.rglob("*") if file.is_file())
     if word_files:
         write_words(concept, folder, metadata, report)
