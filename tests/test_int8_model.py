@@ -126,6 +126,18 @@ def test_the_settings_decide_how_the_model_is_held(model):
     assert own.unet.mid_block.resnets[0].conv1.weight.dtype == torch.float32
 
 
+def test_a_trainer_holds_the_model_before_it_asks_for_its_words(monkeypatch):
+    """A checkpoint file's tokenizers come with a pipeline, which asks the UNet: it would be read whole first."""
+    own, seen = load_model("tiny"), []
+    monkeypatch.setattr(
+        "pcs_trainer.training.trainer.choose_token", lambda m, s: seen.append((m.weights, m.turns.on)) or s
+    )
+    Trainer(own, images=pictures(), class_word="mug", token="<mug>", weights="int8", offload=True)
+    assert seen == [("int8", True)]
+    with pytest.raises(ValueError, match="weights must be one of full, int8"):
+        own.hold("int4")
+
+
 def test_two_trainers_on_one_model_each_have_it_as_they_want_it(tmp_path):
     own = load_model("tiny")
     first = trainer(own, steps=2, weights="int8")

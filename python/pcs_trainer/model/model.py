@@ -125,6 +125,7 @@ class Model:
 
     def hold(self, weights: Weights) -> None:
         """Hold the UNet's frozen weights like this from now on: a UNet that is held otherwise is read again."""
+        _check_weights(weights)
         if weights != self.weights:
             self.weights = weights
             self.release("unet")
@@ -294,6 +295,11 @@ def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
         raise UnsupportedModel(f"{folder} cannot be read as a {kind.__name__}: {reason}") from error
 
 
+def _check_weights(weights: str) -> None:
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, not {weights!r}")
+
+
 def _check_family(source: Folder | SingleFile) -> None:
     name = source.class_name() if isinstance(source, Folder) else None
     if name is not None and (not name.startswith(PIPELINES) or name.startswith(OTHER_FAMILIES)):
@@ -330,6 +336,5 @@ def load_model(
         raise ValueError(f"device {str(device)!r}: {problem}")
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))
     _check_family(source)
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, not {weights!r}")
+    _check_weights(weights)
     return Model(source, dtype, str(device), weights)
