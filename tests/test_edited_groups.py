@@ -127,6 +127,20 @@ def test_the_table_of_a_captured_graph_stays_when_the_next_one_is_made():
 @pytest.mark.parametrize(
     "copied", (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))), ids=("copy", "pickle")
 )
+def test_a_copy_keeps_the_count_of_a_parameter_that_was_taken_out(copied):
+    ps = [parameter(), parameter()]
+    opt = AdamW8bit(ps)
+    moved_by(opt, *ps)
+    opt.param_groups[0]["params"] = ps[1:]
+    for its, (a, b) in ((opt, ps), copied((opt, ps))):
+        moved_by(its, a, b)
+        its.param_groups[0]["params"].append(a)
+        assert moved_by(its, a, b) == [True, True] and steps(its) == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "copied", (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))), ids=("copy", "pickle")
+)
 def test_a_copied_optimizer_goes_on_as_its_original_would(copied):
     """As torch's own optimizers do; a count that began anew would correct the averages of step 3 as those of step 1."""
     torch.manual_seed(0)

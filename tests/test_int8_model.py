@@ -1,9 +1,13 @@
 """A UNet whose frozen weights are held in 8 bits: loading, training by each method, concepts on it and from it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from concept_cases import custom_diffusion, dreambooth, dreambooth_lora
 from pcs_trainer import load_concept, load_model
+from pcs_trainer.cli.commands import plan as plan_command
+from pcs_trainer.cli.commands.train import within_budget
 from pcs_trainer.concept.attach import attached, in_place, predict
 from pcs_trainer.errors import UnsupportedModel
 from pcs_trainer.memory.planner import plan
@@ -122,6 +126,53 @@ def test_the_settings_decide_how_the_model_is_held(model):
     assert own.unet.mid_block.resnets[0].conv1.weight.dtype == torch.float32
 
 
+def test_a_trainer_holds_the_model_before_it_asks_for_its_words(monkeypatch):
+    """A checkpoint file's tokenizers come with a pipeline, which asks the UNet: it would be read whole first."""
+    own, seen = load_model("tiny"), []
+    monkeypatch.setattr(
+        "pcs_trainer.training.trainer.choose_token", lambda m, s: seen.append((m.weights, m.turns.on)) or s
+    )
+    Trainer(own, images=pictures(), class_word="mug", token="<mug>", weights="int8", offload=True)
+    assert seen == [("int8", True)]
+    with pytest.raises(ValueError, match="weights must be one of full, int8"):
+        own.hold("int4")
+
+
+def test_two_trainers_on_one_model_each_have_it_as_they_want_it(tmp_path):
+    own = load_model("tiny")
+    first = trainer(own, steps=2, weights="int8")
+    second = trainer(own, "dreambooth", steps=2, weights="full")
+    kinds = {}
+    for run in (first, second):
+        run.train(
+            lambda event, run=run: kinds.setdefault(
+                run.settings.method, own.unet.mid_block.resnets[0].conv1.weight.dtype
+            )
+        )
+    assert kinds == {"personalized_residuals": torch.int8, "dreambooth": torch.float32}
+    first.trainable()
+    third = trainer(own, steps=2, weights="full")  # what trains stays on the network that it was put on
+    assert own.weights == "int8" and any(layer.residuals for layer in layers_for_8_bits(own.unet).values())
+    with pytest.raises(ValueError, match="another training has its tensors"):
+        third.trainable()
+    first.train()
+    third.train()
+    assert own.weights == "full"
+
+
+def test_a_budget_on_resume_keeps_the_weights_that_the_run_learns_by(tmp_path, monkeypatch):
+    own, asked = load_model("tiny"), []
+    trainer(own, out=tmp_path, steps=2, batch=2, weights="int8").train(should_stop=lambda: True)
+    monkeypatch.setattr(plan_command, "chosen_plan", lambda *given: asked.append(given[-1]) or {})
+    options = SimpleNamespace(method="personalized_residuals", budget=10**9, ram=None, no_report=True, resume=True)
+    within_budget(options, own, {"rank": 4}, tmp_path)
+    within_budget(options, own, {"weights": "full"}, tmp_path)
+    options.resume = False
+    within_budget(options, own, {}, tmp_path)
+    began = {"weights": "int8", "batch": 2, "accumulate": 1}
+    assert asked == [began | {"rank": 4}, began | {"weights": "full"}, {}]
+
+
 def test_concepts_with_whole_values_act_as_on_the_full_model(int8, model):
     before = bits(int8.unet)
     for made in (custom_diffusion(model), dreambooth_lora(model)):
@@ -148,6 +199,16 @@ def test_a_whole_network_is_drawn_in_8_bits(model):
             assert held == {torch.int8 if name == "int8" else torch.float32}
             found[name] = predict(own, [], "a mug")
     assert relative(found["int8"], found["full"]) < 0.05 < relative(found["full"], predict(model, [], "a mug"))
+
+
+def test_a_difference_on_a_whole_network_in_8_bits_is_added_to_that_network(model):
+    made = dreambooth(model)
+    name = "unet.mid_block.attentions.0.proj_out.weight"
+    own = load_model("tiny", weights="int8")
+    with in_place(own, made):
+        layer = own.unet.mid_block.attentions[0].proj_out
+        held = original(layer, own.unet.conv_in.weight)
+        assert relative(held, made.tensors[name]) < 0.02 < relative(held, model.unet.get_parameter(name[5:]))
 
 
 def test_the_plan_counts_codes_and_scales_and_at_most_one_expanded_weight():

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from pcs_trainer.memory.ledger import Ledger
 
 import pcs_kernels
 from pcs_kernels import Int8Weight
+from pcs_kernels.ops.int8_weight import reference
 from tests import needs
 
 SHAPES = ((3, 64), (5, 341), (7, 1), (4, 64, 3, 3), (6, 20, 3, 3), (2, 320, 1, 1))
@@ -73,6 +75,14 @@ def test_a_block_of_zeros_is_zeros(backend):
     assert bool((found[0, :64] == 0).all()) and bool((found[1] == 0).all()) and bool(found[0, 64:].any())
 
 
+def test_quantizing_makes_little_beside_the_codes():
+    """On a GPU a weight is quantized while the network is loaded, and the plan of a run has no room for more."""
+    w = torch.randn(1280, 640, 3, 3).bfloat16()
+    with Ledger([w]) as ledger:
+        codes, scales = reference.quantize(w)
+    assert ledger.result().peak < 2 * codes.nbytes + 2 * scales.nbytes + 32 * reference.AT_ONCE
+
+
 def calls():
     x = torch.randn(2, 64, 6, 6).contiguous(memory_format=torch.channels_last)
     conv = pcs_kernels.quantize_weight(torch.randn(32, 64, 3, 3))
@@ -119,6 +129,15 @@ def test_products_are_those_of_the_weight_that_is_held(dtype):
         seed = torch.randn_like(ya)
         ya.backward(seed), yb.backward(seed)
         assert torch.equal(ya, yb) and torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("which", ("conv", "linear", "lowrank"))
+def test_a_compiled_graph_takes_a_weight_in_8_bits_whole(which):
+    x, call = next((x, call) for name, x, _, call in calls() if name == which)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, call(x))
 
 
 def test_what_is_no_weight_in_8_bits_is_refused():

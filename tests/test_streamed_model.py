@@ -5,9 +5,10 @@ import torch
 from concept_cases import custom_diffusion, dreambooth_lora
 from pcs_trainer import load_concept, load_model, sample
 from pcs_trainer.concept.attach import predict
+from pcs_trainer.memory.whole_run import plan_run
 from pcs_trainer.training.trainer import Trainer
 from pcs_trainer.unet.int8 import layers_for_8_bits
-from pcs_trainer.unet.streaming import at_hand
+from pcs_trainer.unet.streaming import at_hand, ring_bytes, waiting_weights
 from second_device import NAME, calls, folder, model, one_thread, twin
 from trainer_cases import METHODS, cache, pictures, small_for
 
@@ -87,12 +88,11 @@ def test_it_goes_together_with_8_bits(folder, tmp_path, method):
 def test_a_concept_draws_the_same_and_leaves_nothing(folder, kind):
     own, other = opened(folder, "streamed"), opened(folder, "device")
     concept = kind(load_model(folder, torch.float32))
+    concepts = [concept, concept.renamed("<other>")] if concept.words else [concept]
     with torch.no_grad():
         predict(own, [], "a mug")  # joins the layers that read the same input
         before = {n: (p.data_ptr(), p.device) for n, p in own.unet.named_parameters()}
-        found = [
-            predict(m, [concept, concept.renamed("other")], concept.instance_prompt, strength=0.7) for m in (own, other)
-        ]
+        found = [predict(m, concepts, concept.instance_prompt, strength=0.7) for m in (own, other)]
     assert torch.equal(found[0].cpu(), found[1].cpu())
     assert {n: (p.data_ptr(), p.device) for n, p in own.unet.named_parameters()} == before
     assert all(layer.streamed is not None for layer in layers_for_8_bits(own.unet).values())
@@ -113,3 +113,22 @@ def test_a_weight_at_hand_goes_back(folder):
 def test_a_whole_network_is_not_streamed():
     with pytest.raises(ValueError, match=r"trains every weight of the UNet.*resident='device'"):
         Trainer(load_model("tiny", resident="streamed"), "dreambooth", pictures(), class_word="mug", steps=1)
+
+
+def test_the_plan_counts_the_ring_and_takes_it_last():
+    """What waits is in the machine's memory; full weights by turns, and 8 bits, come before it."""
+    asked = dict(model="tiny", method="personalized_residuals", batch=1, device="cuda")
+    whole, found = plan_run(**asked), plan_run(**asked, resident="streamed")
+    unet = load_model("tiny").unet
+    waiting = sum(p.nbytes for p in waiting_weights(unet)) // 2  # planned for in bfloat16
+    saved = waiting - ring_bytes(unet) // 2
+    parts = [p.step.components["UNet weights"] for p in (whole, found)]
+    assert 0 < parts[0] - parts[1] and abs(parts[0] - parts[1] - saved) < 4096
+    rams = {a.name: b.ram - a.ram for a, b in zip(whole.phases, found.phases, strict=True)}
+    assert all(more >= waiting for name, more in rams.items() if name not in ("loading", "photos to latents"))
+    assert "wait in RAM" in str(found) and found.settings["resident"] == "streamed"
+    turns = plan_run(**asked, offload=True, weights="int8", resident="device")
+    low = plan_run(**asked, budget=turns.largest.bytes - 1_000)
+    assert low.settings["resident"] == "streamed" and low.settings["weights"] == "full"
+    assert plan_run(**asked, budget=turns.largest.bytes + 1_000).settings["resident"] == "device"
+    assert plan_run(**asked | {"device": "cpu"}, budget="4GB").settings["resident"] == "device"

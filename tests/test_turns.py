@@ -1,13 +1,15 @@
 """Networks that take turns on a device, on one that is not the CPU: what is there when, and that nothing changes."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from pcs_trainer import load_concept, load_model, sample
 from pcs_trainer.memory.planner import plan
 from pcs_trainer.memory.whole_run import plan_run
+from pcs_trainer.model import turns
 from pcs_trainer.training.trainer import Trainer
+from pcs_trainer.unet.layers import replace_data
 from second_device import NAME, calls, folder, model, one_thread, twin
 from trainer_cases import cache, pictures, small_for
 
@@ -99,6 +101,54 @@ def test_an_error_in_a_turn_brings_the_unet_back(folder, monkeypatch):
     assert [place(own, p) for p in PARTS] == [NAME, "cpu", "cpu"]
 
 
+@contextmanager
+def no_memory_on_the_way_back(monkeypatch, after):
+    """Once, so many of the UNet's parameters find memory on the device, and the next one none."""
+    count = [0]
+
+    def replace(p, value):
+        count[0] += value.device.type == NAME and value.numel() > 0
+        if count[0] == after:
+            count[0] = 10**6
+            raise torch.OutOfMemoryError("no memory")
+        replace_data(p, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(turns, "replace_data", replace)
+        yield
+
+
+def test_a_unet_that_found_no_memory_on_its_way_back_is_not_lost(folder, monkeypatch):
+    own = load_model(folder, torch.float32, device=NAME)
+    own.offload()
+    (wanted,) = sample(own, "a mug", steps=1)
+    for again in (lambda: None, lambda: own.turns.bring_back(own)):
+        with no_memory_on_the_way_back(monkeypatch, 30), pytest.raises(torch.OutOfMemoryError):
+            sample(own, "a mug", steps=1)
+        assert any(not p.numel() for p in own.unet.parameters())
+        again()
+        (found,) = sample(own, "a mug", steps=1)
+        assert found.tobytes() == wanted.tobytes() and all(p.numel() for p in own.unet.parameters())
+
+
+@pytest.mark.slow
+def test_a_preview_without_the_memory_to_end_leaves_the_training_whole(folder, monkeypatch):
+    own = load_model(folder, torch.float32, device=NAME)
+    events = []
+    options = small_for("personalized_residuals", **RUN) | dict(preview_every=1, preview_prompts=("a {subject}",))
+    run = Trainer(own, images=pictures(), class_word="mug", offload=True, **options)
+
+    def hear(event):
+        events.append(event)
+        if event.kind == "step" and event.step == 1:
+            patched.enter_context(no_memory_on_the_way_back(monkeypatch, 30))
+
+    with ExitStack() as patched:
+        run.train(hear)
+    assert [e.step for e in events if e.kind == "step"] == [1, 2]
+    assert sum("the preview failed" in e.data.get("text", "") for e in events) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ("personalized_residuals", "textboost", "custom_diffusion"))
 def test_a_run_by_turns_is_the_same_run(folder, tmp_path, method):
@@ -122,6 +172,36 @@ def test_a_run_by_turns_is_the_same_run(folder, tmp_path, method):
         assert all(torch.equal(a, b) for a, b in zip(rows, found[True].words[word], strict=True))
 
 
+@pytest.mark.slow
+def test_text_encoders_that_have_trained_are_whole_again(folder):
+    """What trained on them comes back to where they are by then, and the next training's wait again."""
+    own = load_model(folder, torch.float32, device=NAME)
+    options = small_for("dreambooth_lora", **RUN) | dict(offload=True)
+    options |= dict(train_text_encoder=True, text_encoder_form="whole")
+    before = [p.cpu() for p in own.text_encoder.parameters()]
+    Trainer(own, "dreambooth_lora", pictures(), class_word="mug", **options).train()
+    assert place(own, "text_encoders") == NAME
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, own.text_encoder.parameters(), strict=True))
+    run = Trainer(own, images=pictures(), class_word="mug", **small_for("personalized_residuals", **RUN))
+    assert run.settings.offload and place(own, "text_encoders") == "cpu"  # as the model takes turns already
+    assert not Trainer(own, images=pictures(), class_word="mug", offload=False).model.turns.on
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_turns_that_are_over(folder):
+    own = load_model(folder, torch.float32, device=NAME)
+    own.offload()
+    sample(own, "a mug", steps=1)
+    assert own.turns._kept
+    own.offload(False)
+    assert not own.turns._kept and {place(own, p) for p in PARTS} == {NAME}
+
+
+def test_nobody_takes_turns_on_a_cpu():
+    found = plan_run("tiny", "personalized_residuals", batch=1, offload=True, device="cpu", ram="2GB")
+    assert found.fits and "offload" not in str(found)
+
+
 def test_the_plan_takes_turns_where_they_are_needed():
     """The report's phase shrinks to the largest of three turns, and what waits is in the machine's memory."""
     beside = plan_run("tiny", "personalized_residuals", batch=1)
@@ -129,6 +209,14 @@ def test_the_plan_takes_turns_where_they_are_needed():
     one, two = (next(p for p in found.phases if p.name == "report") for found in (beside, turns))
     assert two.bytes < one.bytes and two.ram > one.ram
     assert plan("tiny", "personalized_residuals", batch=1, offload=True).peak == beside.step.peak
+    # a network that had to wait keeps its values in the machine's memory while it works
+    own = load_model("tiny", torch.bfloat16)
+    weights = sum(p.nbytes for p in own.unet.parameters())
+    ram = {found.offload: {p.name: p.ram for p in found.phases} for found in (beside, turns)}
+    for name in ("text states", "gradient check", "training step", "validation", "checkpoint", "finish"):
+        assert ram[True][name] - ram[False][name] >= weights, name
+    small = plan_run("tiny", "personalized_residuals", batch=1, offload=True, ram=300_000_000)
+    assert "GB RAM are missing" in small.missing and "CUDA" not in small.missing
     between = (two.bytes + one.bytes) // 2
     assert plan_run("tiny", "personalized_residuals", batch=1, budget=between).settings["offload"] is True
     assert plan_run("tiny", "personalized_residuals", batch=1, budget=one.bytes * 2).settings["offload"] is False

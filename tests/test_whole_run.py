@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pcs_trainer.memory.networks import Networks, networks_of
 from pcs_trainer.memory.phases import LIBRARIES, Phases, autoencoder_dtypes
 from pcs_trainer.memory.whole_run import plan_run
 from pcs_trainer.methods import settings_for
+from pcs_trainer.model.model import Model
 from test_memory_plan import TEXT
 from unet_families import SMALL
 
@@ -129,7 +131,7 @@ def test_packed_copies_follow_the_budget():
 @pytest.mark.slow
 def test_a_refusal_names_the_phase_and_what_leaves_it_out():
     arguments = dict(model=SHALLOW, method="personalized_residuals", resolution=32, batch=1, device="cuda")
-    arguments |= dict(weights="full", offload=False)  # asked for, so that nothing else is tried
+    arguments |= dict(weights="full", offload=False, resident="device")  # asked for, so that nothing else is tried
     free = plan_run(**arguments)
     assert free.largest.name == "report"  # all networks at once
     found = plan_run(**arguments, budget=free.largest.bytes - 1_000)
@@ -192,6 +194,15 @@ def test_the_command_prints_every_phase(capsys, tmp_path):
     file.write_text("[1]")
     assert cli.main(words) == 2
     assert "--model-config" in capsys.readouterr().err
+
+
+def test_a_checkpoint_file_is_planned_for_without_the_device(monkeypatch):
+    parts = {"unet": SimpleNamespace(config=SMALL), "text_encoders": [], "vae": SimpleNamespace(config=VAE)}
+    seen = []
+    monkeypatch.setattr(Model, "_get", lambda model, name: seen.append((name, model.device)) or parts[name])
+    model = Model(type("File", (), {})(), torch.bfloat16, "cuda")
+    assert networks_of(model).vae == networks_of(model).vae == VAE
+    assert sorted(seen) == sorted((name, "cpu") for name in parts)  # once
 
 
 def test_a_network_without_an_autoencoder_is_planned_with_the_families_own():

@@ -269,7 +269,12 @@ class AdamW8bit(torch.optim.Optimizer):
         for p, its in self.state.items():
             its.update({name: _loaded(name, value, p.device) for name, value in its.items()})
         self._begin()
+        held = {p for group in self.param_groups for p in group["params"]}
+        left, groups = [p for p in self.state if p not in held], self.param_groups
+        if left:  # of no group: they have one until their counts are theirs, and `prepare` then keeps them apart
+            self.param_groups = [*groups, self.defaults | {"params": left}]
         self._take_steps(steps)
+        self.param_groups = groups
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of bitsandbytes' AdamW8bit; codes and scales keep their dtypes.

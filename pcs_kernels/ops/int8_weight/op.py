@@ -117,7 +117,7 @@ def expand_weight(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
 def lent_weight(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
     """`expand_weight` for one product, which ends before the next weight is asked for: CPUs use one place for all."""
     codes, scales = weight
-    seen = watched() or torch.compiler.is_compiling()
+    seen = torch.compiler.is_compiling() or watched()  # a graph being compiled takes no look at what watches
     if seen or not isinstance(codes, Tensor) or codes.device.type != "cpu" or dtype not in CODES:
         return expand_weight(weight, dtype)
     _check_int8(codes, scales)

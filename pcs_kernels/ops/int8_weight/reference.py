@@ -7,16 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64
+AT_ONCE = 2**20  # values that are quantized together: what is made on the way takes 16 bytes of each
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    rows = _in_order(weight).flatten(1)  # [O, K]
+    ordered = _in_order(weight)
+    parts = ordered.split(max(1, AT_ONCE // ordered[0].numel()))
+    codes, scales = zip(*(_quantized(part.flatten(1)) for part in parts), strict=True)
+    return as_shaped(torch.cat(codes), weight.shape), torch.cat(scales)
+
+
+def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of rows [O, K]."""
     blocks = F.pad(rows.float(), (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # [O, K / 64, 64]
     scales = _round_up(blocks.abs().amax(-1) / 127)  # [O, K / 64]
     divisor = values_of(scales)[..., None]
     codes = torch.where(divisor == 0, 0.0, blocks / divisor).round().to(torch.int8)
-    codes = codes.flatten(1)[:, : rows.shape[1]].contiguous()  # [O, K]
-    return as_shaped(codes, weight.shape), scales
+    return codes.flatten(1)[:, : rows.shape[1]], scales  # [O, K]
 
 
 def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

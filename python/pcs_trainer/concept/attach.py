@@ -188,6 +188,7 @@ def in_place(model: Model, concept: Concept) -> Iterator[Concept]:
                 replace_data(parameter, laid_out_as(parameter, value))
             else:
                 hold(layer, quantized(value.to(parameter.device)))
+                layer.original = None  # the file has another
         del own, parameter, layer
         moved = {spell(slot) for slot in values}
         yield replace(concept, tensors={name: t for name, t in concept.tensors.items() if name not in moved})

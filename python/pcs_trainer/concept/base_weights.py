@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..model.text_adapters import file_name
-from ..unet.int8 import own_parameters
+from ..unet.int8 import layer_in_8_bits, original, own_parameters
 from .grammar import PARTS, TEXT_PARTS, UNET, Part, difference_name, pair_names, parse, value_name
 
 if TYPE_CHECKING:
@@ -47,7 +47,10 @@ def is_projection(path: str, weight: Tensor) -> bool:
 
 
 class BaseWeights:
-    """A base model's parameters, detached, by a concept's names for their whole values: "unet.conv_in.weight"."""
+    """A base model's parameters, detached, by a concept's names for their whole values: "unet.conv_in.weight".
+
+    Of a weight that is held in 8 bits they have the codes, and its shape; `value` reads it as it was.
+    """
 
     def __init__(self, model: Model) -> None:
         self.parameters: dict[str, Tensor] = {
@@ -55,10 +58,13 @@ class BaseWeights:
             for part in parts_of(model)
             for name, p in parameters_of(model, part).items()
         }
+        self._unet = model.unet
 
     def value(self, name: str) -> Tensor:
         """A parameter's value on the CPU, where concepts are: their algebra needs float64, which not all GPUs have."""
-        return self.parameters[name].cpu()
+        slot = parse(name)
+        layer = layer_in_8_bits(self._unet, slot.layer) if slot.part == UNET else None
+        return (self.parameters[name] if layer is None else original(layer, self._unet.conv_in.weight)).cpu()
 
     def takes_residual(self, path: str) -> bool:
         """Whether a low-rank residual can sit on `part.module`: a linear layer or a transformer's 1x1 convolution."""

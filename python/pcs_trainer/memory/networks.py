@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..concept.grammar import TEXT_PARTS
 from ..model.model import Model
@@ -64,12 +65,27 @@ def networks_of(model: Any) -> Networks:
         kinds = "a Model, a UNet, a folder, a hub name or a UNet's configuration"
         raise ValueError(f"model must be {kinds}, not {type(model).__name__}")
     if not isinstance(model.source, Folder):
-        encoders = [encoder.config.to_dict() for encoder in model.text_encoders]
-        return _with_text(model.unet.config, encoders, dict(model.vae.config))
+        return _of_file(model)
     source = model.source
     text = [read_json(source.part(n) / "config.json") for n in TEXT_PARTS if source.has(n)]
     vae = read_json(source.part("vae") / "config.json") if source.has("vae") else None
     return _with_text(read_json(source.part("unet") / "config.json"), text, vae)
+
+
+def _of_file(model: Model) -> Networks:
+    """Of a checkpoint file, which says what is in it only when it is read whole: on the CPU, as a GPU may not hold it.
+
+    There it is read for this alone, once.
+    """
+    found = _read.get(model.source)
+    if found is None:
+        own = model if model.device == "cpu" else Model(model.source, model.dtype, "cpu")
+        encoders = [encoder.config.to_dict() for encoder in own.text_encoders]
+        found = _read[model.source] = _with_text(own.unet.config, encoders, dict(own.vae.config))
+    return found
+
+
+_read: WeakKeyDictionary[object, Networks] = WeakKeyDictionary()
 
 
 def _with_text(unet: dict[str, Any], text: list[dict[str, Any]], vae: dict[str, Any] | None = None) -> Networks:

@@ -93,7 +93,11 @@ class Phases:
         parts = step.count(assignment).parts
         self.gaps = int(GAPS * parts.get("kept activations", 0)) if self.cpu else 0
         self.freed = self.gaps + sum(parts.get(n, 0) for n in FREED) if self.cpu else 0
-        self.offload = self.s.offload and not self.cpu and not step.rehearsal.uses_text
+        turns = self.s.offload and not self.cpu
+        self.offload = turns and not step.rehearsal.uses_text
+        # What takes turns keeps its values in RAM while it works; encoders that train do so only once they had to wait.
+        self.waiting = (self.unet + self.text + self._vae()) * turns
+        self.kept = (self.unet + self.text * step.rehearsal.uses_text) * turns
         self.pictures = 3 * size * size * self._images()  # as uint8
 
     def _joined(self) -> int:
@@ -146,20 +150,22 @@ class Phases:
             beside = beside | {"packed copies of weights": packed_bytes(count, self.s.packing)}
             beside |= {"kernels for upsampling": self.kernels}
         text, vae = {"text encoder weights": self.text}, {"autoencoder weights": self._vae()}
+        ram += self.waiting
         if not self.offload:
             return self._phase(name, beside | text | vae | {"working memory": max(count.peak, decoded)}, ram)
         others = {part: size for part, size in beside.items() if part != "UNet weights"}
         turns = others | text, beside | {"working memory": count.peak}, others | vae | {"working memory": decoded}
-        waiting = self.unet + self.text + self._vae()
-        return max((self._phase(name, turn, ram + waiting) for turn in turns), key=lambda phase: phase.bytes)
+        return max((self._phase(name, turn, ram) for turn in turns), key=lambda phase: phase.bytes)
 
     def loading(self) -> Phase:
-        """The UNet, and the part of its file that is open."""
+        """The UNet, the part of its file that is open, and of a weight in 8 bits what it is made of, on a GPU."""
         itemsize = self.request.dtype.itemsize
         sizes = [p.numel() * itemsize for _, p in sorted(own_parameters(self.step.rehearsal.unet))]
         groups = [sum(sizes[i : i + GROUP]) for i in range(0, len(sizes), GROUP)]
         opened = 0 if self.cpu else max(groups)
-        return self._phase("loading", {"UNet weights": self.unet}, opened)
+        coded = [p.numel() for p in self.step.rehearsal.unet.parameters() if p.dtype == torch.int8]
+        made = 0 if self.cpu else (itemsize + 2) * max(coded, default=0)  # as it is read, and its codes twice
+        return self._phase("loading", {"UNet weights": self.unet, "a weight of the file": made}, opened)
 
     def photos(self) -> Phase:
         """Photos to latents, the UNet loaded; a GPU's waits in RAM."""
@@ -168,7 +174,8 @@ class Phases:
         parts |= {"working memory": self.encoder.encoding(images, self.size)}
         if self._draws_class_images() and not self.offload:  # with encoders that drew them still there
             parts |= {"text encoder weights": self.text}
-        return self._phase("photos to latents", parts | self._host(self.pictures), self.pictures + self.unet)
+        ram = self.pictures + max(self.unet, self.waiting)
+        return self._phase("photos to latents", parts | self._host(self.pictures), ram)
 
     def _vae(self, network: Autoencoder | None = None) -> int:
         """On the CPU its convolutions are copies, channels-last, beside the mapped file."""
@@ -212,18 +219,18 @@ class Phases:
         parts = set_up | {"packed copies of weights": self.packed, "kernels for upsampling": self.kernels}
         parts |= {"both gradients, working memory": made}
         if not float16:
-            return self._phase("gradient check", parts)
+            return self._phase("gradient check", parts, self.kept)
         halves = self.floats + self.text * self.step.rehearsal.uses_text
         parts |= {
             "weights in float32": 2 * halves if self.cpu else halves
         }  # on a GPU they take the place of the 16 bits
-        return self._phase("gradient check", parts, halves)
+        return self._phase("gradient check", parts, halves + self.kept)
 
     def training_step(self) -> Phase:
         """What the planner counts of a step."""
         parts = self.step.components(self.assignment)
         parts |= {"kernels for upsampling": self.kernels, "gaps between blocks": self.gaps} if self.cpu else {}
-        return self._phase("training step", parts)
+        return self._phase("training step", parts, self.kept)
 
     def _standing(self) -> dict[str, int]:
         """What is there between two steps."""
@@ -232,11 +239,12 @@ class Phases:
     def probe(self) -> Phase:
         """Predictions on held-out noise, between two steps."""
         count = self.step.prediction(self.s.batch, self.request.size[1])
-        return self._phase("validation", self._standing() | {"working memory": max(count.peak, self.freed)})
+        parts = self._standing() | {"working memory": max(count.peak, self.freed)}
+        return self._phase("validation", parts, self.kept)
 
     def preview(self) -> Phase:
         """What the last step left, then images drawn between two steps."""
-        left = self._phase("preview", self._standing() | {"freed by the last step": self.freed})
+        left = self._phase("preview", self._standing() | {"freed by the last step": self.freed}, self.waiting)
         parts = self._standing()
         del parts["packed copies of weights"]  # a drawing packs for its own shapes
         drawn = self._drawn("preview", len(self.s.preview_prompts), parts)
@@ -246,11 +254,11 @@ class Phases:
         """Everything that trains written to disk, a tensor at a time."""
         largest = max(p.nbytes for p in self.step.rehearsal.trained)
         parts = self._standing() | {"freed by the last step": self.freed} | self._host(largest)
-        return self._phase("checkpoint", parts, largest)
+        return self._phase("checkpoint", parts, largest + self.kept)
 
     def finish(self) -> Phase:
         """What the last step left, then the concept off the model, its file proven by what the model predicted."""
-        left = self._phase("finish", self._standing() | {"freed by the last step": self.freed})
+        left = self._phase("finish", self._standing() | {"freed by the last step": self.freed}, self.waiting)
         return max(left, self._proof(), key=lambda phase: phase.bytes)
 
     def _proof(self) -> Phase:
@@ -261,9 +269,9 @@ class Phases:
         else:
             parts |= {"text encoder weights": self.text}
         if self.whole:  # the base's UNet, then the file's in its place
-            return self._phase("finish", parts, self.concept)
+            return self._phase("finish", parts, self.concept + self.waiting)
         own = {n: b for n, b in self.lasting.items() if n in ("trained in float32", "kept beside what trains")}
-        return self._phase("finish", parts | own | self._host(2 * self.concept), 2 * self.concept)
+        return self._phase("finish", parts | own | self._host(2 * self.concept), 2 * self.concept + self.waiting)
 
     def run_report(self) -> Phase:
         """Images of the base model and of the concept, at the training's size."""

@@ -61,7 +61,7 @@ class RunPlan:
             lines += ["the UNet's frozen weights are held in 8 bits (weights int8)"]
         if self.resident == "streamed":
             lines += ["the UNet's frozen weights wait in RAM, copied to the GPU ahead of use (resident streamed)"]
-        if self.offload:
+        if self.offload and not cpu:
             lines += ["text encoders, UNet and autoencoder take turns on the GPU (offload)"]
         lines += [f"RAM limit: {self.ram / 1e9:.3f} GB"] if self.ram is not None else []
         given = self.budget is not None or self.ram is not None
@@ -165,11 +165,10 @@ def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:
         needed, phase = max(needs, key=lambda pair: pair[0])
         if most is not None and needed > most:
             largest = max(phase.parts, key=lambda name: phase.parts[name])
+            part = "" if what else f", and {phase.parts[largest] / 1e9:.2f} GB of it are {largest}"  # of the device's
             return (
                 f"{(needed - most) / 1e9:.2f} GB{what} are missing: the phase '{phase.name}' needs {needed / 1e9:.2f} "
-                f"GB of the {most / 1e9:.2f} GB allowed, and {phase.parts[largest] / 1e9:.2f} GB of it are {largest}"
-                + HELPS.get(phase.name, "")
-                + "."
+                f"GB of the {most / 1e9:.2f} GB allowed{part}{HELPS.get(phase.name, '')}."
             )
     return ""
 

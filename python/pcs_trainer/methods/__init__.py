@@ -66,6 +66,8 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
         adapted["weights"] = model.weights
     if model is not None and getattr(model, "resident", "device") != "device":
         adapted["resident"] = model.resident
+    if model is not None and getattr(model, "turns", None) is not None and model.turns.on:
+        adapted["offload"] = True
     given = adapted | dict(chosen.presets[preset] if preset else {}) | overrides
     values = chosen.implied(given) | given
     if "plan" in values:

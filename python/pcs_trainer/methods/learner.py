@@ -89,7 +89,7 @@ class Learner:
         part, _, own_name = name.partition(".")
         if part == grammar.UNET:
             self._undo += at_hand(self.model.unet, own_name)
-        device, value = parameter.device, parameter.data
+        value = parameter.data
         original = on_host(value)
         self.originals.append(original)
         replace_data(parameter, value.float().clone() if master else value.clone())
@@ -100,7 +100,7 @@ class Learner:
         def undo() -> None:
             parameter.requires_grad_(False)
             parameter.grad = None
-            replace_data(parameter, original.to(device))
+            replace_data(parameter, original.to(parameter.device))  # where it is by now: networks take turns
 
         self._undo.append(undo)
 

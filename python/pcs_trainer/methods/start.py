@@ -27,7 +27,7 @@ def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabula
         vocabulary: what learned words start from, where it is not the model's own.
     """
     first = subjects[0]
-    if _is_taken(model):
+    if is_taken(model):
         raise ValueError(
             f"another training has its tensors on {model.name}: run it to its end or call its learner.restore(), "
             "or load the model once more"
@@ -46,7 +46,7 @@ def learner_for(model: Model, subjects: Sequence[Settings], vocabulary: Vocabula
     return learner
 
 
-def _is_taken(model: Model) -> bool:
+def is_taken(model: Model) -> bool:
     """Whether what another training trains is on the model."""
     known = _HOLDERS.get(model.unet)
     holder = None if known is None else known()

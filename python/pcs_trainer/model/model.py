@@ -135,13 +135,17 @@ class Model:
 
     def hold(self, weights: Weights, resident: Resident = "device") -> None:
         """Hold the UNet's frozen weights like this from now on: a UNet that is held otherwise is read again."""
+        _check_held(weights, resident)
         if (weights, resident) != (self.weights, self.resident):
             self.weights, self.resident = weights, resident
             self.release("unet")
 
     def offload(self, on: bool = True) -> None:
-        """Let text encoders, UNet and autoencoder take turns on a GPU: who does not work waits in RAM."""
-        self.turns.on = on
+        """Let text encoders, UNet and autoencoder take turns on a GPU: who does not work waits in RAM.
+
+        On a model that takes turns a `Trainer` goes on with them, unless its settings say otherwise.
+        """
+        self.turns.begin(on)
         if torch.device(self.device).type not in ("cpu", "meta"):
             for name in ("text_encoders", "vae"):
                 if self.turns.waits(name) and is_there(self, name):
@@ -309,6 +313,12 @@ def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
         raise UnsupportedModel(f"{folder} cannot be read as a {kind.__name__}: {reason}") from error
 
 
+def _check_held(weights: str, resident: str) -> None:
+    for name, value, known in (("weights", weights, Weights), ("resident", resident, Resident)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")
+
+
 def _check_family(source: Folder | SingleFile) -> None:
     name = source.class_name() if isinstance(source, Folder) else None
     if name is not None and (not name.startswith(PIPELINES) or name.startswith(OTHER_FAMILIES)):
@@ -348,8 +358,5 @@ def load_model(
         raise ValueError(f"device {str(device)!r}: {problem}")
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))
     _check_family(source)
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, not {weights!r}")
-    if resident not in get_args(Resident):
-        raise ValueError(f"resident must be one of {', '.join(get_args(Resident))}, not {resident!r}")
+    _check_held(weights, resident)
     return Model(source, dtype, str(device), weights, resident)

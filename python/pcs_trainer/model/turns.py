@@ -43,6 +43,12 @@ class Turns:
         self._kept: dict[str, list[tuple[nn.Parameter, int, Tensor]]] = {}
         self._aside: list[tuple[nn.Parameter, Tensor]] = []  # the UNet's values while it waits
 
+    def begin(self, on: bool) -> None:
+        """Take turns from now on, or no longer; what stayed for a training that is over does so no more."""
+        self.on, self.staying = on, {"unet"}
+        if not on:
+            self._kept.clear()
+
     def waits(self, part: str) -> bool:
         """Whether a network that is read now is to wait for its turn."""
         return self.on and part not in self.staying and part != self.now
@@ -57,10 +63,10 @@ class Turns:
             model.unet.forget_derived()  # views of its weights, which would stay
         kept = {id(p): (version, value) for p, version, value in self._kept.get(part, ())}
         self.forget(part)
-        for p in parameters(model, part):
-            if part == "unet" and p.device.type == "cpu":  # streamed from there
-                continue
-            version, value = kept.get(id(p), (None, None))
+        away = {id(p) for p, _ in self._aside}  # where memory ran out on the way back
+        streamed = "cpu" if part == "unet" else ""  # what of the UNet is streamed waits already
+        for p in (p for p in parameters(model, part) if id(p) not in away and p.device.type != streamed):
+            version, value = kept.pop(id(p), (None, None))  # what has changed goes before it is there anew
             value = p.data.cpu() if value is None or version != p._version else value
             if part == "unet":
                 self._aside.append((p, value))
@@ -74,15 +80,21 @@ class Turns:
             for one in module.modules():  # buffers are few and small, and stay once they are there
                 one._buffers.update({n: b.to(model.device) for n, b in one._buffers.items() if b is not None})
         if part == "unet":
-            waiting, self._aside = self._aside, []
+            waiting = self._aside
         else:
             waiting = [(p, p.data) for p in parameters(model, part) if p.device.type == "cpu"]
-        kept = []
-        for p, value in waiting:
+        kept = self._kept.setdefault(part, []) if self.on else []
+        while waiting:  # one that finds no memory there is not lost
+            p, value = waiting[-1]
             (replace_data if part == "unet" else _move)(p, value.to(model.device))
             kept.append((p, p._version, value))
-        if self.on:
-            self._kept[part] = kept
+            waiting.pop()
+
+    def bring_back(self, model: Owner) -> None:
+        """What is on the device when it is nobody's turn, where a turn found no memory to bring it there."""
+        for part in NETWORKS:
+            if part in self.staying and part in model.loaded:
+                self.to_device(model, part)
 
 
 def _move(p: nn.Parameter, value: Tensor) -> None:

@@ -236,6 +236,8 @@ class Run:
             self.warn(f"the preview failed ({' '.join(str(error).split())}); training goes on")
         finally:
             self.model.release(*({"vae", "text_encoders"} - before))
+            if self.model.turns.on:
+                self.model.turns.bring_back(self.model)
             pcs_kernels.forget_packed_weights()  # packed for the shapes of a drawing; a step packs for its own
 
     def identity(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..distributed import join, rank_and_world
 from ..errors import out_of_memory
 from ..methods import settings_for
 from ..methods.learner import Learner
-from ..methods.start import learner_for
+from ..methods.start import is_taken, learner_for
 from ..model.model import Model, load_model
 from ..settings import Settings
 from ..unet.layers import replace_data
@@ -83,7 +83,6 @@ class Trainer:
             raise ValueError(f"the concepts share the token {tokens[0]!r}: give each a token of its own")
         self._asked = [{*overrides, *(name for name, value in one.items() if value)} for one in given]
         self.task = Task(self.model, subjects[0].settings, tuple(subjects), folder)
-        self._hold_model()
         refused = self.task.method.one_subject(self.settings) if len(subjects) > 1 else None
         if refused:
             raise ValueError(refused)
@@ -112,22 +111,27 @@ class Trainer:
         if not s.class_word.strip() and s.identifier != "plain":
             raise ValueError("class_word is missing: one word for what the pictures show, such as 'dog' or 'mug'")
         s = replace(s, seed=s.seed + number)  # each has a rare word of its own, to be called by or to start from
-        return Subject(load_pictures(one["images"], one.get("masks") or masks), choose_token(self.model, s))
+        pictures = load_pictures(one["images"], one.get("masks") or masks)
+        self._hold_model(s)  # before a token is chosen: a checkpoint file's tokenizers come after its UNet
+        return Subject(pictures, choose_token(self.model, s))
 
     @property
     def learner(self) -> Learner:
         """What trains, put on the model when first asked for."""
         if self._learner is None:
+            self._hold_model(self.settings)
             self._learner = learner_for(self.model, [subject.settings for subject in self.subjects])
             if self._learner.text_trains and self.settings.offload:
                 self.model.stay("text_encoders")
                 self._learner.come_to(self.model.device)  # it was put on encoders that were waiting
         return self._learner
 
-    def _hold_model(self) -> None:
-        """Weights as the settings want them held, and networks where they want them."""
-        self.model.hold(self.settings.weights, self.settings.resident)
-        self.model.offload(self.settings.offload)
+    def _hold_model(self, s: Settings) -> None:
+        """Weights as the settings want them held, and networks where they want them; not under another training."""
+        if "unet" in self.model.loaded and is_taken(self.model):
+            return
+        self.model.hold(s.weights, s.resident)
+        self.model.offload(s.offload)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by the name that the concept file gives it."""
@@ -135,6 +139,8 @@ class Trainer:
 
     def objective(self, say: Say = _silent) -> Objective:
         """The loss of this training: pictures as latents, what trains on the model, frozen texts encoded."""
+        if self._learner is None:
+            self._hold_model(self.settings)  # another Trainer on the same model may have wanted it otherwise
         # Class images are the frozen model's, also where `trainable()` has put what trains on the model already.
         with self._learner.base() if self._learner else nullcontext():
             data = prepare(self.task, say)
@@ -205,7 +211,7 @@ class Trainer:
             self._learner.restore()
             self._learner = None
         self.task = replace(self.task, settings=subjects[0].settings, subjects=subjects)
-        self._hold_model()
+        self._hold_model(self.settings)
 
     def _check_gradients(self, objective: Objective, say: Say) -> None:
         """The proof before step 1; a machine without the memory for it is told so, and trains."""

@@ -36,7 +36,8 @@ def expect_8_bits(unet: nn.Module) -> None:
 
 def quantized(weight: Tensor) -> pcs_kernels.Int8Weight:
     """A weight in 8 bits. The CPU's own kernel reads bfloat16 and float32."""
-    return pcs_kernels.quantize_weight(weight if weight.dtype == torch.bfloat16 else weight.float())
+    reads = weight.dtype == torch.bfloat16 or weight.device.type != "cpu"
+    return pcs_kernels.quantize_weight(weight if reads else weight.float())
 
 
 def hold(layer: Linear | Conv2d, weight: pcs_kernels.Int8Weight) -> None:

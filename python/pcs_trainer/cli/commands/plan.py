@@ -209,7 +209,8 @@ def chosen_plan(
     limits = [f"{what} {bytes_text(size)}" for what, size in (("budget", budget), ("RAM", ram)) if size is not None]
     most = found.largest
     held = [f"weights {found.weights}"] * (found.weights != "full")
-    held += [f"resident {found.resident}"] * (found.resident != "device") + ["offload"] * found.offload
+    held += [f"resident {found.resident}"] * (found.resident != "device")
+    held += ["offload"] * (found.offload and device.type != "cpu")
     how = "".join(f", {one}" for one in held)
     say(f"{', '.join(limits)}: {bytes_text(most.bytes)} needed ({most.name}){how}, recomputation {found.step.plans}")
     return {name: value for name, value in found.settings.items() if budget is not None or name in ways}

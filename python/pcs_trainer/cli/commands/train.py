@@ -136,7 +136,7 @@ def learn(options: argparse.Namespace, folder: Path, chosen: dict[str, Any], sto
     options.quiet, options.tensorboard = options.quiet or not first, options.tensorboard and first
     model = open_model(options)
     if options.budget or options.ram:
-        chosen |= within_budget(options, model, chosen)
+        chosen |= within_budget(options, model, chosen, folder)
     images = options.photos[0] if len(options.photos) == 1 else options.photos
     events: list[Any] = []
     started = time.monotonic()
@@ -257,10 +257,17 @@ def board(options: argparse.Namespace, folder: Path) -> Iterator[Callable[[Any],
         writer.close()
 
 
-def within_budget(options: argparse.Namespace, model: Model, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the fastest plan that fits; DoesNotFit says what is missing."""
+def within_budget(options: argparse.Namespace, model: Model, chosen: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of the fastest plan that fits; DoesNotFit says what is missing.
+
+    A run that goes on keeps what it learns by, whatever would fit today.
+    """
+    from ...training.checkpoint import begun_with
     from .plan import chosen_plan
 
+    was = begun_with(folder).get("settings", {}) if options.resume else {}
+    was = {"weights": "full"} | was if was else {}  # an older version had no other
+    chosen = {name: was[name] for name in ("weights", "batch", "accumulate") if name in was} | chosen
     return chosen_plan(model, options.method, options.budget, options.ram, not options.no_report, chosen)
 
 

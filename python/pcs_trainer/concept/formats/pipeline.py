@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...model.quiet import quiet
 from ...model.text_adapters import file_name, token_table
 from ...model.upscaler import level_of
+from ...unet.int8 import SCALES, layers_for_8_bits
 from ..base_weights import BaseWeights
 from ..concept import Concept
 from ..grammar import TEXT_PARTS, UNET, Part, parse, value_name, word_name
@@ -63,6 +64,12 @@ def write_pipeline(
     if model.upscales and concept.small_noise is not None:
         level = level_of(model.low_res_schedule, concept.small_noise)
         report.notes.append(f"it was trained with little noise on the small picture: call it with noise_level={level}")
+    layers = layers_for_8_bits(model.unet).values()
+    if any(layer.weight_scales is not None and layer.original is None for layer in layers):
+        report.notes.append(
+            "the UNet's weights are what its 8 bits stand for, as a checkpoint file is not read again: "
+            "load_model(..., weights='full') for the export gives the file's own"
+        )
     report.files += sorted(file for file in folder.rglob("*") if file.is_file())
     if word_files:
         write_words(concept, folder, metadata, report)
@@ -159,9 +166,12 @@ def _merged(concept: Concept, model: Model, part: Part, network: nn.Module) -> d
     base, state = BaseWeights(model), {}
     changed = {slot.path for slot in concept.changes()} | {f"{slot.path}.weight" for slot in plain_pairs(concept)}
     for name, value in network.state_dict().items():
+        if name.endswith(SCALES):
+            continue
         full = value_name(part, name if part == UNET else file_name(name))
         tuned = base.tuned(concept, full) if full in changed else None
-        state[name] = value if tuned is None else tuned.to(value)
+        whole = base.value(full).to(value.device) if value.dtype is torch.int8 else value
+        state[name] = whole if tuned is None else tuned.to(whole)
     return state
 
 
