@@ -68,10 +68,12 @@ REASONS = (
     Reason("^self_", "", "the fallback for float32 and odd widths; flash attention takes this shape"),
     Reason("^geglu", "issue", "erf is a polynomial"),
     Reason("^cross_fwd", "issue", "a softmax of 77 tokens beside two short products"),
+    Reason("^cross_", "matrix", "few programs at 32 x 32 and below; with capture each takes all heads of its queries"),
     Reason("^cross_bwd_tokens", "issue|banks", "every query's softmax anew; the tiles of 77 tokens are padded to 80"),
     Reason("^cross_bwd_rows", "issue", "a softmax of 77 tokens beside three short products"),
     Reason("^gn_bwd_", "issue", "SiLU's slope of each element, read as 8 elements of two inputs a thread"),
     Reason("^gn_group", "issue", "32 programs for a sample, 40 channels in a tile of 64; three launches take longer"),
+    Reason("^sum_partials", "issue", "short sums: addresses and the loop take more than the additions"),
     Reason("^lowrank_product", "matrix", "few tiles for the multiprocessors; smaller ones would read more"),
     Reason("^lowrank_product", "issue|banks|sectors", "few tiles of few steps; large images and batches have more"),
 )

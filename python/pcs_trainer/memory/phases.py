@@ -71,10 +71,10 @@ class Phases:
         unet = step.rehearsal.unet
         own = list(unet.parameters())
         self.unet = as_read(own, request.dtype)
-        self.waiting = 0
+        self.streamed = 0
         if self.s.resident == "streamed":
-            self.waiting = as_read(waiting_weights(unet), request.dtype)
-            self.unet += ring_bytes(unet) - self.waiting * (not self.cpu)
+            self.streamed = as_read(waiting_weights(unet), request.dtype)
+            self.unet += ring_bytes(unet) - self.streamed * (not self.cpu)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)
@@ -131,7 +131,7 @@ class Phases:
         parts = {part: size for part, size in parts.items() if size}
         where = "interpreter and libraries" if self.cpu else "CUDA context"
         parts |= {where: self.context}
-        return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + self.host + self.waiting + ram)
+        return Phase(name, parts, sum(parts.values()) if self.cpu else LIBRARIES + self.host + self.streamed + ram)
 
     def _drawn(self, name: str, images: int, beside: dict[str, int], ram: int = 0, frozen: bool = False) -> Phase:
         """Texts read, images predicted with guidance and decoded: with all three networks there, or by turns.
