@@ -23,7 +23,7 @@ from pcs_trainer.memory.planner import Plan, plan
 from pcs_trainer.memory.networks import networks_of
 from pcs_trainer.memory.rehearsal import Rehearsal
 from pcs_trainer.memory.whole_run import RunPlan, plan_run
-from pcs_trainer.methods import TITLES, settings_for
+from pcs_trainer.methods import TITLES, method_named, settings_for
 from pcs_trainer.unet.plans import PLANS
 
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
@@ -34,7 +34,15 @@ NOT_MEASURED = {
     "textual_inversion": "no memory goal is set for it; `pcs plan` counts it",
 }
 METHODS = measured(("dreambooth", "custom_diffusion", "personalized_residuals", "textboost"), NOT_MEASURED)
-BUDGETS = (4, 6, 8, 12, 24)
+BUDGETS = (4, 6, 8, 12, 16, 24)
+# How a frozen UNet's weights may be held, and what the columns of the least are called.
+HELD = {
+    ("full", "device"): "16 bits",
+    ("int8", "device"): "8 bits",
+    ("full", "streamed"): "16 bits, streamed",
+    ("int8", "streamed"): "8 bits, streamed",
+}
+LEAST = "0.1GB"  # a budget that nothing fits: the plan is then the smallest there is
 # The goals for SD1.5 at 512 and batch 1, in GB without the CUDA context.
 TARGETS = {"dreambooth": 4.1, "custom_diffusion": 2.5, "personalized_residuals": 1.9, "textboost": 2.2}
 PARTS = {  # column of the results: the planner's components in it
@@ -82,7 +90,19 @@ def rows(task: tuple[str, str]) -> list[dict[str, object]]:
         step = plan(config, method, resolution, batch=1, budget=f"{TARGETS[method] + 0.5}GB")
         whole = plan_run(config, method, resolution, batch=1, budget=f"{TARGETS[method] + 0.5}GB")
         made.append(row_of(model, step, "target", TARGETS[method]) | largest(whole))
-    return made + kept_rows(model, method)
+    return made + least_rows(model, method) + kept_rows(model, method)
+
+
+def least_rows(model: str, method: str) -> list[dict[str, object]]:
+    """The smallest run at batch 1, networks by turns, for each way to hold the UNet's frozen weights."""
+    config, resolution = MODELS[model]
+    made: list[dict[str, object]] = []
+    for weights, resident in HELD:
+        if method_named(method).trains_whole_unet and (weights, resident) != ("full", "device"):
+            continue
+        found = plan_run(config, method, resolution, 1, LEAST, weights=weights, resident=resident, offload=True)
+        made.append(row_of(model, found.step, "least", "") | largest(found))
+    return made
 
 
 def run_row(model: str, method: str, gb: int) -> dict[str, object]:
@@ -95,7 +115,14 @@ def run_row(model: str, method: str, gb: int) -> dict[str, object]:
 
 def largest(found: RunPlan) -> dict[str, object]:
     """The phase that takes the most."""
-    return {"run_gb": f"{found.largest.bytes / 1e9:.3f}", "largest_phase": found.largest.name}
+    return {
+        "run_gb": f"{found.largest.bytes / 1e9:.3f}",
+        "largest_phase": found.largest.name,
+        "weights": found.weights,
+        "resident": found.resident,
+        "by_turns": "yes" if found.offload else "no",
+        "ram_gb": f"{max(phase.ram for phase in found.phases) / 1e9:.1f}",
+    }
 
 
 def kept_rows(model: str, method: str) -> list[dict[str, object]]:
@@ -140,7 +167,10 @@ def cell(row: Row) -> str:
     if row["fits"] == "no":
         return f"no, {row['missing'].split()[0]} GB short"
     where = "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
-    return f"{row['run_gb']} GB{where}, {batch_of(row)}: {row['plans']} (+{float(row['more_work']):.0%})"
+    held = ["8 bits"] * (row["weights"] == "int8") + ["streamed"] * (row["resident"] == "streamed")
+    held += ["by turns"] * (row["by_turns"] == "yes")
+    how = f", {', '.join(held)}" if held else ""
+    return f"{row['run_gb']} GB{where}, {batch_of(row)}{how}: {row['plans']} (+{float(row['more_work']):.0%})"
 
 
 def budget_lines(table: list[Row], model: str) -> list[str]:
@@ -155,6 +185,27 @@ def budget_lines(table: list[Row], model: str) -> list[str]:
         if mine:
             lines += [f"| {TITLES[method]} | " + " | ".join(cell(mine[str(gb)]) for gb in BUDGETS) + " |"]
     return lines
+
+
+def least_lines(table: list[Row]) -> list[str]:
+    """The smallest run of each method and model, by how the UNet's frozen weights are held."""
+    lines = ["| model | method | " + " | ".join(HELD.values()) + " |", "|---" * (len(HELD) + 2) + "|"]
+    for model, (_, resolution) in MODELS.items():
+        for method in METHODS:
+            mine = {
+                (row["weights"], row["resident"]): row
+                for row in table
+                if (row["what"], row["model"], row["method"]) == ("least", model, method)
+            }
+            if mine:
+                cells = [least_cell(mine[held]) if held in mine else "" for held in HELD]
+                lines += [f"| {model} {resolution} | {TITLES[method]} | " + " | ".join(cells) + " |"]
+    return lines
+
+
+def least_cell(row: Row) -> str:
+    where = "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
+    return f"{row['run_gb']}{where}, RAM {row['ram_gb']}"
 
 
 def target_lines(table: list[Row]) -> list[str]:
@@ -186,6 +237,7 @@ def docs_text(table: list[Row]) -> str:
     lines = [HEAD.strip(), ""]
     for model, (_, resolution) in MODELS.items():
         lines += [f"### {model} at {resolution} x {resolution}", "", *budget_lines(table, model), ""]
+    lines += [LEAST_PAGE_HEAD.strip(), "", *least_lines(table), ""]
     lines += [PARTS_HEAD.strip(), "", *target_lines(table), ""]
     lines += [KEPT_HEAD.strip(), "", *kept_lines(table)]
     return "\n".join(lines) + "\n"
@@ -226,6 +278,15 @@ takes it where that is not the training step; images in one forward pass (subjec
 one optimizer step); how many of the UNet's layers follow which memory plan; and the compute added to that of the
 fastest plans. Where a method's own batch does not fit, the planner halves it and accumulates gradients. Only the step
 has plans to choose from: the other phases take what they take, or are left out (`--no-report`).
+
+Where the networks do not fit as they are, they are held otherwise: frozen weights in 8 bits (`--weights int8`), or
+streamed from RAM (`--resident streamed`), and text encoders, UNet and autoencoder on the GPU by turns (`--offload`).
+"""
+LEAST_PAGE_HEAD = """
+## The least, at batch 1
+
+GB of a whole run with its report, networks by turns, with 0.5 GB for the CUDA context; the phase that takes it where
+that is not the training step; and GB of the machine's memory.
 """
 PARTS_HEAD = """
 ## SD1.5 at 512, batch 1, against the project's goals
