@@ -81,7 +81,7 @@ class StreamedWeight:
 
     def __init__(self, ring: WeightRing, *sources: Tensor) -> None:
         self.ring, self.sources = ring, sources
-        ring.check(self.size)
+        ring._check(self.size)
 
     @property
     def size(self) -> int:
@@ -98,7 +98,7 @@ class StreamedWeight:
         tensors = self.ring.take(self)
         return tensors[0] if len(tensors) == 1 else Int8Weight(*tensors)
 
-    def versions(self) -> tuple[tuple[int, int], ...]:
+    def _versions(self) -> tuple[tuple[int, int], ...]:
         """What changes when a source is replaced or written to."""
         return tuple(map(weight_version, self.sources))
 
@@ -107,7 +107,7 @@ class _Place:
     """Where in the ring a weight lies."""
 
     def __init__(self, at: int, weight: StreamedWeight) -> None:
-        self.at, self.size, self.versions = at, weight.size, weight.versions()
+        self.at, self.size, self.versions = at, weight.size, weight._versions()
         self.tensors: list[Tensor] = []
         self.ready: Any = None  # when its copy is there
         self.used: list[Any] = []  # when the work that read it is done
@@ -133,7 +133,7 @@ class WeightRing:
         self._last: tuple[StreamedWeight | None, StreamedWeight | None] = (None, None)
         self._lock = threading.RLock()
 
-    def check(self, size: int) -> None:
+    def _check(self, size: int) -> None:
         """ValueError where a weight of so many bytes does not fit."""
         if size > self.size:
             raise ValueError(f"a weight of {size} bytes does not fit a ring of {self.size}. Fix: a larger ring")
@@ -152,9 +152,9 @@ class WeightRing:
             self._end_use()
             place = self._here.get(weight)
             self.taken += 1
-            if place is None or place.versions != weight.versions():
+            if place is None or place.versions != weight._versions():
                 self.missed += 1
-                self.check(weight.size)
+                self._check(weight.size)
                 place = self._fetch(weight, set())
                 assert place is not None
             self._here[weight] = self._here.pop(weight)  # used last

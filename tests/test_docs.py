@@ -52,7 +52,7 @@ def test_the_pages_that_are_made_from_the_code_are_what_it_makes():
 
 
 def test_the_api_pages_stay_small():
-    assert sum(path.stat().st_size for path in (DOCS / "api").iterdir()) < 62_000
+    assert sum(path.stat().st_size for path in (DOCS / "api").iterdir()) < 64_000
 
 
 def test_the_readme_fits_a_few_screens():

@@ -1,5 +1,6 @@
 """A UNet whose frozen weights are held in 8 bits: loading, training by each method, concepts on it and from it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from pcs_trainer.memory.planner import plan
 from pcs_trainer.model.fingerprint import fingerprint, same_base
 from pcs_trainer.model.sources import TINY
 from pcs_trainer.training.trainer import Trainer
-from pcs_trainer.unet.int8 import KEPT, layers_for_8_bits, original, widen
+from pcs_trainer.unet.int8 import KEPT, as_filed, layers_for_8_bits, original, widen
 from safetensors.torch import load_file, save_file
 from trainer_cases import METHODS, cache, pictures, trainer
 
@@ -73,6 +74,20 @@ def test_a_layer_gets_its_own_weight_back_from_the_file(int8, model):
     assert same_bits(int8.unet, before)
 
 
+@pytest.mark.parametrize("resident", ("device", "streamed"))
+def test_a_network_in_8_bits_computes_with_its_files_weights_where_that_is_asked(model, resident):
+    own = load_model("tiny", weights="int8", resident=resident)
+    before = bits(own.unet)
+    with torch.no_grad():
+        wanted, mine = predict(model, [], "a red mug"), predict(own, [], "a red mug")
+        with as_filed(own.unet):
+            found = predict(own, [], "a red mug")
+        assert torch.equal(predict(own, [], "a red mug"), mine)
+    # the full model joins layers that read the same input, and its weights are packed
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert relative(mine, wanted) > 1e-4 and same_bits(own.unet, before)
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     import shutil
 
@@ -99,6 +114,8 @@ def test_each_method_trains_on_it_and_draws_on_the_full_model(method, model, tmp
     assert same_bits(int8.unet, before)
     proofs = " ".join(e.data["text"] for e in events if e.kind == "proof")
     assert "gradients agree" in proofs and "matches the trained model" in proofs
+    found = re.search(r"8 bits are (\d+\.\d)% from those of the model's files", proofs)
+    assert found is not None and 0.1 < float(found[1]) < 3
     concept = load_concept(tmp_path / "concept.safetensors", model)
     with torch.no_grad():
         changed = {}

@@ -26,6 +26,7 @@ from ..methods.learner import Learner
 from ..methods.start import is_taken, learner_for
 from ..model.model import Model, load_model
 from ..settings import Settings
+from ..unet.int8 import distance_from_file
 from ..unet.layers import replace_data
 from .begun import as_it_began
 from .checkpoint import begins_anew, begun_with
@@ -224,12 +225,16 @@ class Trainer:
         try:
             loss = partial(objective.loss, batch, 0)
             text = compare_gradients(self.learner.parameters, lambda: loss()[0] * share, exact, halves)
+            distance = distance_from_file(self.model.unet, loss)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             say("warning", text="gradients were not compared with the reference: out of memory")
         else:
             say("proof", text=text)
+            if distance is not None:
+                text = f"predictions with weights in 8 bits are {distance:.1%} from those of the model's files"
+                say("proof", text=text)
         pcs_kernels.forget_packed_weights()  # packed for the shapes of this batch; a step packs for its own
 
 

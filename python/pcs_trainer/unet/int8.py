@@ -7,6 +7,8 @@ the bytes, and the whole prediction passes through each of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 import pcs_kernels
 
 from .layers import Conv2d, Linear, replace_data
+
+if TYPE_CHECKING:
+    from .unet import UNet
 
 KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding")
 SCALES = "weight_scales"
@@ -76,6 +81,58 @@ def widen(layer: Linear | Conv2d, like: Tensor) -> Callable[[], None]:
         layer.weight_scales = scales
 
     return undo
+
+
+class AsFiled(pcs_kernels.StreamedWeight):
+    """A weight that is read from its file for each use, as it was before it was quantized."""
+
+    def __init__(self, layer: Linear | Conv2d, ring: pcs_kernels.WeightRing, like: Tensor) -> None:
+        self.layer, self.ring, self.like = layer, ring, like
+
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's shape."""
+        return self.layer.weight.shape
+
+    def take(self) -> Tensor:
+        """The weight."""
+        return original(self.layer, self.like)
+
+
+@contextmanager
+def as_filed(unet: UNet) -> Iterator[None]:
+    """Let a UNet in 8 bits compute with the weights of its files, one layer at a time."""
+    like, layers = unet.conv_in.weight, [x for x in layers_for_8_bits(unet).values() if x.weight_scales is not None]
+    kept, none = [layer.streamed for layer in layers], pcs_kernels.WeightRing(like.device, 0)
+    unet.forget_derived()
+    unet.join_layers(False)
+    try:
+        for layer in layers:
+            layer.streamed = AsFiled(layer, none, like)
+        yield
+    finally:
+        for layer, before in zip(layers, kept, strict=True):
+            layer.streamed = before
+        unet.join_layers(True)
+        unet.forget_derived()
+
+
+def distance_from_file(unet: UNet, run: Callable[[], Any]) -> float | None:
+    """How far the predictions that `run` makes are from those of the files' weights; None where no file has these."""
+    layers = [layer for layer in layers_for_8_bits(unet).values() if layer.weight_scales is not None]
+    if not layers or any(layer.original is None for layer in layers):
+        return None
+    made: list[Tensor] = []
+    handle = unet.register_forward_hook(lambda _, __, out: made.append(out.detach().float()))
+    try:
+        with torch.no_grad():
+            run()
+            mine = made.pop()
+            with as_filed(unet):
+                run()
+    finally:
+        handle.remove()
+    return float((mine - made[-1]).norm() / made[-1].norm())
 
 
 def layer_in_8_bits(unet: nn.Module, name: str) -> Linear | Conv2d | None:

@@ -221,6 +221,7 @@ class Stack:
     def __init__(self, layers: Sequence[Linear]) -> None:
         self.layers = list(layers)
         self.widths = [layer.out_features for layer in layers]
+        self.apart = False  # compute the layers one by one
         self._seen: list[tuple[int, int]] = []
         self._weight: Tensor | Int8Weight | StreamedWeight = torch.empty(0)  # [sum of the widths, C_in]
         self._bias: Tensor | None = None  # [sum of the widths]
@@ -251,7 +252,7 @@ class Stack:
             self.forget()
         apart = any(trained(layer) or layer.residuals for layer in self.layers)
         kinds = {(layer.weight.dtype, layer.streamed is None) for layer in self.layers}
-        if apart or len(kinds) > 1:
+        if apart or self.apart or len(kinds) > 1:
             return [layer(x) for layer in self.layers]
         self._refresh()
         return list(pcs_kernels.frozen_linear(x, self._weight, self._bias).split(self.widths, dim=-1))

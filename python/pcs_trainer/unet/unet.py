@@ -168,6 +168,10 @@ class UNet(nn.Module):
         if self.ring is not None:
             self.ring.forget()
 
+    def join_layers(self, on: bool) -> None:
+        """Compute layers that read the same input as one product, or one by one."""
+        self._time_stack.apart = self._kv_stack.apart = not on
+
     def projection(self, name: str) -> Linear | Conv2d:
         """The layer `name` that a low-rank residual may go on; ValueError where it is another kind of layer."""
         layer = self.get_submodule(name)
