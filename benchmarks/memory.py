@@ -1,9 +1,10 @@
 """Memory of a run: four methods on three models within usual budgets, and what each memory plan keeps in a step.
 
     python benchmarks/memory.py            counts everything and writes benchmarks/results/memory.csv
+    python benchmarks/memory.py --least    counts the least of each method at batch 1 anew, and keeps the other rows
     python benchmarks/memory.py --docs     writes docs/memory.md from that file
 
-Nothing is timed and no GPU is needed: a step is traced on meta tensors. Takes a few minutes on two cores.
+Nothing is timed and no GPU is needed: a step is traced on meta tensors. Takes an hour on two cores, --least a quarter.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import io
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import timing
 import torch
@@ -91,6 +93,11 @@ def rows(task: tuple[str, str]) -> list[dict[str, object]]:
         whole = plan_run(config, method, resolution, batch=1, budget=f"{TARGETS[method] + 0.5}GB")
         made.append(row_of(model, step, "target", TARGETS[method]) | largest(whole))
     return made + least_rows(model, method) + kept_rows(model, method)
+
+
+def least_of(task: tuple[str, str]) -> list[dict[str, object]]:
+    """The rows of the least alone."""
+    return least_rows(*task)
 
 
 def least_rows(model: str, method: str) -> list[dict[str, object]]:
@@ -309,6 +316,7 @@ passes to one optimizer step. bfloat16, 0.5 GB for the CUDA context included; co
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", action="store_true", help="write docs/memory.md from the results, count nothing")
+    parser.add_argument("--least", action="store_true", help="count the rows of the least alone, and keep the others")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file to write")
     parser.add_argument("--model", choices=list(MODELS), help="count this model alone")
     options = parser.parse_args()
@@ -320,9 +328,13 @@ def main() -> None:
     tasks = [(model, method) for model in reversed(MODELS) for method in reversed(METHODS)]
     tasks = [task for task in tasks if options.model in (None, task[0])]
     facts = {k: v for k, v in timing.circumstances().items() if k in ("date", "torch", "commit")}
+    kept: list[Any] = []
+    if options.least:
+        with options.out.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["what"] != "least"]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(tasks, pool.map(rows, tasks), strict=True))
-    table = [facts | row for task in reversed(tasks) for row in found[task]]
+        found = dict(zip(tasks, pool.map(least_of if options.least else rows, tasks), strict=True))
+    table = kept + [facts | row for task in reversed(tasks) for row in found[task]]
     written_text(options.out, csv_text(table))
     for row in table:
         print(*(row.get(name, "") for name in SHOWN))

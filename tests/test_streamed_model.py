@@ -3,6 +3,7 @@
 import pytest
 import torch
 from concept_cases import custom_diffusion, dreambooth_lora
+from every_case import cases
 from pcs_trainer import load_concept, load_model, sample
 from pcs_trainer.concept.attach import predict
 from pcs_trainer.memory.whole_run import plan_run
@@ -14,7 +15,7 @@ from trainer_cases import METHODS, cache, pictures, small_for
 
 __all__ = ["cache", "calls", "folder", "model", "one_thread", "twin"]
 
-FROZEN = tuple(m for m in METHODS if m != "dreambooth")
+MAIN = ("personalized_residuals", "textboost", "custom_diffusion")  # residuals, a text encoder, a model's own values
 RUN = dict(steps=4, batch=1, prior_images=2, prior_steps=2, bank=6, rank=2, learning_rate=1e-2, probe_every=2)
 
 
@@ -38,6 +39,7 @@ def test_inner_weights_wait_and_the_rest_is_on_the_device(folder):
         load_model(folder, resident="disk")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ("full", "int8"))
 def test_a_drawing_is_the_same_and_runs_ahead(folder, weights):
     wanted = sample(opened(folder, "device", weights), "a red mug", steps=2)
@@ -62,7 +64,7 @@ def trained(folder, out, method, resident, steps=4, resume=False, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", FROZEN)
+@pytest.mark.parametrize("method", cases(MAIN, (m for m in METHODS if m not in (*MAIN, "dreambooth"))))
 def test_a_run_is_the_same_run_bit_for_bit(folder, tmp_path, method):
     """With the proofs, a probe, a preview, networks by turns, a recomputation plan, and a resume in the other kind."""
     wanted, _ = trained(folder, tmp_path / "device", method, "device", plan="C")
@@ -77,7 +79,7 @@ def test_a_run_is_the_same_run_bit_for_bit(folder, tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ("personalized_residuals", "custom_diffusion"))
+@pytest.mark.parametrize("method", cases(("custom_diffusion",), ("personalized_residuals",)))
 def test_it_goes_together_with_8_bits(folder, tmp_path, method):
     found = [trained(folder, tmp_path / r, method, r, weights="int8")[0] for r in ("device", "streamed")]
     for name, tensor in found[0].tensors.items():
@@ -115,6 +117,7 @@ def test_a_whole_network_is_not_streamed():
         Trainer(load_model("tiny", resident="streamed"), "dreambooth", pictures(), class_word="mug", steps=1)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_ring_and_takes_it_last():
     """What waits is in the machine's memory; full weights by turns, and 8 bits, come before it."""
     asked = dict(model="tiny", method="personalized_residuals", batch=1, device="cuda")
@@ -130,5 +133,3 @@ def test_the_plan_counts_the_ring_and_takes_it_last():
     turns = plan_run(**asked, offload=True, weights="int8", resident="device")
     low = plan_run(**asked, budget=turns.largest.bytes - 1_000)
     assert low.settings["resident"] == "streamed" and low.settings["weights"] == "full"
-    assert plan_run(**asked, budget=turns.largest.bytes + 1_000).settings["resident"] == "device"
-    assert plan_run(**asked | {"device": "cpu"}, budget="4GB").settings["resident"] == "device"
