@@ -174,8 +174,8 @@ def cell(row: Row) -> str:
     if row["fits"] == "no":
         return f"no, {row['missing'].split()[0]} GB short"
     where = "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
-    held = ["8 bits"] * (row["weights"] == "int8") + ["streamed"] * (row["resident"] == "streamed")
-    held += ["by turns"] * (row["by_turns"] == "yes")
+    held = ["8 bits"] * (row.get("weights") == "int8") + ["streamed"] * (row.get("resident") == "streamed")
+    held += ["by turns"] * (row.get("by_turns") == "yes")
     how = f", {', '.join(held)}" if held else ""
     return f"{row['run_gb']} GB{where}, {batch_of(row)}{how}: {row['plans']} (+{float(row['more_work']):.0%})"
 

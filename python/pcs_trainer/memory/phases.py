@@ -35,6 +35,9 @@ REPORT = 4  # images in one column of the report
 # What malloc's heap holds unused between a step's blocks, of its kept activations. SD1.5's shapes, 256 pixels: 0.26 GB
 # beside 0.39 of DreamBooth, 0.30 beside 0.43 of Personalized Residuals (glibc 2.36, resident less what was in use).
 GAPS = 0.65
+# And of blocks that come and go while weights are packed: SD1.5 took 0.12 to 0.32 GB more in a step,
+# 0.12 to 0.48 in the check before it; those that pack nothing, whose large blocks leave the process, took none.
+HEAP = 320_000_000  # at most, and of small networks a fifth of their bytes
 PROOF_LATENTS = 16  # a side, of the predictions that prove the file
 
 
@@ -92,6 +95,8 @@ class Phases:
         # A step's activations are freed into malloc's heap, which keeps their pages for the next step.
         parts = step.count(assignment).parts
         self.gaps = int(GAPS * parts.get("kept activations", 0)) if self.cpu else 0
+        packs = self.cpu and self.s.packing != "none"
+        self.heap = {"left in malloc's heap": min(HEAP, self.unet // 5)} if packs else {}
         self.freed = self.gaps + sum(parts.get(n, 0) for n in FREED) if self.cpu else 0
         turns = self.s.offload and not self.cpu
         self.offload = turns and not step.rehearsal.uses_text
@@ -148,7 +153,7 @@ class Phases:
         decoded = self.decoder.decoding(at_once(self.size * self.size, images), self.size)
         if self.cpu:
             beside = beside | {"packed copies of weights": packed_bytes(count, self.s.packing)}
-            beside |= {"kernels for upsampling": self.kernels}
+            beside |= {"kernels for upsampling": self.kernels} | self.heap
         text, vae = {"text encoder weights": self.text}, {"autoencoder weights": self._vae()}
         ram += self.waiting
         if not self.offload:
@@ -217,7 +222,7 @@ class Phases:
             made += int(GAPS * counted.count(self.assignment).parts.get("kept activations", 0))
         set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
         parts = set_up | {"packed copies of weights": self.packed, "kernels for upsampling": self.kernels}
-        parts |= {"both gradients, working memory": made}
+        parts |= {"both gradients, working memory": made} | self.heap
         if not float16:
             return self._phase("gradient check", parts, self.kept)
         halves = self.floats + self.text * self.step.rehearsal.uses_text
@@ -230,7 +235,7 @@ class Phases:
         """What the planner counts of a step."""
         parts = self.step.components(self.assignment)
         parts |= {"kernels for upsampling": self.kernels, "gaps between blocks": self.gaps} if self.cpu else {}
-        return self._phase("training step", parts, self.kept)
+        return self._phase("training step", parts | self.heap, self.kept)
 
     def _standing(self) -> dict[str, int]:
         """What is there between two steps."""
@@ -239,12 +244,13 @@ class Phases:
     def probe(self) -> Phase:
         """Predictions on held-out noise, between two steps."""
         count = self.step.prediction(self.s.batch, self.request.size[1])
-        parts = self._standing() | {"working memory": max(count.peak, self.freed)}
+        parts = self._standing() | {"working memory": max(count.peak, self.freed)} | self.heap
         return self._phase("validation", parts, self.kept)
 
     def preview(self) -> Phase:
         """What the last step left, then images drawn between two steps."""
-        left = self._phase("preview", self._standing() | {"freed by the last step": self.freed}, self.waiting)
+        standing = self._standing() | self.heap
+        left = self._phase("preview", standing | {"freed by the last step": self.freed}, self.waiting)
         parts = self._standing()
         del parts["packed copies of weights"]  # a drawing packs for its own shapes
         drawn = self._drawn("preview", len(self.s.preview_prompts), parts)
