@@ -127,6 +127,7 @@ class WeightRing:
         self.copier = copier or (OnAStream(self.device) if self.device.type == "cuda" else AtOnce())
         self.taken = self.missed = 0  # weights that were taken, and those of them that were not on their way
         self._block: Tensor | None = None
+        self._made: Any = None  # when the work that had the block's memory before is done
         self._here: dict[StreamedWeight, _Place] = {}  # from the longest unused on
         # b -> {id of a: what came after a and b}
         self._next: dict[StreamedWeight, dict[int, StreamedWeight]] = {}
@@ -142,6 +143,8 @@ class WeightRing:
         """Give the block back until a weight is taken again, and forget in which order they come."""
         with self._lock:
             self._end_use()
+            for place in self._here.values():  # what is given back must not be written to any more
+                self.copier.wait(place.ready)
             self._block, self._last = None, (None, None)
             self._here.clear()
             self._next.clear()
@@ -190,6 +193,7 @@ class WeightRing:
         """Begin the copy of a weight, in the place of others than those in `keep`; None where these leave no room."""
         if self._block is None:
             self._block = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+            self._made = self.copier.mark()
         gone = [self._here[weight]] if weight in self._here else []  # of values that it has no longer
         at = self._gap(weight.size, gone)
         for other in [w for w in self._here if w not in keep]:
@@ -207,7 +211,7 @@ class WeightRing:
             place.tensors.append(part.as_strided(source.shape, source.stride(), part.storage_offset()))
             pairs.append((place.tensors[-1], source.detach()))
             at += _aligned(source.nbytes)
-        place.ready = self.copier.copy(pairs, [moment for one in gone for moment in one.used])
+        place.ready = self.copier.copy(pairs, [self._made, *(moment for one in gone for moment in one.used)])
         self._here[weight] = place
         return place
 

@@ -136,6 +136,19 @@ def test_a_weight_that_has_changed_is_copied_again():
     assert ring._block is None and torch.equal(streamed.take(), weight)
 
 
+def test_a_ring_is_given_back_when_its_copies_are_there_and_waits_for_what_had_its_memory():
+    copier = Delayed()
+    ring = WeightRing("cpu", 70_000, copier)
+    pairs = layers_of(ring)
+    for _ in range(2):
+        for _, streamed in pairs:
+            streamed.take()
+    ordered = [place.ready for place in ring._here.values()]
+    assert copier.marks and 1 in copier.after, "the first mark is the block's own"
+    ring.forget()
+    assert all(done.is_set() for done in ordered)
+
+
 def test_a_weight_larger_than_the_ring_is_refused():
     with pytest.raises(ValueError, match=r"a weight of 4096 bytes does not fit a ring of 1000. Fix"):
         StreamedWeight(WeightRing("cpu", 1000), torch.zeros(32, 32))
