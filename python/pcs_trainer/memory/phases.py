@@ -76,8 +76,10 @@ class Phases:
         self.unet = as_read(own, request.dtype)
         self.streamed = 0
         if self.s.resident == "streamed":
-            self.streamed = as_read(waiting_weights(unet), request.dtype)
-            self.unet += ring_bytes(unet) - self.streamed * (not self.cpu)
+            waiting = waiting_weights(unet)
+            self.unet += ring_bytes(unet) - as_read(waiting, request.dtype) * (not self.cpu)
+            # torch's pinned memory comes in powers of two
+            self.streamed = sum(1 << (as_read([p], request.dtype) - 1).bit_length() for p in waiting)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)
