@@ -36,7 +36,7 @@ NOT_MEASURED = {
     "textual_inversion": "no memory goal is set for it; `pcs plan` counts it",
 }
 METHODS = measured(("dreambooth", "custom_diffusion", "personalized_residuals", "textboost"), NOT_MEASURED)
-BUDGETS = (4, 6, 8, 12, 16, 24)
+BUDGETS = (4, 6, 8, 12, 24)
 # How a frozen UNet's weights may be held, and what the columns of the least are called.
 HELD = {
     ("full", "device"): "16 bits",
@@ -128,7 +128,6 @@ def largest(found: RunPlan) -> dict[str, object]:
         "weights": found.weights,
         "resident": found.resident,
         "by_turns": "yes" if found.offload else "no",
-        "ram_gb": f"{max(phase.ram for phase in found.phases) / 1e9:.1f}",
     }
 
 
@@ -212,7 +211,7 @@ def least_lines(table: list[Row]) -> list[str]:
 
 def least_cell(row: Row) -> str:
     where = "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
-    return f"{row['run_gb']}{where}, RAM {row['ram_gb']}"
+    return f"{row['run_gb']}{where}"
 
 
 def target_lines(table: list[Row]) -> list[str]:
@@ -292,8 +291,8 @@ streamed from RAM (`--resident streamed`), and text encoders, UNet and autoencod
 LEAST_PAGE_HEAD = """
 ## The least, at batch 1
 
-GB of a whole run with its report, networks by turns, with 0.5 GB for the CUDA context; the phase that takes it where
-that is not the training step; and GB of the machine's memory.
+GB of a whole run with its report, networks by turns, with 0.5 GB for the CUDA context, and the phase that takes it
+where that is not the training step. What is streamed waits in the machine's memory, of which `pcs plan` says how much.
 """
 PARTS_HEAD = """
 ## SD1.5 at 512, batch 1, against the project's goals
