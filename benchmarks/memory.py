@@ -4,7 +4,8 @@
     python benchmarks/memory.py --least    counts the least of each method at batch 1 anew, and keeps the other rows
     python benchmarks/memory.py --docs     writes docs/memory.md from that file
 
-Nothing is timed and no GPU is needed: a step is traced on meta tensors. Takes an hour on two cores, --least a quarter.
+Nothing is timed and no GPU is needed: a step is traced on meta tensors. Takes about an hour on two cores, --least
+a quarter of one.
 """
 
 from __future__ import annotations
@@ -307,8 +308,8 @@ KEPT_HEAD = """
 MB for one image: of a frozen UNet with low-rank residuals on its output projections, and of a UNet that trains whole.
 """
 LEAST_HEAD = """
-The least that a run takes, its report included, and its batch: subject images (+ class images) in one forward pass, x N
-passes to one optimizer step. bfloat16, 0.5 GB for the CUDA context included; computed by tracing, not measured.
+The least that a run takes, its report included, and its batch (+ class images; x N passes a step): bfloat16, frozen
+weights in 8 bits or streamed from RAM, 0.5 GB for the CUDA context included; computed by tracing, not measured.
 """
 
 
