@@ -115,7 +115,10 @@ def count_all(shown: bool) -> tuple[dict[int, dict[str, list[dict]]], list[str]]
     for architecture in COUNTED:
         found[architecture] = {}
         for op in OPS:
-            kernels = counted(op, architecture, report.some_shapes(op)) if shown else counted(op, architecture)
+            kernels = counted(op, architecture, report.some_shapes(op))
+            if not shown:  # a specialisation is counted once, at the first shape that has it: those shown come first
+                names = {kernel.name for kernel in kernels}
+                kernels += [kernel for kernel in counted(op, architecture) if kernel.name not in names]
             wasteful += [f"sm_{architecture}: {sentence}" for sentence in report.wasteful(kernels)]
             found[architecture][op] = [asdict(kernel) for kernel in kernels]
             print(f"counted {op} on sm_{architecture}", flush=True)
