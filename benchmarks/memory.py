@@ -93,16 +93,12 @@ def rows(task: tuple[str, str]) -> list[dict[str, object]]:
         step = plan(config, method, resolution, batch=1, budget=f"{TARGETS[method] + 0.5}GB")
         whole = plan_run(config, method, resolution, batch=1, budget=f"{TARGETS[method] + 0.5}GB")
         made.append(row_of(model, step, "target", TARGETS[method]) | largest(whole))
-    return made + least_rows(model, method) + kept_rows(model, method)
+    return made + least_rows(task) + kept_rows(model, method)
 
 
-def least_of(task: tuple[str, str]) -> list[dict[str, object]]:
-    """The rows of the least alone."""
-    return least_rows(*task)
-
-
-def least_rows(model: str, method: str) -> list[dict[str, object]]:
+def least_rows(task: tuple[str, str]) -> list[dict[str, object]]:
     """The smallest run at batch 1, networks by turns, for each way to hold the UNet's frozen weights."""
+    model, method = task
     config, resolution = MODELS[model]
     made: list[dict[str, object]] = []
     for weights, resident in HELD:
@@ -173,11 +169,10 @@ def batch_of(row: Row) -> str:
 def cell(row: Row) -> str:
     if row["fits"] == "no":
         return f"no, {row['missing'].split()[0]} GB short"
-    where = "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
     held = ["8 bits"] * (row.get("weights") == "int8") + ["streamed"] * (row.get("resident") == "streamed")
     held += ["by turns"] * (row.get("by_turns") == "yes")
     how = f", {', '.join(held)}" if held else ""
-    return f"{row['run_gb']} GB{where}, {batch_of(row)}{how}: {row['plans']} (+{float(row['more_work']):.0%})"
+    return f"{row['run_gb']} GB{where(row)}, {batch_of(row)}{how}: {row['plans']} (+{float(row['more_work']):.0%})"
 
 
 def budget_lines(table: list[Row], model: str) -> list[str]:
@@ -205,14 +200,14 @@ def least_lines(table: list[Row]) -> list[str]:
                 if (row["what"], row["model"], row["method"]) == ("least", model, method)
             }
             if mine:
-                cells = [least_cell(mine[held]) if held in mine else "" for held in HELD]
+                cells = [mine[way]["run_gb"] + where(mine[way]) if way in mine else "" for way in HELD]
                 lines += [f"| {model} {resolution} | {TITLES[method]} | " + " | ".join(cells) + " |"]
     return lines
 
 
-def least_cell(row: Row) -> str:
-    where = "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
-    return f"{row['run_gb']}{where}"
+def where(row: Row) -> str:
+    """The phase that takes the most, where that is not the training step."""
+    return "" if row["largest_phase"] == STEP else f" ({row['largest_phase']})"
 
 
 def target_lines(table: list[Row]) -> list[str]:
@@ -333,7 +328,7 @@ def main() -> None:
         with options.out.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["what"] != "least"]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(tasks, pool.map(least_of if options.least else rows, tasks), strict=True))
+        found = dict(zip(tasks, pool.map(least_rows if options.least else rows, tasks), strict=True))
     table = kept + [facts | row for task in reversed(tasks) for row in found[task]]
     written_text(options.out, csv_text(table))
     for row in table:

@@ -9,6 +9,7 @@ order told, and an order that has changed costs waiting, never a wrong value.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -253,8 +254,21 @@ def parts_of(weight: FrozenWeight) -> Parts:
     return (*weight, None) if isinstance(weight, Int8Weight) else (weight, None, None)
 
 
-def lent(codes: Any, scales: Any, source: StreamedWeight | None, dtype: torch.dtype) -> Tensor:
+def keep(ctx: Any, parts: Sequence[Any]) -> None:
+    """Keep for the backward what a weight is made of, or where it lies: not the weight."""
+    codes, scales, ctx.source = parts
+    ctx.save_for_backward(codes, scales)
+
+
+def kept(ctx: Any) -> Parts:
+    """What `keep` kept."""
+    codes, scales = ctx.saved_tensors
+    return codes, scales, ctx.source
+
+
+def lent(parts: Sequence[Any], dtype: torch.dtype) -> Tensor:
     """A weight for one product, which ends before the next one is asked for; a 1x1 convolution's keeps its shape."""
+    codes, scales, source = parts
     if source is not None:
         taken = source.take()
         if isinstance(taken, Tensor):

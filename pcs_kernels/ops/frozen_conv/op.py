@@ -20,7 +20,7 @@ from ... import _check as check
 from ..._dispatch import Op, autocast_is_on, define, forced_backend, without_autocast
 from ..._layout import image_format
 from ..._packed import may_pack
-from ...streaming import StreamedWeight, lent, parts_of
+from ...streaming import StreamedWeight, keep, kept, lent, parts_of
 from ..int8_weight import Int8Weight
 from . import reference
 from .checks import check_conv, check_linear
@@ -166,26 +166,16 @@ class _LentConv2d(torch.autograd.Function):
     """The convolution of a weight that is made for each direction: its codes and scales, or where it lies, are kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Tensor | None,
-        scales: Tensor | None,
-        source: StreamedWeight | None,
-        bias: Tensor | None,
-        stride: int,
-        padding: int,
-    ) -> Tensor:
-        ctx.save_for_backward(codes, scales)
-        ctx.source, ctx.numbers = source, (x.shape[2], x.shape[3], stride, padding)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, stride: int, padding: int, *parts: Any) -> Tensor:
+        keep(ctx, parts)
+        ctx.numbers = x.shape[2], x.shape[3], stride, padding
         ctx.order, ctx.backend = image_format(x), forced_backend()
-        return frozen_conv2d(x, lent(codes, scales, source, x.dtype), bias, stride, padding, pack=False)
+        return frozen_conv2d(x, lent(parts, x.dtype), bias, stride, padding, pack=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scales = ctx.saved_tensors
-        weight, dy = lent(codes, scales, ctx.source, dy.dtype), _ordered(dy, ctx.order)
+        weight, dy = lent(kept(ctx), dy.dtype), _ordered(dy, ctx.order)
         if _torch_alone(dy) and not ctx.backend:
             dx = _gradient(dy, weight, *ctx.numbers).contiguous(memory_format=ctx.order)
         else:
@@ -197,23 +187,15 @@ class _LentLinear(torch.autograd.Function):
     """The product with such a weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Tensor | None,
-        scales: Tensor | None,
-        source: StreamedWeight | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(codes, scales)
-        ctx.source, ctx.backend = source, forced_backend()
-        return frozen_linear(x, lent(codes, scales, source, x.dtype).flatten(1), bias, pack=False)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+        keep(ctx, parts)
+        ctx.backend = forced_backend()
+        return frozen_linear(x, lent(parts, x.dtype).flatten(1), bias, pack=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scales = ctx.saved_tensors
-        weight = lent(codes, scales, ctx.source, dy.dtype).flatten(1)
+        weight = lent(kept(ctx), dy.dtype).flatten(1)
         if _torch_alone(dy) and not ctx.backend:
             return reference.backward_linear(dy, weight, False), None, None, None, None
         return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, False, ctx.backend), None, None, None, None
@@ -294,8 +276,8 @@ def frozen_conv2d(
         _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", bias=bias)
         check.floating("x", x)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _LentConv2d.apply(x, *parts_of(weight), bias, stride, padding)
-        return frozen_conv2d(x, lent(*parts_of(weight), x.dtype), bias, stride, padding, pack=False)
+            return _LentConv2d.apply(x, bias, stride, padding, *parts_of(weight))
+        return frozen_conv2d(x, lent(parts_of(weight), x.dtype), bias, stride, padding, pack=False)
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
     if _torch_alone(x) and type(stride) is type(padding) is int:  # the op's schema refuses other types
         check_conv(x, weight, bias, stride, padding)
@@ -325,8 +307,8 @@ def frozen_linear(
         _must_be_frozen("frozen_linear", "torch.nn.functional.linear", bias=bias)
         check.floating("x", x)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _LentLinear.apply(x, *parts_of(weight), bias)
-        return frozen_linear(x, lent(*parts_of(weight), x.dtype).flatten(1), bias, pack=False)
+            return _LentLinear.apply(x, bias, *parts_of(weight))
+        return frozen_linear(x, lent(parts_of(weight), x.dtype).flatten(1), bias, pack=False)
     _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
     # torch's product keeps the weight alone where that is all its gradient needs, but for Apple's, which has a backward
     # of its own that keeps x too.

@@ -262,7 +262,7 @@ def _whole(
     """The weight itself, or what is lent of it, and whether a packed copy of it may be kept."""
     if weight is not None and scales is None:
         return weight, True
-    return lent(weight, scales, source, x.dtype).flatten(1), False
+    return lent((weight, scales, source), x.dtype).flatten(1), False
 
 
 def lowrank_residual(
@@ -295,10 +295,11 @@ def lowrank_residual(
         check.floating("x", x)
     else:
         check.tensor("weight", weight)
-    shape = tuple(weight[0].shape if isinstance(weight, Int8Weight) else weight.shape)
+    shape = (weight.codes if isinstance(weight, Int8Weight) else weight).shape
     codes, scales, source = parts_of(weight)
-    check.require(len(shape) != 4 or shape[2:] == (1, 1), lambda: f"weight must be a 1x1 convolution, not {shape}")
-    codes = codes.flatten(1) if len(shape) == 4 and codes is not None else codes
+    if len(shape) == 4:
+        check.require(shape[2:] == (1, 1), lambda: f"weight must be a 1x1 convolution, not {tuple(shape)}")
+        codes = None if codes is None else codes.flatten(1)
     rest = (bias, down, up, mask, check.number("scale", scale), index)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, codes, *rest)):
         return _LowrankResidual.apply(x, codes, *rest, scales, source, forced_backend())

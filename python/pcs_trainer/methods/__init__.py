@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..settings import Settings
     from .method import Method
 
+# How a model may hold its UNet's frozen weights: the setting's usual value, and why the other is none for a whole UNet.
+HELD = {"weights": ("full", "8 bits do not train"), "resident": ("device", "only frozen ones are streamed")}
 TITLES = {
     "personalized_residuals": "Personalized Residuals",
     "dreambooth": "DreamBooth",
@@ -62,10 +64,9 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
         if name not in known:
             raise ValueError(why_unknown(method, name))
     adapted = dict(chosen.tiny if model is not None and model.embedded else {})
-    if model is not None and getattr(model, "weights", "full") != "full":
-        adapted["weights"] = model.weights
-    if model is not None and getattr(model, "resident", "device") != "device":
-        adapted["resident"] = model.resident
+    for name, (usual, _) in HELD.items():
+        if getattr(model, name, usual) != usual:
+            adapted[name] = getattr(model, name)
     if model is not None and getattr(model, "turns", None) is not None and model.turns.on:
         adapted["offload"] = True
     given = adapted | dict(chosen.presets[preset] if preset else {}) | overrides
@@ -76,16 +77,12 @@ def settings_for(model: Model | None, method: str, **overrides: Any) -> Settings
         values["plan"] = {n: short_plan(p) for n, p in plan.items()} if many else short_plan(plan)
     settings = chosen.settings(method=method, **with_none_for_unset(chosen.settings, values))
     settings.check()
-    if settings.weights == "int8" and chosen.trains_whole_unet:
-        raise ValueError(
-            f"{method} trains every weight of the UNet, and 8 bits do not train. Fix: weights='full', or "
-            "dreambooth_lora, whose UNet stays frozen"
-        )
-    if settings.resident == "streamed" and chosen.trains_whole_unet:
-        raise ValueError(
-            f"{method} trains every weight of the UNet, and only frozen ones are streamed. Fix: resident='device', or "
-            "dreambooth_lora, whose UNet stays frozen"
-        )
+    for name, (usual, why) in HELD.items():
+        if chosen.trains_whole_unet and getattr(settings, name) != usual:
+            raise ValueError(
+                f"{method} trains every weight of the UNet, and {why}. Fix: {name}='{usual}', or dreambooth_lora, "
+                "whose UNet stays frozen"
+            )
     return settings
 
 

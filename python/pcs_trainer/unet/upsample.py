@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pcs_kernels
+from pcs_kernels.streaming import lent, parts_of
 
 from .layers import Conv2d, held
 
@@ -73,8 +74,7 @@ class UpsampledConv:
         seen = pcs_kernels.weight_version(weight)
         if self.kernels is None or seen != self.seen:
             whole = held(conv)
-            whole = whole.take() if isinstance(whole, pcs_kernels.StreamedWeight) else whole
-            whole = pcs_kernels.expand_weight(whole, x.dtype) if isinstance(whole, pcs_kernels.Int8Weight) else whole
+            whole = whole if isinstance(whole, Tensor) else lent(parts_of(whole), x.dtype)
             self.seen, self.kernels = seen, phase_kernels(whole.detach())
         bias = None if conv.bias is None else conv.bias.repeat(4)
         z = pcs_kernels.frozen_conv2d(x, self.kernels, bias, 1, 1)  # [B, 4 O, H + 1, W + 1]

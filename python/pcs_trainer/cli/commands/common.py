@@ -84,6 +84,7 @@ RESIDENT = Option(
     group="model",
 )
 OFFLOAD = Option("--offload", "text encoders, UNet and autoencoder take turns on the GPU", None, False, group="model")
+HOLDING = (WEIGHTS, RESIDENT, OFFLOAD)
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))
 LAG_OPTIONS = (
     Option(

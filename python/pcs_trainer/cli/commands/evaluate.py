@@ -19,14 +19,12 @@ from ..progress import Progress
 from . import COMMANDS
 from .common import (
     GUIDANCE,
+    HOLDING,
     LAG_OPTIONS,
     MODEL_FLAGS,
     MOST_IMAGES,
-    OFFLOAD,
-    RESIDENT,
     SEED,
     STEPS,
-    WEIGHTS,
     concept_file,
     lag_of,
     open_concept,
@@ -83,9 +81,7 @@ OPTIONS = (
         SEED,
     ),
     *MODEL_FLAGS,
-    WEIGHTS,
-    RESIDENT,
-    OFFLOAD,
+    *HOLDING,
     *grouped(
         "output",
         Option("--out", "also write the scores to this JSON file", metavar="FILE"),

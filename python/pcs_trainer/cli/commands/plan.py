@@ -14,20 +14,7 @@ from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
 from . import COMMANDS
-from .common import (
-    DTYPES,
-    HUB_EXAMPLE,
-    METHOD,
-    MODEL,
-    MODEL_CONFIG,
-    OFFLOAD,
-    RAM,
-    RESIDENT,
-    RESOLUTION,
-    WEIGHTS,
-    dtype_of,
-    say,
-)
+from .common import DTYPES, HOLDING, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, RAM, RESOLUTION, dtype_of, say
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
@@ -73,9 +60,7 @@ OPTIONS = grouped(
     Option("--budget", "memory limit, e.g. 6GB", byte_size, metavar="SIZE", otherwise="no limit: the fastest plan"),
     RAM,
     replace(MODEL_CONFIG, group="what to plan"),
-    WEIGHTS,
-    RESIDENT,
-    OFFLOAD,
+    *HOLDING,
     Option("--no-report", "plan a run that writes no report", None, False),
     Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
     Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), metavar="TYPE", otherwise="what suits the device"),

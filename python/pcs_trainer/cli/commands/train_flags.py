@@ -12,7 +12,7 @@ from ...settings import MOST, Settings, literal_choices
 from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..setting_values import as_kind
-from .common import METHOD, MODEL_FLAGS, OFFLOAD, RAM, RESIDENT, RESOLUTION, WEIGHTS, say
+from .common import HOLDING, METHOD, MODEL_FLAGS, RAM, RESOLUTION, say
 
 
 def further_subject(text: str) -> str:
@@ -109,9 +109,7 @@ OPTIONS = (
                ", ".join(f"{long} ({short})" for short, long in PLAN_NAMES.items()),
                one_of("recomputation plan", (*PLAN_NAMES.values(), *PLAN_NAMES)), metavar="PLAN",
                otherwise=str(Settings.plan), setting="plan"),
-        replace(WEIGHTS, setting="weights"),
-        replace(RESIDENT, setting="resident"),
-        replace(OFFLOAD, setting="offload"),
+        *(replace(option, setting=option.name.removeprefix("--")) for option in HOLDING),
         replace(RESOLUTION, setting="resolution"),
         Option("--optimizer", ", ".join(OPTIMIZERS), one_of("optimizer", OPTIMIZERS), metavar="NAME",
                otherwise=Settings.optimizer, setting="optimizer"),
