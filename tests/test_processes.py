@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from pcs_trainer import distributed
+from pcs_trainer.errors import TrainingStopped
 
 FIRST_FAILS = """
 import os, sys
@@ -59,6 +61,17 @@ def test_the_others_end_where_the_first_process_fails(tmp_path):
 def test_the_others_end_where_the_first_process_is_gone(tmp_path):
     (other,) = said(tmp_path, "os._exit(9)", 9)
     assert other.startswith("1 TrainingStopped the first process ended while drawing a mug")
+
+
+@pytest.mark.parametrize("rank, sentence", [(0, "another process ended before"), (1, "the first process ended while")])
+def test_a_process_that_ends_while_they_connect(monkeypatch, rank, sentence):
+    def connect(**how):
+        raise RuntimeError("Gloo connectFullMesh failed with remote worker crashing")
+
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (rank, 2))
+    monkeypatch.setattr(distributed.dist, "new_group", connect)
+    with pytest.raises(TrainingStopped, match=f"{sentence} drawing a mug"), distributed.first_alone("drawing a mug"):
+        raise AssertionError("nothing is done alone")
 
 
 @pytest.mark.slow

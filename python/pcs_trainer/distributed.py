@@ -60,7 +60,10 @@ def first_alone(doing: str) -> Iterator[None]:
     if world == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=WAIT)
+    try:
+        group = dist.new_group(backend="gloo", timeout=WAIT)
+    except RuntimeError as error:  # killed while the processes were still connecting
+        raise TrainingStopped(_ended(doing) if rank else f"another process ended before {doing}") from error
     try:
         if rank:
             _hear_of_the_first(group, doing)
@@ -83,9 +86,13 @@ def _hear_of_the_first(group: Any, doing: str) -> None:
     try:
         dist.broadcast(done, 0, group)
     except RuntimeError as error:  # it was killed, and its connection is closed
-        raise TrainingStopped(f"the first process ended while {doing}; this one ends with it") from error
+        raise TrainingStopped(_ended(doing)) from error
     if not bool(done.item()):
         raise TrainingStopped(f"the first process failed while {doing} and says why; this one ends with it")
+
+
+def _ended(doing: str) -> str:
+    return f"the first process ended while {doing}; this one ends with it"
 
 
 def any_process(wish: bool) -> bool:
