@@ -15,13 +15,14 @@ setup: $(READY)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone, so that no later package replaces this build.
+# torch comes first and alone, so that no later package replaces this build. --no-compile: a module is compiled when it is
+# first imported, and most of these packages' modules never are (two minutes of setup).
 $(VENV)/.installed: constraints.txt pyproject.toml | $(VENV)/bin/python
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt triton numpy pybind11 setuptools wheel
-	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ruff mypy clang-format typos
-	$(PIP) install -q -c constraints.txt bitsandbytes matplotlib rich
-	$(PIP) install -q -c constraints.txt diffusers transformers accelerate peft safetensors pillow tokenizers
+	$(PIP) install -q --no-compile -c constraints.txt torch
+	$(PIP) install -q --no-compile -c constraints.txt triton numpy pybind11 setuptools wheel
+	$(PIP) install -q --no-compile -c constraints.txt pytest pytest-xdist hypothesis ruff mypy clang-format typos
+	$(PIP) install -q --no-compile -c constraints.txt bitsandbytes matplotlib rich
+	$(PIP) install -q --no-compile -c constraints.txt diffusers transformers accelerate peft safetensors pillow tokenizers
 	touch $@
 
 $(READY): $(VENV)/.installed setup.py $(wildcard csrc/*)
@@ -79,7 +80,7 @@ ptx: setup
 # About half an hour on two cores.
 # torchao, a peer of one op, stays apart: transformers would load it wherever it finds it.
 bench: setup
-	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/peers torchao
+	$(PIP) install -q --no-compile -c constraints.txt --no-deps --upgrade --target $(VENV)/peers torchao
 	PYTHONPATH=$(VENV)/peers $(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/step.py --size 512 --rounds 2 --no-compile
 	$(BIN)/python benchmarks/step_methods.py --rounds 2
