@@ -1,9 +1,9 @@
-"""Frozen weights that stay in the machine's memory and pass through a ring on the device, each ahead of its use.
+"""Tensors that stay in the machine's memory and pass through a ring on the device, each ahead of its use.
 
-The ring is one block of the device's memory, and all that the weights take there. A weight that is taken stays in place
-until the next one is taken; then its place may be given away. Which weight comes next is learned from the uses
-themselves: after a and b comes what came after a and b before. So a backward, a recomputation or a drawing needs no
-order told, and an order that has changed costs waiting, never a wrong value.
+Frozen weights, and optimizer states, which go back changed. The ring is one block of the device's memory, and all that
+they take there. What is taken stays in place until the next one is taken; then its place may be given away. Which one
+comes next is learned from the uses themselves: after a and b comes what came after a and b before. So a backward, a
+recomputation or a drawing needs no order told, and an order that has changed costs waiting, never a wrong value.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ AHEAD = 32  # weights that are looked for behind the one in use; the ring's size
 
 
 class Copier(Protocol):
-    """Copies to the device, in their own order beside the device's work. A mark is a moment of that work."""
+    """Copies to or from the device, in their own order beside its work. A mark is a moment of that work."""
 
     def copy(self, pairs: list[tuple[Tensor, Tensor]], after: list[Any]) -> Any:
         """Copy (to, from) pairs once the moments in `after` have passed; what is returned tells when they are there."""
 
     def wait(self, ready: Any) -> None:
         """Let the device's work go on when a copy is there."""
+
+    def finish(self, ready: Any) -> None:
+        """Let the host wait until a copy is there."""
 
     def mark(self) -> Any:
         """The moment at which the work given to the device so far is done."""
@@ -46,6 +49,8 @@ class AtOnce:
 
     def wait(self, ready: Any) -> None:
         pass
+
+    finish = wait
 
     def mark(self) -> Any:
         return None
@@ -68,26 +73,48 @@ class OnAStream:
     def wait(self, ready: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(ready)
 
+    def finish(self, ready: Any) -> None:
+        ready.synchronize()
+
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
 
 
-class StreamedWeight:
-    """A frozen weight in the machine's memory, in the place of a tensor wherever an op takes a frozen one.
+class Streamed:
+    """Tensors in the machine's memory that are used on the device together.
 
     Args:
-        ring: through which it reaches the device.
-        sources: the weight, or the codes and scales of one in 8 bits; parameters whose data may be replaced.
+        ring: through which they reach the device.
+        sources: the tensors; parameters whose data may be replaced.
     """
 
     def __init__(self, ring: WeightRing, *sources: Tensor) -> None:
         self.ring, self.sources = ring, sources
+        self.written: Any = None  # when a copy back to the machine's memory is there
         ring._check(self.size)
 
     @property
     def size(self) -> int:
-        """Bytes that it takes of the ring."""
-        return sum(_aligned(t.nbytes) for t in self.sources)
+        """Bytes that they take of the ring."""
+        return streamed_bytes(*(t.nbytes for t in self.sources))
+
+    def finish(self) -> None:
+        """Let the host wait until what was written back is in the machine's memory."""
+        if self.written is not None:
+            self.ring.outward.finish(self.written)
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a source is replaced or written to."""
+        return tuple(map(weight_version, self.sources))
+
+
+class StreamedWeight(Streamed):
+    """A frozen weight in the machine's memory, in the place of a tensor wherever an op takes a frozen one.
+
+    Args:
+        ring: through which it reaches the device.
+        sources: the weight, or the codes and scales of one in 8 bits.
+    """
 
     @property
     def shape(self) -> torch.Size:
@@ -99,15 +126,11 @@ class StreamedWeight:
         tensors = self.ring.take(self)
         return tensors[0] if len(tensors) == 1 else Int8Weight(*tensors)
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        """What changes when a source is replaced or written to."""
-        return tuple(map(weight_version, self.sources))
-
 
 class _Place:
     """Where in the ring a weight lies."""
 
-    def __init__(self, at: int, weight: StreamedWeight) -> None:
+    def __init__(self, at: int, weight: Streamed) -> None:
         self.at, self.size, self.versions = at, weight.size, weight._versions()
         self.tensors: list[Tensor] = []
         self.ready: Any = None  # when its copy is there
@@ -115,24 +138,23 @@ class _Place:
 
 
 class WeightRing:
-    """A block of a device's memory through which frozen weights pass.
+    """A block of a device's memory through which frozen weights, or optimizer states, pass.
 
     Args:
         device: where the weights are used.
         size: bytes of the block: at least the largest weight, and a few more for copies to run ahead.
-        copier: makes the copies; default: a stream of its own on an NVIDIA or AMD GPU, at once elsewhere.
+        copier: makes the copies; default: a stream for each direction on an NVIDIA or AMD GPU, at once elsewhere.
     """
 
     def __init__(self, device: torch.device | str, size: int, copier: Copier | None = None) -> None:
         self.device, self.size = torch.empty(0, device=device).device, size  # with its number, as tensors have it
-        self.copier = copier or (OnAStream(self.device) if self.device.type == "cuda" else AtOnce())
+        self.copier, self.outward = (copier or _copier(self.device) for _ in range(2))
         self.taken = self.missed = 0  # weights that were taken, and those of them that were not on their way
         self._block: Tensor | None = None
         self._made: Any = None  # when the work that had the block's memory before is done
-        self._here: dict[StreamedWeight, _Place] = {}  # from the longest unused on
-        # b -> {id of a: what came after a and b}
-        self._next: dict[StreamedWeight, dict[int, StreamedWeight]] = {}
-        self._last: tuple[StreamedWeight | None, StreamedWeight | None] = (None, None)
+        self._here: dict[Streamed, _Place] = {}  # from the longest unused on
+        self._next: dict[Streamed, dict[int, Streamed]] = {}  # b -> {id of a: what came after a and b}
+        self._last: tuple[Streamed | None, Streamed | None] = (None, None)
         self._lock = threading.RLock()
 
     def _check(self, size: int) -> None:
@@ -144,13 +166,15 @@ class WeightRing:
         """Give the block back until a weight is taken again, and forget in which order they come."""
         with self._lock:
             self._end_use()
-            for place in self._here.values():  # what is given back must not be written to any more
+            for weight, place in self._here.items():  # what is given back must not be touched by a copy any more
                 self.copier.wait(place.ready)
+                if weight.written is not None:
+                    self.outward.wait(weight.written)
             self._block, self._last = None, (None, None)
             self._here.clear()
             self._next.clear()
 
-    def take(self, weight: StreamedWeight) -> list[Tensor]:
+    def take(self, weight: Streamed) -> list[Tensor]:
         """The weight's tensors on the device, until the next call."""
         with self._lock:
             self._end_use()
@@ -170,11 +194,23 @@ class WeightRing:
             self.copier.wait(place.ready)
             return place.tensors
 
+    def write_back(self, streamed: Streamed) -> None:
+        """Copy what was taken last, and has been changed on the device, back to the machine's memory.
+
+        The host may read it there after `finish` of it.
+        """
+        with self._lock:
+            place = self._here[streamed]
+            pairs = [(source.detach(), t) for source, t in zip(streamed.sources, place.tensors, strict=True)]
+            streamed.written = self.outward.copy(pairs, [self.copier.mark()])
+            place.versions = streamed._versions()  # the device has the same values
+
     def _end_use(self) -> None:
         """All work that reads the weight that was taken last has been given to the device."""
-        place = None if self._last[1] is None else self._here.get(self._last[1])
-        if place is not None:
-            place.used = [self.copier.mark()]
+        last = self._last[1]
+        place = None if last is None else self._here.get(last)
+        if last is not None and place is not None:
+            place.used = [self.copier.mark()] + [last.written] * (last.written is not None)
 
     def _fetch_ahead(self) -> None:
         """Copies of the weights that will come next, for as many as there is room without what comes before them."""
@@ -190,7 +226,7 @@ class WeightRing:
             soon.add(weight)
             before, last = last, weight
 
-    def _fetch(self, weight: StreamedWeight, keep: set[StreamedWeight]) -> _Place | None:
+    def _fetch(self, weight: Streamed, keep: set[Streamed]) -> _Place | None:
         """Begin the copy of a weight, in the place of others than those in `keep`; None where these leave no room."""
         if self._block is None:
             self._block = torch.empty(self.size, dtype=torch.uint8, device=self.device)
@@ -212,7 +248,8 @@ class WeightRing:
             place.tensors.append(part.as_strided(source.shape, source.stride(), part.storage_offset()))
             pairs.append((place.tensors[-1], source.detach()))
             at += _aligned(source.nbytes)
-        place.ready = self.copier.copy(pairs, [self._made, *(moment for one in gone for moment in one.used)])
+        after = [self._made, *(moment for one in gone for moment in one.used)]
+        place.ready = self.copier.copy(pairs, after + [weight.written] * (weight.written is not None))
         self._here[weight] = place
         return place
 
@@ -224,6 +261,15 @@ class WeightRing:
                 break
             at = place.at + place.size
         return at if self.size - at >= size else None
+
+
+def _copier(device: torch.device) -> Copier:
+    return OnAStream(device) if device.type == "cuda" else AtOnce()
+
+
+def streamed_bytes(*sizes: int) -> int:
+    """Bytes that tensors of these sizes take of a ring together."""
+    return sum(map(_aligned, sizes))
 
 
 def on_the_host(t: Tensor, device: torch.device) -> Tensor:

@@ -112,7 +112,7 @@ def test_the_plan_counts_the_copy_that_a_whole_network_needs():
     copies = {}
     for method, kind in (("dreambooth", "drawn"), ("dreambooth", "own"), ("dreambooth_lora", "own")):
         s = settings_for(None, method, prior=kind, steps=30)
-        found = Rehearsal(networks, s, (2, 16), torch.bfloat16).weights()
+        found = Rehearsal(networks, s, (2, 16), torch.bfloat16).weights(s)
         copies[method, kind] = found[FROZEN_COPY] / found["UNet weights"]
     assert copies == {("dreambooth", "drawn"): 0, ("dreambooth", "own"): 1, ("dreambooth_lora", "own"): 0}
 

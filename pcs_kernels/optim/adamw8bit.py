@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .._dispatch import forced_backend
 from .._layout import in_memory_order
-from ..ops.adamw8bit.codes import blocks, code_map, device_map, is_dynamic
+from ..ops.adamw8bit.codes import blocks, code_map, device_map
+from ..streaming import on_the_host
+from .away import CODED, StatesAway
+from .saved import BNB_NESTED, check_saved_state, loaded, own_part
 from .step_numbers import StepNumbers, capturing
-from .together import CODED, Launches, Together
-
-# bitsandbytes nests the coded state under this key since 0.46, so that FSDP leaves it alone.
-_BNB_NESTED = "__bnb_optimizer_quant_state__"
+from .together import Launches, Together
 
 Place = tuple[StepNumbers, int, dict[str, Any]]  # a parameter's row among its device's numbers, and its group
 
@@ -44,6 +44,8 @@ class AdamW8bit(torch.optim.Optimizer):
         seed: bfloat16 and float16 parameters are rounded stochastically from it, so that updates below their
             precision are not lost; None rounds to nearest.
         decay_first: whether the weight decay comes before the update; False matches bitsandbytes on CUDA.
+        states: "streamed" keeps the 8-bit states in the machine's memory, each on the device for its own update, with
+            the same numbers; call `finish()` before you read them. No CUDA graph can hold such a step.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class AdamW8bit(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         seed: int | None = 0,
         decay_first: bool = True,
+        states: str = "device",
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not (math.isfinite(value) and value >= 0):
@@ -65,14 +68,18 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(f"betas must be two numbers in [0, 1), not {betas}")
         if not (16 <= block_size <= 4096) or block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two from 16 to 4096, not {block_size}")
+        if states not in ("device", "streamed"):
+            raise ValueError(f'states must be "device" or "streamed", not {states!r}')
         self.block_size = block_size
         self.min_8bit_size = min_8bit_size
         self.seed = seed
         self.decay_first = decay_first
+        self.states = states
         self._begin()
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
 
     def _begin(self) -> None:
+        self._away = StatesAway(self.block_size) if self.states == "streamed" else None
         self._launches: Launches = {}
         self._numbers: dict[torch.device, StepNumbers] = {}
         self._in_graphs: list[StepNumbers] = []  # captured graphs read and write them whenever they are replayed
@@ -111,7 +118,7 @@ class AdamW8bit(torch.optim.Optimizer):
             if p.grad is None:
                 continue
             found = self._tensors(p)
-            if found is not None and not together.takes(*found, numbers, i):
+            if found is not None and (self._is_away(found[2]) or not together.takes(*found, numbers, i)):
                 self._apply(*found, numbers.rows[i], None)
         for found, numbers, i in together.step():
             self._apply(*found, numbers.rows[i], None)
@@ -164,6 +171,8 @@ class AdamW8bit(torch.optim.Optimizer):
     def _ready(self) -> None:
         if not capturing():
             self.prepare()
+        elif self._away is not None:
+            raise RuntimeError("streamed states cannot be captured in a CUDA graph. Fix: AdamW8bit(states='device')")
         elif not self._place:
             raise RuntimeError("AdamW8bit has nothing to capture yet. Fix: take one step before the CUDA graph")
         elif self._counted != self._held():
@@ -187,6 +196,9 @@ class AdamW8bit(torch.optim.Optimizer):
             numbers.take_counts({i: before[p][:2] for i, (_, p, _) in enumerate(mine) if p in before})
             self._numbers[device] = numbers
             self._place |= {p: (numbers, i, self.param_groups[g]) for i, (_, p, g) in enumerate(mine)}
+            if self._away is not None:
+                largest = max(own_part(p).numel() for _, p, _ in mine)
+                self._away.make_room({device: largest})
         self._left = {p: place for p, place in before.items() if p in self.state and p not in self._place}
         self._counted = self._held()
 
@@ -206,12 +218,24 @@ class AdamW8bit(torch.optim.Optimizer):
     def _apply(self, value: Tensor, grad: Tensor, state: dict[str, Any], row: Tensor, finite: Tensor | None) -> None:
         """The op on one parameter."""
         stochastic, ops = self.seed is not None, torch.ops.pcs_kernels
-        if state["state1"].dtype == torch.uint8:
-            coded = (state[name] for name in (*CODED, "qmap1", "qmap2"))
-            ops.adamw8bit_step(value, grad, *coded, row, finite, self.block_size, stochastic, forced_backend())
-        else:
+        if state["state1"].dtype != torch.uint8:
             states = state["state1"], state["state2"]
             ops.adamw32bit_step(value, grad, *states, row, finite, stochastic, forced_backend())
+            return
+        maps, rest = (state["qmap1"], state["qmap2"]), (self.block_size, stochastic, forced_backend())
+        if self._away is None:
+            ops.adamw8bit_step(value, grad, *(state[name] for name in CODED), *maps, row, finite, *rest)
+            return
+        with self._away.lent(state, value.device) as coded:
+            ops.adamw8bit_step(value, grad, *coded, *maps, row, finite, *rest)
+
+    def _is_away(self, state: dict[str, Any]) -> bool:
+        return self._away is not None and state["state1"].dtype == torch.uint8
+
+    def finish(self) -> None:
+        """Let the host wait until streamed states are in the machine's memory, before it reads them."""
+        if self._away is not None:
+            self._away.finish()
 
     def _init_state(self, p: Tensor, state: dict[str, Any]) -> None:
         if capturing():
@@ -222,18 +246,34 @@ class AdamW8bit(torch.optim.Optimizer):
             state["state1"] = torch.zeros_like(like, dtype=dtype, memory_format=contiguous)
             state["state2"] = torch.zeros_like(like, dtype=dtype, memory_format=contiguous)
             return
+        home, count = self._home(p.device), blocks(p.numel(), self.block_size)
         for number, signed in ((1, True), (2, False)):
             zero = int((code_map(signed) == 0).nonzero()[0])
-            state[f"state{number}"] = torch.full_like(like, zero, dtype=dtype, memory_format=contiguous)
+            codes = torch.full(like.shape, zero, dtype=dtype, device=home)
+            scales = torch.zeros(count, dtype=torch.float32, device=home)
+            state[f"state{number}"] = self._kept(codes, p.device)
             state[f"qmap{number}"] = device_map(signed, p.device)
-            state[f"absmax{number}"] = torch.zeros(
-                blocks(p.numel(), self.block_size), dtype=torch.float32, device=p.device
-            )
+            state[f"absmax{number}"] = self._kept(scales, p.device)
+
+    def _home(self, device: torch.device) -> torch.device:
+        """Where the coded states are of parameters on a device."""
+        return device if self._away is None else torch.device("cpu")
+
+    def _kept(self, t: Tensor, device: torch.device) -> Tensor:
+        return t if self._away is None else on_the_host(t, device)
+
+    def _loaded(self, saved: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """A copy of a saved state of a parameter on a device."""
+        coded = saved["state1"].dtype == torch.uint8
+        homes = dict.fromkeys(CODED if coded else (), self._home(device))
+        found = {name: loaded(name, value, homes.get(name, device)) for name, value in saved.items()}
+        return found | {name: self._kept(found[name], device) for name in homes}
 
     def state_dict(self) -> dict[str, Any]:
         """As bitsandbytes has it, with each parameter's count of steps, which is read from its device here."""
         if self._counted != self._held():
             self._count_anew()
+        self.finish()
         left = {p: self.state.pop(p) for p in self._left}  # torch has no number for what no group holds
         try:
             saved = super().state_dict()
@@ -260,15 +300,17 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: what was asked for, states, groups and counts; no buffers of a device's steps."""
-        asked = {name: getattr(self, name) for name in ("block_size", "min_8bit_size", "seed", "decay_first")}
+        self.finish()
+        names = ("block_size", "min_8bit_size", "seed", "decay_first", "states")
+        asked = {name: getattr(self, name) for name in names}
         return super().__getstate__() | asked | {"steps": self._steps()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         steps = state["steps"]
         super().__setstate__({name: value for name, value in state.items() if name != "steps"})
-        for p, its in self.state.items():
-            its.update({name: _loaded(name, value, p.device) for name, value in its.items()})
         self._begin()
+        for p, its in self.state.items():
+            its.update(self._loaded(its, p.device))
         held = {p for group in self.param_groups for p in group["params"]}
         left, groups = [p for p in self.state if p not in held], self.param_groups
         if left:  # of no group: they have one until their counts are theirs, and `prepare` then keeps them apart
@@ -288,29 +330,21 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(f"state_dict has parameter groups of {saved_sizes} tensors, this optimizer of {sizes}")
         ours = [p for g in groups for p in g["params"]]
         theirs = [key for g in saved_groups for key in g["params"]]
-        loaded, steps = {}, {}
+        found, steps = {}, {}
         for p, key in zip(ours, theirs, strict=True):
             if key in state_dict["state"]:
                 saved = dict(state_dict["state"][key])
-                saved.update(saved.pop(_BNB_NESTED, {}))
-                _check_saved_state(saved, own_part(p), key, self.block_size)
+                saved.update(saved.pop(BNB_NESTED, {}))
+                check_saved_state(saved, own_part(p), key, self.block_size)
                 steps[p] = int(saved.pop("step"))
-                loaded[p] = {name: _loaded(name, value, p.device) for name, value in saved.items()}
+                found[p] = self._loaded(saved, p.device)
+        if self._away is not None:
+            self._away.forget()
         self.state.clear()
-        self.state.update(loaded)
+        self.state.update(found)
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({k: deepcopy(v) for k, v in saved_group.items() if k != "params"})
         self._take_steps(steps)
-
-
-def _loaded(name: str, value: Any, device: torch.device) -> Any:
-    """A copy of a saved value on its parameter's device; the dynamic map is the one that all there share."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device).clone()
-    if name in ("qmap1", "qmap2") and is_dynamic(value, name == "qmap1"):
-        return device_map(name == "qmap1", value.device)
-    return value
 
 
 def _check_scale(grad_scale: float | Tensor) -> None:
@@ -319,27 +353,3 @@ def _check_scale(grad_scale: float | Tensor) -> None:
             raise ValueError(f"grad_scale must be a number or a tensor of one element, not {tuple(grad_scale.shape)}")
     elif not math.isfinite(grad_scale):
         raise ValueError(f"grad_scale must be a finite number, not {grad_scale}")
-
-
-def own_part(t: Tensor) -> Tensor:
-    """This process's part of a tensor that several share (a DTensor), or the tensor."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def _check_saved_state(saved: dict[str, Any], p: Tensor, key: Any, block_size: int) -> None:
-    for name in ("state1", "state2"):
-        if name not in saved or saved[name].numel() != p.numel():
-            raise ValueError(f"state_dict: {name} of parameter {key} does not fit its {tuple(p.shape)} elements")
-        memory = tuple(in_memory_order(p, p).shape)
-        if saved[name].ndim == 4 and tuple(saved[name].shape) != memory:
-            raise ValueError(
-                f"state_dict: {name} of parameter {key} was saved from another memory format than the parameter's. "
-                "Fix: give the parameter the same one (contiguous or channels_last) before loading"
-            )
-        number = name[-1]
-        if saved[name].dtype == torch.uint8:
-            wanted = blocks(p.numel(), block_size)
-            if saved.get(f"absmax{number}", p.new_empty(0)).numel() != wanted or f"qmap{number}" not in saved:
-                raise ValueError(
-                    f"state_dict: absmax{number} of parameter {key} must hold {wanted} blocks of {block_size}"
-                )

@@ -11,12 +11,12 @@ from .._dispatch import forced_backend
 from .._fallback import launch_reason, tell_once
 from ..ops.adamw8bit.codes import is_dynamic
 from ..ops.adamw8bit.op import OP
+from .away import CODED
 from .step_numbers import StepNumbers, capturing
 
 if TYPE_CHECKING:  # Triton is imported where it runs
     from ..ops.adamw8bit.many import Entry, Many
 
-CODED = ("state1", "state2", "absmax1", "absmax2")
 Kind = tuple[torch.device, torch.dtype, torch.dtype, bool]  # device, parameter's and gradient's type, 8 bits
 Found = tuple[Tensor, Tensor, dict[str, Any]]  # value, gradient, state
 Launches = dict[Kind, "Many | None"]  # None: the card has no room for the kernel

@@ -81,6 +81,7 @@ class Settings:
     prior_folder: str | None = None  # class images with captions beside them or in lists; None: the model draws them
     prior_steps: int = 25  # sampling steps of a generated class image
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
+    states: Literal["device", "streamed"] = "device"  # streamed: 8-bit optimizer states wait in RAM between updates
     step_in_backward: bool = False  # update each parameter inside the backward pass, and free its gradient
     seed: int = 0
     plan: str | dict[str, str] = "A"  # recomputation plan of the UNet, or of its layers by leading part of their names
@@ -139,6 +140,8 @@ class Settings:
             raise ValueError("prior='own' does nothing at prior_weight 0. Fix: prior_weight=1, or leave out prior")
         if self.step_in_backward and self.optimizer != "adamw8bit":
             raise ValueError("step_in_backward needs optimizer='adamw8bit'")
+        if self.states == "streamed" and self.optimizer != "adamw8bit":
+            raise ValueError("states='streamed' needs optimizer='adamw8bit'")
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:

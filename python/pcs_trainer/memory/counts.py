@@ -65,7 +65,7 @@ class Counted:
 
     def lasting(self) -> dict[str, int]:
         """What is there all the time, by component."""
-        found = self.rehearsal.weights()
+        found = self.rehearsal.weights(self.request.settings)
         if self.rehearsal.accumulate:
             found["gradients"] = sum(p.nbytes for p in self.rehearsal.trained)
         if self.fake:
@@ -85,7 +85,7 @@ class Counted:
     def table(self) -> Table:
         return Table({plan: self.count(plan) for plan in PLANS}, sum(self.lasting().values()))
 
-    def comparison(self, assignment: dict[str, str]) -> int:
+    def comparison(self, assignment: str | dict[str, str]) -> int:
         """Bytes that comparing this step's gradients with the reference's makes."""
         key = json.dumps(assignment)
         if key not in self._compared:
@@ -115,8 +115,8 @@ def _counted(request: Request) -> Counted:
 
 
 def counted_once(request: Request) -> Counted:
-    """The count of a request; asked again, the same tracing, whatever is packed and whoever waits between steps."""
-    settings = replace(request.settings, packing="both", offload=False)
+    """The count of a request; asked again, the same tracing, whatever is packed and wherever things wait."""
+    settings = replace(request.settings, packing="both", offload=False, resident="device", states="device")
     found = copy.copy(_counted(replace(request, settings=settings)))
     found.request = request
     return found

@@ -26,6 +26,7 @@ from ..unet.streaming import ring_bytes, waiting_weights
 from .blank import filled, text_encoder
 from .counts import Counted, counted_once, packed_bytes
 from .ledger import Ledger
+from .rehearsal import CODED
 
 # Resident after importing torch, transformers, diffusers and the trainer (torch 2.13, CPU build): 0.49 GB, and 0.04 GB
 # of tokenizers and configurations. A CUDA build's libraries are larger; how much was not measured.
@@ -66,7 +67,7 @@ class Phases:
         report: whether the run ends with a report.
     """
 
-    def __init__(self, step: Counted, assignment: dict[str, str], size: int, context: int, report: bool) -> None:
+    def __init__(self, step: Counted, assignment: str | dict[str, str], size: int, context: int, report: bool) -> None:
         self.step, self.assignment, self.size, self.context, self.report = step, assignment, size, context, report
         request = step.request
         self.request, self.networks, self.s = request, request.networks, request.settings
@@ -78,8 +79,7 @@ class Phases:
         if self.s.resident == "streamed":
             waiting = waiting_weights(unet)
             self.unet += ring_bytes(unet) - as_read(waiting, request.dtype) * (not self.cpu)
-            # torch's pinned memory comes in powers of two
-            self.streamed = sum(1 << (as_read([p], request.dtype) - 1).bit_length() for p in waiting)
+            self.streamed = sum(pinned(as_read([p], request.dtype)) for p in waiting)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)
@@ -104,7 +104,9 @@ class Phases:
         self.offload = turns and not step.rehearsal.uses_text
         # What takes turns keeps its values in RAM while it works; encoders that train do so only once they had to wait.
         self.waiting = (self.unet + self.text + self._vae()) * turns
+        away = sum(pinned(p.numel()) for p in step.rehearsal.trained if p.numel() >= CODED)
         self.kept = (self.unet + self.text * step.rehearsal.uses_text) * turns
+        self.away = 2 * away * (self.s.states == "streamed")  # in RAM from the first step on
         self.pictures = 3 * size * size * self._images()  # as uint8
 
     def _joined(self) -> int:
@@ -133,6 +135,11 @@ class Phases:
         if s.preview_every and s.preview_prompts:
             found.append(self.preview())
         return [*found, self.checkpoint(), self.finish(), *([self.run_report()] if self.report else [])]
+
+    def without_the_step(self) -> list[Phase]:
+        """Those that take what they take, whatever plan the step follows."""
+        found = [self.loading(), self.photos()] + [self.class_images()] * self._draws_class_images()
+        return found + [self.run_report()] * self.report
 
     def _phase(self, name: str, parts: dict[str, int], ram: int = 0) -> Phase:
         parts = {part: size for part, size in parts.items() if size}
@@ -237,7 +244,7 @@ class Phases:
         """What the planner counts of a step."""
         parts = self.step.components(self.assignment)
         parts |= {"kernels for upsampling": self.kernels, "gaps between blocks": self.gaps} if self.cpu else {}
-        return self._phase("training step", parts | self.heap, self.kept)
+        return self._phase("training step", parts | self.heap, self.kept + self.away)
 
     def _standing(self) -> dict[str, int]:
         """What is there between two steps."""
@@ -247,26 +254,27 @@ class Phases:
         """Predictions on held-out noise, between two steps."""
         count = self.step.prediction(self.s.batch, self.request.size[1])
         parts = self._standing() | {"working memory": max(count.peak, self.freed)} | self.heap
-        return self._phase("validation", parts, self.kept)
+        return self._phase("validation", parts, self.kept + self.away)
 
     def preview(self) -> Phase:
         """What the last step left, then images drawn between two steps."""
         standing = self._standing() | self.heap
-        left = self._phase("preview", standing | {"freed by the last step": self.freed}, self.waiting)
+        left = self._phase("preview", standing | {"freed by the last step": self.freed}, self.waiting + self.away)
         parts = self._standing()
         del parts["packed copies of weights"]  # a drawing packs for its own shapes
-        drawn = self._drawn("preview", len(self.s.preview_prompts), parts)
+        drawn = self._drawn("preview", len(self.s.preview_prompts), parts, self.away)
         return max(left, drawn, key=lambda phase: phase.bytes)
 
     def checkpoint(self) -> Phase:
         """Everything that trains written to disk, a tensor at a time."""
         largest = max(p.nbytes for p in self.step.rehearsal.trained)
         parts = self._standing() | {"freed by the last step": self.freed} | self._host(largest)
-        return self._phase("checkpoint", parts, largest + self.kept)
+        return self._phase("checkpoint", parts, largest + self.kept + self.away)
 
     def finish(self) -> Phase:
         """What the last step left, then the concept off the model, its file proven by what the model predicted."""
-        left = self._phase("finish", self._standing() | {"freed by the last step": self.freed}, self.waiting)
+        standing = self._standing() | {"freed by the last step": self.freed}
+        left = self._phase("finish", standing, self.waiting + self.away)
         return max(left, self._proof(), key=lambda phase: phase.bytes)
 
     def _proof(self) -> Phase:
@@ -291,6 +299,11 @@ class Phases:
 def as_read(parameters: Iterable[Tensor], dtype: torch.dtype) -> int:
     """Bytes of parameters before a method has made any of them wider."""
     return sum(p.numel() * min(p.itemsize, dtype.itemsize) for p in parameters)
+
+
+def pinned(size: int) -> int:
+    """Bytes that torch's pinned memory takes for so many: it comes in powers of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def autoencoder_dtypes(config: dict[str, Any], dtype: torch.dtype, sdxl: bool) -> tuple[torch.dtype, torch.dtype]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pcs_kernels
 from pcs_kernels.optim import AdamW8bit, StepInBackward, step_in_backward, sum_of_squares
+from pcs_kernels.optim.away import ring_bytes as states_ring
 
 from ..methods import method_named
 from ..methods.start import learner_for
@@ -30,6 +31,7 @@ from .blank import BlankModel, BlankVocabulary
 from .ledger import Ledger, StepCount
 from .networks import Networks
 
+CODED = 4096  # elements from which on AdamW8bit codes a state
 FROZEN_COPY = "frozen copy of the UNet"
 WORD = "<subject>"  # where the settings name none: causal residuals act from a word on
 
@@ -199,8 +201,8 @@ class Rehearsal:
             for p in self.trained:
                 p.grad = None
 
-    def weights(self) -> dict[str, int]:
-        """Bytes that are there before, during and after the step, by component."""
+    def weights(self, s: Settings) -> dict[str, int]:
+        """Bytes that are there before, during and after the step, by component; settings say what waits elsewhere."""
         trained = {id(p) for p in self.trained}
         in_place = {id(p) for p in self.trained if p.dtype is self.dtype}
         owned: dict[str, list[nn.Parameter]] = {
@@ -210,12 +212,12 @@ class Rehearsal:
         found = {
             name: sum(p.nbytes for p in ps if id(p) not in trained or id(p) in in_place) for name, ps in owned.items()
         }
-        if self.settings.resident == "streamed":
+        if s.resident == "streamed":
             waiting = sum(p.nbytes for p in waiting_weights(self.unet) if id(p) not in trained)
             found["UNet weights"] += ring_bytes(self.unet) - waiting
         masters = sum(p.nbytes for p in self.trained if id(p) not in in_place)
         text = 0 if self.cached is None else sum(t.nbytes for pair in self.cached.values() for t in pair)
-        keeps_base = self.settings.prior == "own" and self.learner.trains_whole_network
+        keeps_base = s.prior == "own" and self.learner.trains_whole_network
         copied = sum(p.numel() for p in self.trained) <= LARGEST_COPY
         return found | {
             "trained in float32": masters,
@@ -223,8 +225,17 @@ class Rehearsal:
             "copy of the last good state": sum(p.nbytes for p in self.trained) * copied,
             FROZEN_COPY: found["UNet weights"] * keeps_base,
             "cached text": text,
-            "optimizer state": sum(state_bytes(p, self.settings.optimizer) for p in self.trained),
+            "optimizer state": self._states(s),
         }
+
+    def _states(self, s: Settings) -> int:
+        """The optimizer's state on the device."""
+        states = [(p, state_bytes(p, s.optimizer)) for p in self.trained]
+        coded = [p for p, _ in states if p.numel() >= CODED]
+        if s.states == "device" or not coded:
+            return sum(size for _, size in states)
+        small = sum(size for p, size in states if p.numel() < CODED)
+        return small + states_ring(max(p.numel() for p in coded))
 
     def _kept(self) -> list[Tensor]:
         """Frozen halves of what trains, and on the CPU the values that are put back in the end."""
@@ -278,4 +289,4 @@ def state_bytes(p: Tensor, optimizer: str) -> int:
     n = p.numel()
     if optimizer == "adamw":
         return 8 * n if p.dtype == torch.float32 else 16 * n
-    return 2 * n + 2 * 4 * -(-n // 256) + 2 * 1024 if n >= 4096 else 8 * n
+    return 2 * n + 2 * 4 * -(-n // 256) + 2 * 1024 if n >= CODED else 8 * n

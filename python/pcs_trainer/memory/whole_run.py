@@ -9,10 +9,15 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..methods import method_named
+from .counts import Counted, Request, counted_once
 from .phases import LIBRARIES, Phase, Phases
-from .planner import Plan, bytes_of, counted_for, opened, plan
+from .planner import CUDA_CONTEXT, Plan, asked_for, bytes_of, counted_for, opened, plan
 
 Packing = Literal["both", "forward", "none"]  # from the fastest to the smallest
+# The settings that say how the networks and the optimizer's states are held.
+WAYS = ("resident", "weights", "states", "packing", "offload")
+What = tuple[Any, str, int | None, int | None]  # model, method, resolution, batch
+LARGE = 100_000_000  # bytes of optimizer state that are worth streaming
 TRIES = 4  # plans of a step, each within less, until what surrounds it on the CPU fits too
 
 
@@ -26,6 +31,7 @@ class RunPlan:
     offload: bool
     weights: str
     resident: str
+    states: str
     budget: int | None
     ram: int | None
     missing: str = ""  # empty where the run fits, else what is missing
@@ -43,8 +49,7 @@ class RunPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """The trainer's settings that this plan stands for."""
-        held = {name: getattr(self, name) for name in ("packing", "offload", "weights", "resident")}
-        return self.step.settings | held
+        return self.step.settings | {name: getattr(self, name) for name in WAYS}
 
     def __str__(self) -> str:
         cpu = self.step.device == "cpu"
@@ -61,6 +66,8 @@ class RunPlan:
             lines += ["the UNet's frozen weights are held in 8 bits (weights int8)"]
         if self.resident == "streamed":
             lines += ["the UNet's frozen weights wait in RAM, copied to the GPU ahead of use (resident streamed)"]
+        if self.states == "streamed":
+            lines += ["the optimizer's states wait in RAM, each on the GPU for its update (states streamed)"]
         if self.offload and not cpu:
             lines += ["text encoders, UNet and autoencoder take turns on the GPU (offload)"]
         lines += [f"RAM limit: {self.ram / 1e9:.3f} GB"] if self.ram is not None else []
@@ -93,9 +100,10 @@ def plan_run(
         report: whether the run ends with a report.
 
     Returns:
-        the first that fits of full weights and 8 bits on the device, and of the two streamed to a GPU, each with packed
-        copies for both directions, for the forward, and none (CPU), or with all networks on the GPU at once and by
-        turns; where none fits, the last, which says what is missing. What the settings say is not tried otherwise.
+        the first that fits of full weights and 8 bits on the device, and of the two streamed to a GPU, each with the
+        optimizer's states there and, where they are large, streamed too; with packed copies for both directions, for
+        the forward, and none (CPU), or with all networks on the GPU at once and by turns. Where none fits, the last,
+        which says what is missing. What the settings say is not tried otherwise.
     """
     model = opened(model)  # once for all packings
     allowed = None if budget is None else bytes_of(budget, "budget")
@@ -108,12 +116,19 @@ def plan_run(
     choices: dict[str, tuple[Any, ...]] = {
         "resident": ("device", "streamed") if frozen and not cpu else ("device",),
         "weights": ("full", "int8") if frozen else ("full",),
+        "states": ("device",) if cpu else ("device", "streamed"),
         "packing": get_args(Packing) if cpu else ("both",),
         "offload": (False,) if cpu else (False, True),
     }
     given = {name: value for name, value in held.items() if value != choices[name][0]} | settings
-    for more in _ways(given, choices, limit is not None):
-        found = _planned((model, method, resolution, batch), limit, dtype, device, measure, beside, report, more)
+    what = model, method, resolution, batch
+    ways = _ways(given, choices, limit is not None)
+    if len({way["states"] for way in ways}) > 1 and _has_small_states(what, dtype, device, ways[0]):
+        ways = [way for way in ways if way["states"] == "device"]
+    for way in ways:
+        if limit is not None and way is not ways[-1] and _is_hopeless(what, limit, dtype, device, report, way):
+            continue
+        found = _planned(what, limit, dtype, device, measure, beside, report, way)
         missing = found.missing or _missing(found.phases, limit, memory)
         found = replace(found, budget=allowed, ram=memory, missing=missing)
         if found.fits:
@@ -133,8 +148,32 @@ def _ways(settings: dict[str, Any], choices: dict[str, tuple[Any, ...]], limited
     return [settings | dict(zip(choices, way, strict=True)) for way in itertools.product(*choices.values())]
 
 
+def _counted(what: What, dtype: torch.dtype, device: str, way: dict[str, Any]) -> tuple[Counted, int]:
+    """The count of a step as it was asked for, and the pixels a side of its pictures."""
+    model, method, resolution, batch = what
+    s, networks = asked_for(model, method, way)
+    resolution = resolution or s.resolution or networks.resolution
+    size = (batch or s.batch) * (2 if s.prior_weight else 1), resolution // networks.pixels
+    return counted_once(Request(networks, s, size, dtype, device, False)), resolution
+
+
+def _has_small_states(what: What, dtype: torch.dtype, device: str, way: dict[str, Any]) -> bool:
+    """Whether the optimizer's states are too small to be streamed."""
+    counted, _ = _counted(what, dtype, device, way)
+    return counted.lasting()["optimizer state"] < LARGE
+
+
+def _is_hopeless(what: What, limit: int, dtype: torch.dtype, device: str, report: bool, way: dict[str, Any]) -> bool:
+    """Whether what no plan of the step changes is beyond the limit already, where the networks are held this way."""
+    if device == "cpu":
+        return False
+    counted, size = _counted(what, dtype, device, way)
+    fixed = Phases(counted, "checkpoint", size, CUDA_CONTEXT, report).without_the_step()
+    return CUDA_CONTEXT + sum(counted.lasting().values()) > limit or max(p.bytes for p in fixed) > limit
+
+
 def _planned(
-    what: tuple[Any, str, int | None, int | None],
+    what: What,
     limit: int | None,
     dtype: torch.dtype,
     device: str,
@@ -154,8 +193,8 @@ def _planned(
             break
         within -= over  # what lies between the step's blocks is known once its plan is
     step = replace(step, budget=limit, missing=step.missing if within == limit else "")
-    held = settings["packing"], settings["offload"], settings["weights"], settings["resident"]
-    return RunPlan(step, phases, *held, None, None, step.missing)
+    held = {name: settings[name] for name in WAYS}
+    return RunPlan(step, phases, **held, budget=None, ram=None, missing=step.missing)
 
 
 def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:

@@ -21,7 +21,7 @@ IDENTITY = {"base", "base_name", "data", "settings"}  # what every version has w
 # What may change between a run and its resume.
 FREE = (
     *("steps", "checkpoint_every", "keep", "preview_every", "preview_prompts"),
-    *("probe_every", "plan", "packing", "offload", "resident", "check_backend"),
+    *("probe_every", "plan", "packing", "offload", "resident", "states", "check_backend"),
 )
 # What says nothing while another setting is off.
 ONLY_WITH = {"augment_probability": "augment", "bank": "augment"}

@@ -65,8 +65,8 @@ class CudaGraphs:
 def recorder_for(s: Settings, device: torch.device) -> Recorder | None:
     """What records this run's steps, or None where they run eagerly."""
     possible = device.type == "cuda" and torch.version.hip is None and rank_and_world()[1] == 1
-    # Weights that are streamed come by copies that the host orders, one after the other.
-    fixed = s.optimizer == "adamw8bit" and s.resident == "device"
+    # What is streamed comes by copies that the host orders, one after the other.
+    fixed = s.optimizer == "adamw8bit" and s.resident == s.states == "device"
     return CudaGraphs() if possible and s.graph == "auto" and fixed else None
 
 

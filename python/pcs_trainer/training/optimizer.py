@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pcs_kernels.optim import AdamW8bit, LossScale, StepInBackward, step_in_backward
-from pcs_kernels.optim.adamw8bit import own_part
+from pcs_kernels.optim.saved import own_part
 
 from ..concept import grammar
 from ..distributed import (
@@ -101,7 +101,7 @@ class Stepper:
         self.handle: StepInBackward | None = None
         self.optimizer: AdamW8bit | torch.optim.AdamW
         if s.optimizer == "adamw8bit":
-            self.optimizer = AdamW8bit(groups, betas=(0.9, 0.999), seed=s.seed)
+            self.optimizer = AdamW8bit(groups, betas=(0.9, 0.999), seed=s.seed, states=s.states)
             if s.step_in_backward and self.world == 1:
                 self.handle = step_in_backward(self.optimizer, s.accumulate, s.clip_norm or None, s.clip)
         else:
@@ -326,6 +326,8 @@ class Stepper:
 
 def has_average(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     """Whether the running average of a parameter's gradients is not zero everywhere."""
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.finish()
     state = optimizer.state.get(p) or {}
     # Of a coded average the scales tell: they are zero where it is, and its codes are not.
     found = next((state[name] for name in ("absmax1", "state1", "exp_avg") if name in state), None)

@@ -85,6 +85,13 @@ RESIDENT = Option(
 )
 OFFLOAD = Option("--offload", "text encoders, UNet and autoencoder take turns on the GPU", None, False, group="model")
 HOLDING = (WEIGHTS, RESIDENT, OFFLOAD)
+STATES = Option(
+    "--states",
+    "where the 8-bit optimizer states are: on the device, or streamed to it from RAM for each update",
+    one_of("place", ("device", "streamed")),
+    metavar="PLACE",
+    otherwise="device",
+)
 STEPS = Option("--steps", "sampling steps", integer(1, "25"), 25, "N", also=("--num_inference_steps", "--ddim_steps"))
 LAG_OPTIONS = (
     Option(

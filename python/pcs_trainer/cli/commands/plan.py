@@ -14,7 +14,7 @@ from ...units import bytes_text
 from ..exit_codes import DOES_NOT_FIT, DONE
 from ..options import Command, Option, byte_size, grouped, integer, one_of
 from . import COMMANDS
-from .common import DTYPES, HOLDING, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, RAM, RESOLUTION, dtype_of, say
+from .common import DTYPES, HOLDING, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, RAM, RESOLUTION, STATES, dtype_of, say
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ OPTIONS = grouped(
     RAM,
     replace(MODEL_CONFIG, group="what to plan"),
     *HOLDING,
+    STATES,
     Option("--no-report", "plan a run that writes no report", None, False),
     Option("--device", "device to plan for: cuda or cpu", one_of("device", ("cuda", "cpu")), "cuda", "DEVICE"),
     Option("--dtype", ", ".join(DTYPES), one_of("dtype", DTYPES), metavar="TYPE", otherwise="what suits the device"),
@@ -104,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
         prior=options.prior,
         weights=options.weights,
         resident=options.resident,
+        states=options.states,
         offload=options.offload or None,
     )
     if reason:
@@ -161,12 +163,11 @@ def chosen_plan(
     """
     import torch
 
-    from ...memory.whole_run import plan_run
+    from ...memory.whole_run import WAYS, plan_run
 
     device = torch.device(model.device)  # the UNet is not read yet: how it is held is found out here
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--budget: memory is counted for cpu and cuda alone, not for {device.type}")
-    ways = ("packing", "weights", "resident", "offload")  # to hold the networks: a limit of RAM decides these alone
     apart = ("resolution", "batch", "accumulate")  # arguments of plan() itself
     others = {name: value for name, value in chosen.items() if name not in apart}
     found: RunPlan = plan_run(
@@ -195,10 +196,12 @@ def chosen_plan(
     most = found.largest
     held = [f"weights {found.weights}"] * (found.weights != "full")
     held += [f"resident {found.resident}"] * (found.resident != "device")
+    held += [f"states {found.states}"] * (found.states != "device")
     held += ["offload"] * (found.offload and device.type != "cpu")
     how = "".join(f", {one}" for one in held)
     say(f"{', '.join(limits)}: {bytes_text(most.bytes)} needed ({most.name}){how}, recomputation {found.step.plans}")
-    return {name: value for name, value in found.settings.items() if budget is not None or name in ways}
+    # A limit of RAM decides alone how the networks are held.
+    return {name: value for name, value in found.settings.items() if budget is not None or name in WAYS}
 
 
 COMMAND = Command(

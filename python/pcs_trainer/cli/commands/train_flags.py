@@ -12,7 +12,7 @@ from ...settings import MOST, Settings, literal_choices
 from ...unet import PLAN_NAMES
 from ..options import Option, byte_size, grouped, integer, number, one_of
 from ..setting_values import as_kind
-from .common import HOLDING, METHOD, MODEL_FLAGS, RAM, RESOLUTION, say
+from .common import HOLDING, METHOD, MODEL_FLAGS, RAM, RESOLUTION, STATES, say
 
 
 def further_subject(text: str) -> str:
@@ -109,7 +109,7 @@ OPTIONS = (
                ", ".join(f"{long} ({short})" for short, long in PLAN_NAMES.items()),
                one_of("recomputation plan", (*PLAN_NAMES.values(), *PLAN_NAMES)), metavar="PLAN",
                otherwise=str(Settings.plan), setting="plan"),
-        *(replace(option, setting=option.name.removeprefix("--")) for option in HOLDING),
+        *(replace(option, setting=option.name.removeprefix("--")) for option in (*HOLDING, STATES)),
         replace(RESOLUTION, setting="resolution"),
         Option("--optimizer", ", ".join(OPTIMIZERS), one_of("optimizer", OPTIMIZERS), metavar="NAME",
                otherwise=Settings.optimizer, setting="optimizer"),
