@@ -9,12 +9,14 @@ recomputation or a drawing needs no order told, and an order that has changed co
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from . import _check as check
 from ._fallback import tell_once
 from ._packed import weight_version
 from .ops.int8_weight import Int8Weight, lent_weight
@@ -35,6 +37,9 @@ class Copier(Protocol):
     def finish(self, ready: Any) -> None:
         """Let the host wait until a copy is there."""
 
+    def uses(self, block: Tensor) -> None:
+        """Its copies touch this memory: it is nobody else's before they are done."""
+
     def mark(self) -> Any:
         """The moment at which the work given to the device so far is done."""
 
@@ -50,7 +55,7 @@ class AtOnce:
     def wait(self, ready: Any) -> None:
         pass
 
-    finish = wait
+    finish = uses = wait
 
     def mark(self) -> Any:
         return None
@@ -76,6 +81,9 @@ class OnAStream:
     def finish(self, ready: Any) -> None:
         ready.synchronize()
 
+    def uses(self, block: Tensor) -> None:
+        block.record_stream(self.stream)
+
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
 
@@ -89,6 +97,8 @@ class Streamed:
     """
 
     def __init__(self, ring: WeightRing, *sources: Tensor) -> None:
+        for t in sources:
+            check.tensor("a source", t)
         self.ring, self.sources = ring, sources
         self.written: Any = None  # when a copy back to the machine's memory is there
         ring._check(self.size)
@@ -132,6 +142,7 @@ class _Place:
 
     def __init__(self, at: int, weight: Streamed) -> None:
         self.at, self.size, self.versions = at, weight.size, weight._versions()
+        self.held = [t.detach() for t in weight.sources]  # so that no other storage has the address of one of theirs
         self.tensors: list[Tensor] = []
         self.ready: Any = None  # when its copy is there
         self.used: list[Any] = []  # when the work that read it is done
@@ -147,6 +158,7 @@ class WeightRing:
     """
 
     def __init__(self, device: torch.device | str, size: int, copier: Copier | None = None) -> None:
+        check.require(isinstance(size, int) and size >= 0, lambda: f"size must be a number of bytes, not {size!r}")
         self.device, self.size = torch.empty(0, device=device).device, size  # with its number, as tensors have it
         self.copier, self.outward = (copier or _copier(self.device) for _ in range(2))
         self.taken = self.missed = 0  # weights that were taken, and those of them that were not on their way
@@ -155,7 +167,31 @@ class WeightRing:
         self._here: dict[Streamed, _Place] = {}  # from the longest unused on
         self._next: dict[Streamed, dict[int, Streamed]] = {}  # b -> {id of a: what came after a and b}
         self._last: tuple[Streamed | None, Streamed | None] = (None, None)
+        self._ended = True  # the use of what was taken last
         self._lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        """For copies and pickles: another ring of this size."""
+        return WeightRing, (self.device, self.size)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other thread take anything: it could be in the place of what this one is still using."""
+        with self._lock:
+            try:
+                yield
+            finally:
+                self._end_use()  # on this thread's stream
+
+    def drop(self, *weights: Streamed) -> None:
+        """Expect these no more; where they lie on the device others may be."""
+        with self._lock:
+            for weight in weights:
+                self._next.pop(weight, None)
+            gone = set(weights)
+            for last, after in self._next.items():
+                self._next[last] = {before: weight for before, weight in after.items() if weight not in gone}
+            self._last = tuple(None if weight in gone else weight for weight in self._last)  # type: ignore[assignment]
 
     def _check(self, size: int) -> None:
         """ValueError where a weight of so many bytes does not fit."""
@@ -189,7 +225,7 @@ class WeightRing:
             before, last = self._last
             if last is not None:
                 self._next.setdefault(last, {})[id(before)] = weight
-            self._last = last, weight
+            self._last, self._ended = (last, weight), False
             self._fetch_ahead()
             self.copier.wait(place.ready)
             return place.tensors
@@ -209,8 +245,9 @@ class WeightRing:
         """All work that reads the weight that was taken last has been given to the device."""
         last = self._last[1]
         place = None if last is None else self._here.get(last)
-        if last is not None and place is not None:
+        if last is not None and place is not None and not self._ended:
             place.used = [self.copier.mark()] + [last.written] * (last.written is not None)
+        self._ended = True
 
     def _fetch_ahead(self) -> None:
         """Copies of the weights that will come next, for as many as there is room without what comes before them."""
@@ -226,10 +263,14 @@ class WeightRing:
             soon.add(weight)
             before, last = last, weight
 
+    @torch.inference_mode(False)  # what is made in a first use inside of it serves all later ones
+    @torch.no_grad()
     def _fetch(self, weight: Streamed, keep: set[Streamed]) -> _Place | None:
         """Begin the copy of a weight, in the place of others than those in `keep`; None where these leave no room."""
         if self._block is None:
             self._block = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+            for copier in (self.copier, self.outward):
+                copier.uses(self._block)
             self._made = self.copier.mark()
         gone = [self._here[weight]] if weight in self._here else []  # of values that it has no longer
         at = self._gap(weight.size, gone)
@@ -245,7 +286,7 @@ class WeightRing:
         pairs = []
         for source in weight.sources:
             part = self._block[at : at + source.nbytes].view(source.dtype)
-            place.tensors.append(part.as_strided(source.shape, source.stride(), part.storage_offset()))
+            place.tensors.append(part.as_strided(source.shape, _strides(source), part.storage_offset()))
             pairs.append((place.tensors[-1], source.detach()))
             at += _aligned(source.nbytes)
         after = [self._made, *(moment for one in gone for moment in one.used)]
@@ -283,6 +324,16 @@ def on_the_host(t: Tensor, device: torch.device) -> Tensor:
         why = str(error).splitlines()[0].rstrip(".")
         tell_once("pinned", f"no pinned memory for weights that wait in RAM ({why}): their copies hold up the host")
         return t
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """A tensor's own, or where it leaves gaps or repeats elements those of a copy."""
+    filled = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride != filled:
+            return torch.empty_like(t, device="meta", memory_format=torch.contiguous_format).stride()
+        filled *= size
+    return t.stride()
 
 
 def _aligned(size: int) -> int:

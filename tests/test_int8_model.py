@@ -74,9 +74,8 @@ def test_a_layer_gets_its_own_weight_back_from_the_file(int8, model):
     assert same_bits(int8.unet, before)
 
 
-@pytest.mark.parametrize("resident", ("device", "streamed"))
-def test_a_network_in_8_bits_computes_with_its_files_weights_where_that_is_asked(model, resident):
-    own = load_model("tiny", weights="int8", resident=resident)
+def test_a_network_in_8_bits_computes_with_its_files_weights_where_that_is_asked(model):
+    own = load_model("tiny", weights="int8")
     before = bits(own.unet)
     with torch.no_grad():
         wanted, mine = predict(model, [], "a red mug"), predict(own, [], "a red mug")

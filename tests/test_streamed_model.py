@@ -1,5 +1,10 @@
 """A UNet whose frozen weights wait in the machine's memory: the same bits as on the device, which never holds more."""
 
+import copy
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from concept_cases import custom_diffusion, dreambooth_lora
@@ -8,8 +13,10 @@ from pcs_trainer import load_concept, load_model, sample
 from pcs_trainer.concept.attach import predict
 from pcs_trainer.memory.whole_run import plan_run
 from pcs_trainer.training.trainer import Trainer
-from pcs_trainer.unet.int8 import layers_for_8_bits
+from pcs_trainer.unet.int8 import as_filed, layers_for_8_bits
 from pcs_trainer.unet.streaming import at_hand, ring_bytes, waiting_weights
+from pcs_trainer.unet.unet import UNet
+from safetensors.torch import save_file
 from second_device import NAME, calls, folder, model, one_thread, twin
 from trainer_cases import METHODS, cache, pictures, small_for
 
@@ -37,6 +44,100 @@ def test_inner_weights_wait_and_the_rest_is_on_the_device(folder):
     assert on_the_device(unet) < 0.1 * whole and unet.ring.size < 0.7 * whole
     with pytest.raises(ValueError, match="resident must be one of device, streamed, not 'disk'"):
         load_model(folder, resident="disk")
+
+
+@torch.no_grad()
+def test_weights_in_8_bits_are_the_files_where_that_is_asked(folder):
+    own = opened(folder, "streamed", "int8")
+    mine = predict(own, [], "a red mug")
+    with as_filed(own.unet):
+        found = predict(own, [], "a red mug")
+    wanted = predict(opened(folder, "device"), [], "a red mug")
+    torch.testing.assert_close(found.cpu(), wanted.cpu(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(predict(own, [], "a red mug"), mine)
+
+
+def a_larger_text(folder, where):
+    """The embedded model with so many blocks that all their keys and values are more than the ring holds."""
+    shutil.copytree(folder, where)
+    file = where / "unet" / "config.json"
+    config = json.loads(file.read_text()) | {"transformer_layers_per_block": 10}
+    file.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    for old in (where / "unet").glob("*.safetensors"):
+        old.unlink()
+    save_file(UNet.from_config(config).state_dict(), where / "unet" / "diffusion_pytorch_model.safetensors")
+    return where
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ("full", "int8"))
+def test_keys_and_values_of_many_blocks_pass_in_parts_that_fit(folder, tmp_path, weights):
+    """As SDXL's do: 140 projections of the text."""
+    where = a_larger_text(folder, tmp_path / "large")
+    wanted, own = opened(where, "device", weights), opened(where, "streamed", weights)
+    assert torch.equal(predict(own, [], "a red mug"), predict(wanted, [], "a red mug"))
+    stack = own.unet.stacks()[1]
+    assert len(stack.groups) > 4 and [layer for group in stack.groups for layer in group] == stack.layers
+    assert sum(layer.weight.nbytes for layer in stack.layers) > own.unet.ring.size
+
+
+def test_threads_that_share_a_model_draw_what_one_draws(folder):
+    own = opened(folder, "streamed")
+
+    def drawn(seed):
+        return [image.tobytes() for image in sample(own, "a red mug", steps=3, seed=seed)]
+
+    wanted = [drawn(seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(drawn, range(2))) == wanted
+
+
+@torch.no_grad()
+def test_what_was_joined_for_a_network_before_is_let_go(folder):
+    own = opened(folder, "streamed")
+    ring, held = own.unet.ring, []
+    for _ in range(4):
+        predict(own, [], "a red mug")
+        own.unet.stacks()[1].forget()  # as where a concept brings keys and values of its own
+        held.append(
+            len({id(w) for w in (*ring._here, *ring._next, *(n for a in ring._next.values() for n in a.values()))})
+        )
+    assert held[1] == held[2] == held[3]
+
+
+@torch.no_grad()
+def test_a_replaced_parameter_is_named_and_one_that_trains_refused(folder):
+    own = opened(folder, "streamed")
+    layer = own.unet.mid_block.attentions[0].proj_in
+    layer.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="weight requires a gradient, which frozen_linear never computes"):
+        predict(own, [], "a red mug")
+    layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
+    with pytest.raises(RuntimeError, match="a streamed weight was replaced by another parameter"):
+        predict(own, [], "a red mug")
+
+
+@torch.no_grad()
+def test_a_network_may_be_copied(folder):
+    unet = opened(folder, "streamed").unet
+    wide = unet.settings["cross_attention_dim"]
+    given = torch.randn(1, 8, 8, 8).to(NAME), torch.tensor([3]).to(NAME), torch.randn(1, 7, wide).to(NAME)
+    wanted, other = unet(*given), copy.deepcopy(unet)
+    assert other.ring is not unet.ring and other.mid_block.resnets[0].conv1.streamed.ring is other.ring
+    assert torch.equal(other(*given), wanted)
+
+
+def test_a_cpu_streams_nothing():
+    for made in (
+        lambda: load_model("tiny", resident="streamed"),
+        lambda: Trainer("tiny", images=pictures(), class_word="mug", resident="streamed"),
+        lambda: plan_run("tiny", "lora_fa", device="cpu", resident="streamed"),
+    ):
+        with pytest.raises(ValueError, match=r"on the CPU all is in RAM. Fix: resident='device'"):
+            made()
+    with pytest.raises(ValueError, match=r"on the CPU all is in RAM. Fix: states='device'"):
+        Trainer("tiny", images=pictures(), class_word="mug", states="streamed")
 
 
 @pytest.mark.slow
@@ -114,7 +215,9 @@ def test_a_weight_at_hand_goes_back(folder):
 
 def test_a_whole_network_is_not_streamed():
     with pytest.raises(ValueError, match=r"trains every weight of the UNet.*resident='device'"):
-        Trainer(load_model("tiny", resident="streamed"), "dreambooth", pictures(), class_word="mug", steps=1)
+        Trainer(
+            load_model("tiny", device=NAME, resident="streamed"), "dreambooth", pictures(), class_word="mug", steps=1
+        )
 
 
 @pytest.mark.slow

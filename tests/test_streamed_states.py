@@ -57,6 +57,9 @@ class Late:
 
     finish = wait
 
+    def uses(self, block):
+        self.block = block
+
     def mark(self):
         now = threading.Event()
         now.set()  # the device's work is the host's here

@@ -46,6 +46,11 @@ class Delayed:
     def wait(self, ready):
         assert ready.wait(10)
 
+    finish = wait
+
+    def uses(self, block):
+        self.block = block
+
     def mark(self):
         self.marks += 1
         return self.marks
@@ -206,3 +211,44 @@ def test_memory_that_cannot_be_pinned_is_said_once(monkeypatch):
         for _ in range(2):
             assert streaming.on_the_host(torch.ones(3), torch.device("cuda")).sum() == 3
     assert len(told) == 1
+
+
+def test_weights_used_first_in_inference_mode_serve_training_too():
+    ring = WeightRing("cpu", 200_000)
+    both, x = layers_of(ring), torch.randn(3, 64)
+    with torch.inference_mode():
+        out = x
+        for _, streamed in both:
+            out = pcs_kernels.frozen_linear(out, streamed, None, pack=False)
+    found, wanted = run([s for _, s in both], x), run([w for w, _ in both], x)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_weight_with_gaps_takes_its_own_room_alone():
+    ring = WeightRing("cpu", 20_000)
+    base = torch.randn(64, 64)
+    weights = [base[:, :32], torch.randn(64, 32), base[::2].repeat(2, 1)[:, ::2], torch.randn(1, 32).expand(64, 32)]
+    streamed = [StreamedWeight(ring, w) for w in weights]
+    for _ in range(3):
+        for w, s in zip(weights, streamed, strict=True):
+            assert torch.equal(s.take(), w)
+
+
+def test_a_source_replaced_twice_is_copied_again():
+    """Memory that was freed may have the address of what a weight had before."""
+    ring, p = WeightRing("cpu", 1_000_000), torch.nn.Parameter(torch.zeros(1000), requires_grad=False)
+    streamed = StreamedWeight(ring, p)
+    for i in range(50):
+        for value in (2 * i, 2 * i + 1):
+            p.data = torch.full((1000,), float(value))
+        assert streamed.take()[0] == 2 * i + 1
+
+
+def test_what_is_no_ring_and_what_trains_is_refused():
+    with pytest.raises(ValueError, match="size must be a number of bytes, not -5"):
+        WeightRing("cpu", -5)
+    with pytest.raises(TypeError, match="a source must be a torch.Tensor, not list"):
+        StreamedWeight(WeightRing("cpu", 100), [1.0])
+    trains = StreamedWeight(WeightRing("cpu", 1000), torch.nn.Parameter(torch.ones(4, 4)))
+    with pytest.raises(ValueError, match="weight requires a gradient, which frozen_linear never computes"):
+        pcs_kernels.frozen_linear(torch.ones(1, 4), trains, None)

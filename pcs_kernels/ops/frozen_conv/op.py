@@ -20,7 +20,7 @@ from ... import _check as check
 from ..._dispatch import Op, autocast_is_on, define, forced_backend, without_autocast
 from ..._layout import image_format
 from ..._packed import may_pack
-from ...streaming import StreamedWeight, keep, kept, lent, parts_of
+from ...streaming import FrozenWeight, StreamedWeight, keep, kept, lent, parts_of
 from ..int8_weight import Int8Weight
 from . import reference
 from .checks import check_conv, check_linear
@@ -240,8 +240,9 @@ class _FrozenLinear(torch.autograd.Function):
         return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, *ctx.settings), None, None, None, None
 
 
-def _must_be_frozen(function: str, instead: str, **parameters: Tensor | None) -> None:
+def _must_be_frozen(function: str, instead: str, **parameters: FrozenWeight | None) -> None:
     for name, p in parameters.items():
+        p = p.sources[0] if isinstance(p, StreamedWeight) else p
         check.require(
             not (isinstance(p, Tensor) and p.requires_grad),
             lambda: (
@@ -273,7 +274,7 @@ def frozen_conv2d(
         [B, O, H', W'], channels-last where x is.
     """
     if isinstance(weight, (Int8Weight, StreamedWeight)):
-        _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", bias=bias)
+        _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
         check.floating("x", x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _LentConv2d.apply(x, bias, stride, padding, *parts_of(weight))
@@ -304,7 +305,7 @@ def frozen_linear(
         [..., O].
     """
     if isinstance(weight, (Int8Weight, StreamedWeight)):
-        _must_be_frozen("frozen_linear", "torch.nn.functional.linear", bias=bias)
+        _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
         check.floating("x", x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _LentLinear.apply(x, bias, *parts_of(weight))

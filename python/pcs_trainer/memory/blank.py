@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcs_kernels import WeightRing
+
 from ..data.prompts import Vocabulary
 from ..model.quiet import quiet
 from ..unet.int8 import expect_8_bits
+from ..unet.streaming import ring_bytes, stream
 from ..unet.unet import UNet
 from .networks import Networks
 
@@ -24,18 +27,28 @@ class BlankModel:
         device: "meta" and a fake device hold shapes alone; a real one small numbers.
         wanted_by: the method, for the sentence where no text encoder is known.
         weights: how the UNet's frozen weights are held.
+        resident: where they are; "streamed" on a real device alone.
     """
 
     name = "this model"
     embedded = False
 
     def __init__(
-        self, networks: Networks, dtype: torch.dtype, device: str, wanted_by: str, weights: str = "full"
+        self,
+        networks: Networks,
+        dtype: torch.dtype,
+        device: str,
+        wanted_by: str,
+        weights: str = "full",
+        resident: str = "device",
     ) -> None:
         self.networks, self.dtype, self.device, self.wanted_by = networks, dtype, device, wanted_by
-        self.unet = filled(UNet.from_config(networks.unet, device="meta"), dtype, device)
+        streamed = resident == "streamed"
+        self.unet = filled(UNet.from_config(networks.unet, device="meta"), dtype, "cpu" if streamed else device)
         if weights == "int8":
             expect_8_bits(self.unet)
+        if streamed:
+            stream(self.unet, WeightRing(device, ring_bytes(self.unet)))
 
     @functools.cached_property
     def text_encoders(self) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from ..model.quiet import quiet
 from ..model.weights import GROUP
 from ..training.proof import PROOF_SIDE
 from ..unet.int8 import own_parameters
-from ..unet.streaming import ring_bytes, waiting_weights
+from ..unet.streaming import ring_bytes, waiting_blocks
 from .blank import filled, text_encoder
 from .counts import Counted, counted_once, packed_bytes
 from .ledger import Ledger
@@ -77,9 +77,9 @@ class Phases:
         self.unet = as_read(own, request.dtype)
         self.streamed = 0
         if self.s.resident == "streamed":
-            waiting = waiting_weights(unet)
+            waiting = [p for block in waiting_blocks(unet) for p in block]
             self.unet += ring_bytes(unet) - as_read(waiting, request.dtype) * (not self.cpu)
-            self.streamed = sum(pinned(as_read([p], request.dtype)) for p in waiting)
+            self.streamed = sum(pinned(as_read(block, request.dtype)) for block in waiting_blocks(unet))
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)
@@ -111,8 +111,11 @@ class Phases:
 
     def _joined(self) -> int:
         """Matrices of which frozen weights become views, beside the mapped pages that they were read from."""
-        stacks = (self.step.rehearsal.unet._time_stack, self.step.rehearsal.unet._kv_stack)
-        frozen = [s for s in stacks if not any(p.requires_grad for layer in s.layers for p in layer.parameters())]
+        frozen = [
+            s
+            for s in self.step.rehearsal.unet.stacks()
+            if not any(p.requires_grad for layer in s.layers for p in layer.parameters())
+        ]
         return sum(layer.weight.nbytes for s in frozen for layer in s.layers) if self.cpu else 0
 
     def _images(self) -> int:

@@ -63,7 +63,8 @@ class Rehearsal:
         self.method = method_named(settings.method)
         self.images, self.latent = size
         self.accumulate = accumulate
-        self.model = BlankModel(networks, dtype, device, settings.method, settings.weights)
+        resident = "device" if counted else settings.resident
+        self.model = BlankModel(networks, dtype, device, settings.method, settings.weights, resident)
         self.unet = self.model.unet
         vocabulary = BlankVocabulary(networks, device, settings.token_vectors)
         self.word = settings.token or WORD
@@ -85,7 +86,7 @@ class Rehearsal:
             for p in self.trained:
                 p.register_post_accumulate_grad_hook(self._gradient)
         else:
-            self.optimizer = AdamW8bit(self.trained)
+            self.optimizer = AdamW8bit(self.trained, states=settings.states)
             clip = settings.clip_norm or None
             self.handle = step_in_backward(self.optimizer, 1, clip, settings.clip) if self.in_backward else None
 

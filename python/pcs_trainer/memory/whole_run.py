@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..methods import method_named
+from ..model.model import refuse_on_the_cpu
 from .counts import Counted, Request, counted_once
 from .phases import LIBRARIES, Phase, Phases
 from .planner import CUDA_CONTEXT, Plan, asked_for, bytes_of, counted_for, opened, plan
@@ -121,6 +122,7 @@ def plan_run(
         "offload": (False,) if cpu else (False, True),
     }
     given = {name: value for name, value in held.items() if value != choices[name][0]} | settings
+    refuse_on_the_cpu(device, **{name: given[name] for name in ("resident", "states") if given.get(name)})
     what = model, method, resolution, batch
     ways = _ways(given, choices, limit is not None)
     if len({way["states"] for way in ways}) > 1 and _has_small_states(what, dtype, device, ways[0]):
@@ -205,13 +207,15 @@ def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:
         if most is not None and needed > most:
             largest = max(phase.parts, key=lambda name: phase.parts[name])
             part = "" if what else f", and {phase.parts[largest] / 1e9:.2f} GB of it are {largest}"  # of the device's
+            help = HELPS.get(phase.name, HELPS_RAM if what else "")
             return (
                 f"{(needed - most) / 1e9:.2f} GB{what} are missing: the phase '{phase.name}' needs {needed / 1e9:.2f} "
-                f"GB of the {most / 1e9:.2f} GB allowed{part}{HELPS.get(phase.name, '')}."
+                f"GB of the {most / 1e9:.2f} GB allowed{part}{help}."
             )
     return ""
 
 
+HELPS_RAM = "; weights on the GPU (--resident device) or in 8 bits (--weights int8) take less of it"
 HELPS = {  # what leaves a phase out
     "report": "; --no-report leaves it out",
     "preview": "; without --preview it is left out",

@@ -130,12 +130,14 @@ class Model:
         for name in names:
             if name not in PARTS:
                 raise ValueError(f"{name!r} is not a part of a model; the parts are {', '.join(PARTS)}")
-            self._parts.pop(name, None)
+            part = self._parts.pop(name, None)
+            if name == "unet" and part is not None and part.ring is not None:
+                part.ring.forget()
             self.turns.forget(name)
 
     def hold(self, weights: Weights, resident: Resident = "device") -> None:
         """Hold the UNet's frozen weights like this from now on: a UNet that is held otherwise is read again."""
-        _check_held(weights, resident)
+        _check_held(weights, resident, self.device)
         if (weights, resident) != (self.weights, self.resident):
             self.weights, self.resident = weights, resident
             self.release("unet")
@@ -313,7 +315,16 @@ def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
         raise UnsupportedModel(f"{folder} cannot be read as a {kind.__name__}: {reason}") from error
 
 
-def _check_held(weights: str, resident: str) -> None:
+def refuse_on_the_cpu(device: str, **settings: str) -> None:
+    """ValueError where a setting brings something from RAM to a GPU, and there is none."""
+    for name in (n for n, value in settings.items() if value == "streamed" and torch.device(device).type == "cpu"):
+        raise ValueError(
+            f"{name}='streamed' brings what waits in RAM to a GPU; on the CPU all is in RAM. Fix: {name}='device'"
+        )
+
+
+def _check_held(weights: str, resident: str, device: str) -> None:
+    refuse_on_the_cpu(device, resident=resident)
     for name, value, known in (("weights", weights, Weights), ("resident", resident, Resident)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")
@@ -358,5 +369,5 @@ def load_model(
         raise ValueError(f"device {str(device)!r}: {problem}")
     source = find_source(where, config, fp16=dtype in (torch.float16, torch.bfloat16))
     _check_family(source)
-    _check_held(weights, resident)
+    _check_held(weights, resident, str(device))
     return Model(source, dtype, str(device), weights, resident)

@@ -24,7 +24,7 @@ from ..errors import out_of_memory
 from ..methods import settings_for
 from ..methods.learner import Learner
 from ..methods.start import is_taken, learner_for
-from ..model.model import Model, load_model
+from ..model.model import Model, load_model, refuse_on_the_cpu
 from ..settings import Settings
 from ..unet.int8 import distance_from_file
 from ..unet.layers import replace_data
@@ -131,6 +131,7 @@ class Trainer:
         """Weights as the settings want them held, and networks where they want them; not under another training."""
         if "unet" in self.model.loaded and is_taken(self.model):
             return
+        refuse_on_the_cpu(self.model.device, states=s.states)
         self.model.hold(s.weights, s.resident)
         self.model.offload(s.offload)
 

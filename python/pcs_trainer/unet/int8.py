@@ -87,12 +87,7 @@ class AsFiled(pcs_kernels.StreamedWeight):
     """A weight that is read from its file for each use, as it was before it was quantized."""
 
     def __init__(self, layer: Linear | Conv2d, ring: pcs_kernels.WeightRing, like: Tensor) -> None:
-        self.layer, self.ring, self.like = layer, ring, like
-
-    @property
-    def shape(self) -> torch.Size:
-        """The weight's shape."""
-        return self.layer.weight.shape
+        self.layer, self.ring, self.like, self.sources = layer, ring, like, (layer.weight,)
 
     def take(self) -> Tensor:
         """The weight."""

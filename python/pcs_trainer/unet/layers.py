@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 import pcs_kernels
 from pcs_kernels import Int8Weight, StreamedWeight
-from pcs_kernels.streaming import on_the_host
+from pcs_kernels.streaming import FrozenWeight, on_the_host
 
 Masks = Tensor | dict[str, Tensor] | None
 
@@ -112,7 +112,7 @@ def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
         for residual in rest:
             y = y + residual(x, masks)  # [B, N, C_out]
         return y
-    if trained(layer):
+    if trained(layer) and layer.streamed is None:
         weight, bias = _cast(layer, x)
         return F.linear(x, weight.flatten(1), bias)  # [B, N, C_out]
     return pcs_kernels.frozen_linear(x, layer.matrix(), layer.bias)  # [B, N, C_out]
@@ -121,6 +121,11 @@ def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
 def held(layer: Linear | Conv2d) -> Tensor | Int8Weight | StreamedWeight:
     """The layer's weight as the frozen ops take it: itself, its codes and scales, or where it is streamed from."""
     if layer.streamed is not None:
+        if layer.streamed.sources[0] is not layer.weight:
+            raise RuntimeError(
+                "a streamed weight was replaced by another parameter. Fix: write the values into it, as "
+                "load_state_dict does without assign=True"
+            )
         return layer.streamed
     return layer.weight if layer.weight_scales is None else Int8Weight(layer.weight, layer.weight_scales)
 
@@ -177,7 +182,7 @@ class Conv2d(nn.Conv2d):
         """A frozen 1x1 weight as [C_out, C_in]: one tensor for as long as the weight is the same, so it packs once."""
         weight = self.weight
         if self.streamed is not None:
-            return self.streamed
+            return held(self)
         if self.weight_scales is not None:
             return Int8Weight(weight.detach().flatten(1), self.weight_scales)
         seen = pcs_kernels.weight_version(weight)
@@ -190,7 +195,7 @@ class Conv2d(nn.Conv2d):
         self._matrix = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if trained(self):
+        if trained(self) and self.streamed is None:
             weight, bias = _cast(self, x)
             return pcs_kernels.trained_conv2d(x, weight, bias, self.stride[0], self.padding[0])  # [B, C_out, H, W]
         return pcs_kernels.frozen_conv2d(x, held(self), self.bias, self.stride[0], self.padding[0])  # [B, C_out, H, W]
@@ -212,39 +217,40 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Stack:
-    """Frozen layers that read the same input, as one product.
+    """Frozen layers that read the same input, as few products.
 
-    Their weights become views of one matrix, so it costs no memory; a weight that was replaced or written to since is
+    Their weights become views of few matrices, so it costs no memory; a weight that was replaced or written to since is
     stacked again. Layers that train or carry residuals are computed one by one.
+
+    Args:
+        layers: those layers.
+        most: weights in one product: what is streamed passes through a ring that is made for the largest layer.
     """
 
-    def __init__(self, layers: Sequence[Linear]) -> None:
+    def __init__(self, layers: Sequence[Linear], most: int) -> None:
         self.layers = list(layers)
-        self.widths = [layer.out_features for layer in layers]
+        self.groups = grouped(self.layers, most)
         self.apart = False  # compute the layers one by one
         self._seen: list[tuple[int, int]] = []
-        self._weight: Tensor | Int8Weight | StreamedWeight = torch.empty(0)  # [sum of the widths, C_in]
-        self._bias: Tensor | None = None  # [sum of the widths]
+        # of each group [sum of its widths, C_in], and [sum of its widths]
+        self._made: list[tuple[FrozenWeight, Tensor | None]] = []
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Join what was not joined yet, or has changed since."""
         tensors = [p for layer in self.layers for p in (layer.weight, layer.weight_scales, layer.bias) if p is not None]
-        seen = [pcs_kernels.weight_version(p) for p in tensors]
-        if seen == self._seen:
+        if self._seen and self._seen == [pcs_kernels.weight_version(p) for p in tensors]:
             return
-        device, streamed = device_of(self.layers[0]), self.layers[0].streamed
-        weight = _joined([layer.weight for layer in self.layers], device)
-        scales = [layer.weight_scales for layer in self.layers if layer.weight_scales is not None]
-        parts = (weight, _joined(scales, device)) if scales else (weight,)
-        if streamed is not None:
-            self._weight = StreamedWeight(streamed.ring, *parts)
-        else:
-            self._weight = Int8Weight(*parts) if scales else weight
-        self._bias = None if self.layers[0].bias is None else _joined([layer.bias for layer in self.layers], device)
+        self.forget()
+        with torch.inference_mode(False), torch.no_grad():
+            self._made = [_join(group) for group in self.groups]
         self._seen = [pcs_kernels.weight_version(p) for p in tensors]
 
     def forget(self) -> None:
-        """Drop the matrix; layers that still are views of it keep it."""
-        self._seen, self._weight, self._bias = [], torch.empty(0), None
+        """Drop the matrices; layers that still are views of them keep them."""
+        for weight, _ in self._made:
+            if isinstance(weight, StreamedWeight):
+                weight.ring.drop(weight)
+        self._seen, self._made = [], []
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Each layer's output for x [..., C_in], in the order of the layers."""
@@ -254,8 +260,37 @@ class Stack:
         kinds = {(layer.weight.dtype, layer.streamed is None) for layer in self.layers}
         if apart or self.apart or len(kinds) > 1:
             return [layer(x) for layer in self.layers]
-        self._refresh()
-        return list(pcs_kernels.frozen_linear(x, self._weight, self._bias).split(self.widths, dim=-1))
+        self.refresh()
+        found: list[Tensor] = []
+        for group, (weight, bias) in zip(self.groups, self._made, strict=True):
+            found += pcs_kernels.frozen_linear(x, weight, bias).split([layer.out_features for layer in group], dim=-1)
+        return found
+
+
+def grouped(layers: Sequence[Linear], most: int) -> list[list[Linear]]:
+    """Layers in their order, in groups of at most so many weights; a larger layer is a group of its own."""
+    groups: list[list[Linear]] = []
+    room = 0
+    for layer in layers:
+        size = layer.in_features * layer.out_features
+        if size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(layer)
+        room -= size
+    return groups
+
+
+def _join(layers: Sequence[Linear]) -> tuple[FrozenWeight, Tensor | None]:
+    """(the weights of some layers as one, their biases as one)."""
+    device, streamed = device_of(layers[0]), layers[0].streamed
+    weight = _joined([layer.weight for layer in layers], device)
+    scales = [layer.weight_scales for layer in layers if layer.weight_scales is not None]
+    parts = (weight, _joined(scales, device)) if scales else (weight,)
+    bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], device)
+    if streamed is not None:
+        return StreamedWeight(streamed.ring, *parts), bias
+    return Int8Weight(*parts) if scales else weight, bias
 
 
 def _joined(parameters: list[nn.Parameter], device: torch.device) -> Tensor:

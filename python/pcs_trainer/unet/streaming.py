@@ -35,6 +35,17 @@ def ring_bytes(unet: UNet) -> int:
     return RING * (largest + 512)
 
 
+def waiting_blocks(unet: UNet) -> list[list[nn.Parameter]]:
+    """The same weights, in groups that lie in one block of the machine's memory: those that are one product."""
+    groups = [group for stack in unet.stacks() for group in stack.groups]
+    joined = {id(layer) for group in groups for layer in group}
+    blocks = [[p] for layer in layers_for_8_bits(unet).values() if id(layer) not in joined for p in _weights(layer)]
+    for group in groups:
+        blocks.append([layer.weight for layer in group])
+        blocks.append([layer.weight_scales for layer in group if layer.weight_scales is not None])
+    return [block for block in blocks if block]
+
+
 def stream(unet: UNet, ring: WeightRing) -> None:
     """Let the weights of a UNet wait in the machine's memory from now on; all else goes to the ring's device."""
     unet.ring = ring
@@ -43,9 +54,11 @@ def stream(unet: UNet, ring: WeightRing) -> None:
         if id(p) not in waiting and p.device != ring.device:
             place(p, p.data.to(ring.device))
     for layer in layers_for_8_bits(unet).values():
-        for p in _weights(layer):
-            place(p, on_the_host(p.data, ring.device))
         layer.streamed = StreamedWeight(ring, *_weights(layer))
+    for stack in unet.stacks():  # into the blocks in which they stay, before each has one of its own
+        stack.refresh()
+    for p in waiting_weights(unet):
+        place(p, on_the_host(p.data, ring.device))
 
 
 def settle(layer: Linear | Conv2d) -> Callable[[], None]:

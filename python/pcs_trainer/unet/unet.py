@@ -5,10 +5,12 @@ Letters: B batch, C channels, H x W image, N = H W positions of a block, T text 
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,20 @@ from .config import checked_config
 from .layers import Conv2d, GroupNorm, Linear, LowRank, Stack, TimestepEmbedding, sinusoid
 from .plans import short_plan
 from .recompute import direct, rebuilt
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def alone(work: Callable[Concatenate[UNet, P], R]) -> Callable[Concatenate[UNet, P], R]:
+    """One thread at a time where weights are streamed: they pass through one ring."""
+
+    @functools.wraps(work)
+    def run(unet: UNet, *args: P.args, **kwargs: P.kwargs) -> R:
+        with nullcontext() if unet.ring is None else unet.ring.alone():
+            return work(unet, *args, **kwargs)
+
+    return run
 
 
 class UNet(nn.Module):
@@ -95,9 +111,10 @@ class UNet(nn.Module):
                 module.name = name
         for level in levels:
             self._blocks += [block for attention in level.attentions for block in attention.transformer_blocks]
-        self._time_stack = Stack([r.time_emb_proj for r in self._resnets])
+        largest = max(m.weight.numel() for m in self.modules() if isinstance(m, (Linear, Conv2d)))
+        self._time_stack = Stack([r.time_emb_proj for r in self._resnets], largest)
         self._over_text = [(name, b.name, attn) for b in self._blocks for name, attn in b.over_text()]
-        self._kv_stack = Stack([layer for _, _, attn in self._over_text for layer in (attn.to_k, attn.to_v)])
+        self._kv_stack = Stack([layer for _, _, attn in self._over_text for layer in (attn.to_k, attn.to_v)], largest)
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | str | Path, device: torch.device | str | None = None) -> UNet:
@@ -168,6 +185,10 @@ class UNet(nn.Module):
         if self.ring is not None:
             self.ring.forget()
 
+    def stacks(self) -> tuple[Stack, Stack]:
+        """The layers that read the time's embedding, and those that read the text: few products each."""
+        return self._time_stack, self._kv_stack
+
     def join_layers(self, on: bool) -> None:
         """Compute layers that read the same input as one product, or one by one."""
         self._time_stack.apart = self._kv_stack.apart = not on
@@ -196,6 +217,7 @@ class UNet(nn.Module):
             if isinstance(layer, (Linear, Conv2d)):
                 layer.residuals = [r for r in layer.residuals if key is not None and r.key != key]
 
+    @alone
     def text_kv(self, context: Tensor | dict[str, Tensor]) -> TextKV:
         """Every block's keys and values of the text, as one product; while the text is frozen, once a run is enough.
 
@@ -236,6 +258,7 @@ class UNet(nn.Module):
             e = e + self.add_embedding(torch.cat([added["text_embeds"].to(x.dtype), ids], dim=-1))  # [B, c_time]
         return e
 
+    @alone
     def forward(
         self,
         x: Tensor,
