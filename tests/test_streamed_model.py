@@ -134,9 +134,9 @@ def test_a_cpu_streams_nothing():
         lambda: Trainer("tiny", images=pictures(), class_word="mug", resident="streamed"),
         lambda: plan_run("tiny", "lora_fa", device="cpu", resident="streamed"),
     ):
-        with pytest.raises(ValueError, match=r"on the CPU all is in RAM. Fix: resident='device'"):
+        with pytest.raises(ValueError, match=r"on the CPU all is in RAM\. Fix: resident='device'"):
             made()
-    with pytest.raises(ValueError, match=r"on the CPU all is in RAM. Fix: states='device'"):
+    with pytest.raises(ValueError, match=r"on the CPU all is in RAM\. Fix: states='device'"):
         Trainer("tiny", images=pictures(), class_word="mug", states="streamed")
 
 

@@ -245,9 +245,9 @@ def test_a_source_replaced_twice_is_copied_again():
 
 
 def test_what_is_no_ring_and_what_trains_is_refused():
-    with pytest.raises(ValueError, match="size must be a number of bytes, not -5"):
+    with pytest.raises(ValueError, match=r"size must be a number of bytes, not -5"):
         WeightRing("cpu", -5)
-    with pytest.raises(TypeError, match="a source must be a torch.Tensor, not list"):
+    with pytest.raises(TypeError, match=r"a source must be a torch\.Tensor, not list"):
         StreamedWeight(WeightRing("cpu", 100), [1.0])
     trains = StreamedWeight(WeightRing("cpu", 1000), torch.nn.Parameter(torch.ones(4, 4)))
     with pytest.raises(ValueError, match="weight requires a gradient, which frozen_linear never computes"):

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..methods import method_named
 from ..model.autoencoder import at_once
+from ..model.bands import in_bands
 from ..model.quiet import quiet
 from ..model.weights import GROUP
 from ..training.proof import PROOF_SIDE
@@ -350,7 +351,7 @@ class Autoencoder:
         key = (what, images, shape[1])
         if key not in self._found:
             owned: list[Tensor] = [*self.network.parameters(), *self.network.buffers()]
-            with torch.no_grad(), self.fake, Ledger(owned) as ledger:
+            with torch.no_grad(), self.fake, in_bands(self.network), Ledger(owned) as ledger:
                 x = torch.zeros(images, shape[0], shape[1], shape[1], dtype=self.dtype)
                 made = getattr(self.network, what)(x)
                 made.sample.float() if what == "decode" else made.latent_dist.std

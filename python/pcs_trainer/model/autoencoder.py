@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .bands import in_bands
 from .turns import turn
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from .peers import Autoencoder
 
 DEFAULT_SIDE = 64  # latents a side where a configuration gives none: those are of the first models, made for 512 pixels
-# Pixels in one call of the autoencoder, beyond its first image: eight of 1024 x 1024 would need 19 GB to be encoded
-# (traced in bfloat16), one needs 2.4.
+# Pixels in one call of the autoencoder, beyond its first image: what it makes of eight of 1024 x 1024 grows with them.
 AT_ONCE = 512 * 512
 
 
@@ -105,7 +105,7 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     count = at_once(images[0][..., 0].size, batch) if images else batch
     halves = (torch.float16, torch.bfloat16)
     # SDXL's photos take 3 GB in float32 beside the UNet's 5. Latents to learn from: rounding would stay in them.
-    with turn(model, "vae", alone=True), _upcast(model, halves) as vae:
+    with turn(model, "vae", alone=True), _upcast(model, halves) as vae, in_bands(vae):
         like = next(vae.parameters())
         for start in range(0, len(images), count):
             x = torch.stack([to_tensor(p) for p in images[start : start + count]]).to(like)  # [P, 3, H, W]
@@ -126,7 +126,7 @@ def decode(model: Model, latents: Tensor) -> list[Image]:
     factor, (shift, scale) = latent_factor(model), _scaling(model.vae)
     count = at_once(latents.shape[2] * latents.shape[3] * factor**2, len(latents) or 1)
     images = []
-    with turn(model, "vae"), _upcast(model, (torch.float16,)) as vae:
+    with turn(model, "vae"), _upcast(model, (torch.float16,)) as vae, in_bands(vae):
         like = next(vae.parameters())
         for part in latents.split(count):
             z = (part.float() / scale + shift).to(like)
