@@ -11,7 +11,10 @@ from concept_cases import custom_diffusion, dreambooth_lora
 from every_case import cases
 from pcs_trainer import load_concept, load_model, sample
 from pcs_trainer.concept.attach import predict
+from pcs_trainer.memory.networks import networks_of
+from pcs_trainer.memory.rehearsal import Rehearsal
 from pcs_trainer.memory.whole_run import plan_run
+from pcs_trainer.methods import settings_for
 from pcs_trainer.training.trainer import Trainer
 from pcs_trainer.unet.int8 import as_filed, layers_for_8_bits
 from pcs_trainer.unet.streaming import at_hand, ring_bytes, waiting_weights
@@ -126,6 +129,21 @@ def test_a_network_may_be_copied(folder):
     wanted, other = unet(*given), copy.deepcopy(unet)
     assert other.ring is not unet.ring and other.mid_block.resnets[0].conv1.streamed.ring is other.ring
     assert torch.equal(other(*given), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("dreambooth", "lora_fa"))
+def test_a_plan_that_is_measured_streams_as_it_counted(method):
+    """A real step of the planner, on a device of its own."""
+    frozen = method != "dreambooth"
+    chosen = dict(resident="streamed") if frozen else dict(states="streamed")
+    s = settings_for(None, method, **chosen)
+    real = Rehearsal(networks_of(load_model("tiny")), s, (2, 8), torch.float32, NAME, counted=False)
+    real.step()
+    whole = sum(p.nbytes for p in real.unet.parameters())
+    assert (on_the_device(real.unet) < 0.2 * whole) == frozen
+    coded = [state["state1"] for state in real.optimizer.state.values() if state["state1"].dtype == torch.uint8]
+    assert (not frozen) == bool(coded) and all(t.device.type == "cpu" for t in coded)
 
 
 def test_a_cpu_streams_nothing():
