@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -19,6 +20,7 @@ from pcs_kernels import costs
 from pcs_kernels.costs import direction, implementation
 
 FLOPS_A_BYTE = 100  # what a byte written costs beside a FLOP: consumer and server GPUs lie between 70 and 170
+EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided)
 KINDS = ("kept activations", "gradients", "working memory")
 
 
@@ -26,6 +28,13 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     """FLOPs of a call: 2 per multiply-add of products, convolutions and attention; other ops count by bytes alone."""
     count = costs.formulas().get(packet) or flop_registry.get(packet)
     return count(*args, **kwargs, out_val=out) if count is not None else 0
+
+
+def _bytes(values: Any) -> int:
+    """Bytes of the tensors among some values, or of one."""
+    if isinstance(values, Tensor):
+        return min(values.nbytes, values.untyped_storage().nbytes())  # what is expanded is read once
+    return sum(map(_bytes, values)) if isinstance(values, Iterable) and not isinstance(values, str) else 0
 
 
 def out_of(out: Any) -> Tensor:
@@ -61,6 +70,7 @@ class StepCount:
     work: float
     layers: dict[str, LayerCount] = field(default_factory=dict)  # in the order in which they run
     head: int = 0  # the most before the backward reaches a layer, over what was kept then
+    calls: list[tuple[float, float]] = field(default_factory=list)  # (FLOPs, bytes read and written) of each
     packed: dict[str, int] = field(default_factory=dict)  # frozen weights packed for the CPU's kernels, by direction
 
 
@@ -82,6 +92,7 @@ class Ledger(TorchDispatchMode):
         self._forward = True
         self._kept = 0
         self._work = 0.0
+        self._calls: list[tuple[float, float]] = []
         self._layers: dict[str, LayerCount] = {}
         self._marks: dict[str, int] = {}  # live bytes when a layer's forward ended
         self._before = 0  # live bytes when the last layer's forward ended
@@ -106,8 +117,11 @@ class Ledger(TorchDispatchMode):
         weight = costs.packed_weight(func.overloadpacket, args, kwargs)
         if weight is not None:
             self._packs(func.overloadpacket, weight)
-        work = _flops(func.overloadpacket, args, kwargs, out) + FLOPS_A_BYTE * made
+        flops = _flops(func.overloadpacket, args, kwargs, out)
+        work = flops + FLOPS_A_BYTE * made
         self._work += work
+        if not func.is_view and func.overloadpacket not in EMPTY:
+            self._calls.append((flops, _bytes(args) + _bytes(kwargs.values()) + _bytes(out)))
         if not self._forward:
             self._high[self._segment] = max(self._high.get(self._segment, 0), self.live)
             if self._segment:
@@ -193,4 +207,6 @@ class Ledger(TorchDispatchMode):
         packed = {"forward": 0, "backward": 0}
         for (packet, *_), size in self._packed.items():
             packed[direction(packet)] += size
-        return StepCount(self._kept, sum(peak.values()), peak, gradients, self._work, self._layers, head, packed)
+        return StepCount(
+            self._kept, sum(peak.values()), peak, gradients, self._work, self._layers, head, self._calls, packed
+        )

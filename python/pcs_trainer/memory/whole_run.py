@@ -10,8 +10,10 @@ import torch
 
 from ..methods import method_named
 from ..model.model import refuse_on_the_cpu
+from ..unet.streaming import waiting_weights
+from .cards import Card, card_named
 from .counts import Counted, Request, counted_once
-from .phases import LIBRARIES, Phase, Phases
+from .phases import LIBRARIES, Phase, Phases, as_read
 from .planner import CUDA_CONTEXT, Plan, asked_for, bytes_of, counted_for, opened, plan
 
 Packing = Literal["both", "forward", "none"]  # from the fastest to the smallest
@@ -35,6 +37,8 @@ class RunPlan:
     states: str
     budget: int | None
     ram: int | None
+    card: Card | None = None
+    seconds: float = 0.0  # of a step at that card's full rates
     missing: str = ""  # empty where the run fits, else what is missing
 
     @property
@@ -71,6 +75,10 @@ class RunPlan:
             lines += ["the optimizer's states wait in RAM, each on the GPU for its update (states streamed)"]
         if self.offload and not cpu:
             lines += ["text encoders, UNet and autoencoder take turns on the GPU (offload)"]
+        if self.card is not None:
+            lines += [
+                f"at {self.card.name}'s full rates, call after call, a step takes {self.seconds:.3g} s (modelled)"
+            ]
         lines += [f"RAM limit: {self.ram / 1e9:.3f} GB"] if self.ram is not None else []
         given = self.budget is not None or self.ram is not None
         return "\n".join([*lines, self.missing or ("It fits." if given else "")]).rstrip()
@@ -90,6 +98,7 @@ def plan_run(
     measure: bool = False,
     ram: str | float | None = None,
     report: bool = True,
+    card: str | None = None,
     **settings: Any,
 ) -> RunPlan:
     """`plan`, and every other phase of the run: class images, the gradient check, previews, the end, the report.
@@ -99,6 +108,8 @@ def plan_run(
             is of every phase.
         ram: a limit of the machine's memory; on the CPU the smaller of it and the budget counts.
         report: whether the run ends with a report.
+        card: a card's name: without a budget its memory is the budget, and the plan says what a step takes at its
+            full rates: a model, which no kernel reaches.
 
     Returns:
         the first that fits of full weights and 8 bits on the device, and of the two streamed to a GPU, each with the
@@ -107,6 +118,9 @@ def plan_run(
         which says what is missing. What the settings say is not tried otherwise.
     """
     model = opened(model)  # once for all packings
+    sheet = None if card is None else card_named(card)
+    if sheet is not None and budget is None:
+        budget = sheet.memory * 10**9
     allowed = None if budget is None else bytes_of(budget, "budget")
     memory = None if ram is None else bytes_of(ram, "RAM limit")
     cpu = device == "cpu"
@@ -132,10 +146,10 @@ def plan_run(
             continue
         found = _planned(what, limit, dtype, device, measure, beside, report, way)
         missing = found.missing or _missing(found.phases, limit, memory)
-        found = replace(found, budget=allowed, ram=memory, missing=missing)
+        found = replace(found, budget=allowed, ram=memory, card=sheet, missing=missing)
         if found.fits:
             break
-    return found
+    return found if sheet is None else replace(found, seconds=_seconds(what, dtype, found, sheet, way))
 
 
 def _ways(settings: dict[str, Any], choices: dict[str, tuple[Any, ...]], limited: bool) -> list[dict[str, Any]]:
@@ -148,6 +162,18 @@ def _ways(settings: dict[str, Any], choices: dict[str, tuple[Any, ...]], limited
         asked = settings.get(name)
         choices[name] = (asked,) if asked is not None else values if limited else values[:1]
     return [settings | dict(zip(choices, way, strict=True)) for way in itertools.product(*choices.values())]
+
+
+def _seconds(what: What, dtype: torch.dtype, found: RunPlan, card: Card, way: dict[str, Any]) -> float:
+    """A step at a card's full rates; what is streamed comes meanwhile, once in each direction of a forward."""
+    counted, _ = counted_for(what[0], found.step, dtype, **way)
+    step, trained = counted.count(found.step.assignment), counted.rehearsal.trained
+    elements = sum(p.numel() for p in trained)
+    update = sum(3 * p.nbytes for p in trained) + 4 * elements  # values and gradients; states of 8 bits, both ways
+    computed = found.step.accumulate * card.seconds(step.calls) + card.seconds([(0, update)])
+    waiting = as_read(waiting_weights(counted.rehearsal.unet), dtype) if found.resident == "streamed" else 0
+    crossed = 2 * waiting * found.step.accumulate + (2 * elements if found.states == "streamed" else 0)
+    return max(computed, crossed / (1e9 * card.link))
 
 
 def _counted(what: What, dtype: torch.dtype, device: str, way: dict[str, Any]) -> tuple[Counted, int]:

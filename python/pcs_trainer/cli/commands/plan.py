@@ -18,6 +18,8 @@ from .common import DTYPES, HOLDING, HUB_EXAMPLE, METHOD, MODEL, MODEL_CONFIG, R
 from .other_trainers import MODEL_TRANSLATE
 
 if TYPE_CHECKING:
+    import torch
+
     from ...memory.whole_run import RunPlan
     from ...model.model import Model
 
@@ -58,6 +60,12 @@ OPTIONS = grouped(
         otherwise="drawn",
     ),
     Option("--budget", "memory limit, e.g. 6GB", byte_size, metavar="SIZE", otherwise="no limit: the fastest plan"),
+    Option(
+        "--card",
+        "plan for this card, e.g. 3060: its memory without --budget, and a step's time at its full rates",
+        metavar="NAME",
+        otherwise="none",
+    ),
     RAM,
     replace(MODEL_CONFIG, group="what to plan"),
     *HOLDING,
@@ -73,7 +81,7 @@ EXAMPLES = (
         f"pcs plan --method dreambooth --model {HUB_EXAMPLE} --resolution 512 --budget 8GB",
         "does DreamBooth of SD 1.5 fit into 8 GB, and how?",
     ),
-    ("pcs plan --method personalized_residuals", "the embedded model, at full speed"),
+    ("pcs plan --method personalized_residuals --card 3060", "the embedded model on an RTX 3060"),
     ("pcs plan --method textboost --batch 4 --budget 1GB", "with a given batch size"),
 )
 
@@ -89,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
     if options.rank and options.method not in methods_with("rank"):
         raise UsageError(f"--rank: {why_unknown(options.method, 'rank')}")
     dtype, reason = dtype_of(options, options.device)
+    if options.card is not None:
+        dtype, reason = card_dtype(options, dtype), ""
     found = plan_run(
         model_of(options),
         options.method,
@@ -100,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
         accumulate=options.accumulate,
         measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only,
         ram=options.ram,
+        card=options.card,
         report=not options.no_report,
         rank=options.rank,
         prior=options.prior,
@@ -114,6 +125,19 @@ def run(options: argparse.Namespace) -> int:
         warn_of_the_reference()
     print(found)
     return DONE if found.fits else DOES_NOT_FIT
+
+
+def card_dtype(options: argparse.Namespace, dtype: torch.dtype) -> torch.dtype:
+    """What suits the card that is planned for, unless --dtype says otherwise."""
+    from ...memory.cards import card_named
+
+    if options.device != "cuda":
+        raise UsageError("--card: a card is planned for with --device cuda")
+    try:
+        card = card_named(options.card)
+    except ValueError as error:
+        raise UsageError(f"--card: {error}") from None
+    return dtype if options.dtype else card.dtype
 
 
 def model_of(options: argparse.Namespace) -> Any:
