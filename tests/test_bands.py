@@ -1,6 +1,8 @@
 """An autoencoder in bands of rows: diffusers' own numbers, in less memory."""
 
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_bands_give_diffusers_numbers(vae, small, monkeypatch, shape, order):
     monkeypatch.setattr(
         bands, "_conv", lambda conv, part, own=bands._conv: worked.append(part.shape) or own(conv, part)
     )
-    with bands.in_bands(net):
+    with bands.in_bands(net, 10**6):
         found, drawn = net.encode(x).latent_dist, net.decode(before.mean).sample
     assert torch.equal(x, given) and len(worked) > 60
     torch.testing.assert_close(found.mean, before.mean, rtol=1e-4, atol=2e-5)
@@ -70,7 +72,7 @@ def test_moments_of_bands_are_those_of_the_whole():
 def test_small_pictures_and_gradients_are_worked_on_whole(vae, monkeypatch):
     monkeypatch.setattr(bands, "_convolved", None)
     x = torch.randn(1, 3, 64, 64)
-    with bands.in_bands(vae):
+    with bands.in_bands(vae, 10**6):
         assert torch.isfinite(vae.encode(x).latent_dist.mean).all()
         monkeypatch.setattr(bands, "WHOLE", 0)
         x.requires_grad_(True)
@@ -82,3 +84,34 @@ def test_sdxls_picture_takes_less_than_half():
     wide = autoencoder(json.dumps(SDXL), torch.float32)
     assert wide.encoding(1, 1024) < 1.3e9  # whole: 2.7
     assert wide.encoding(1, 512) > 0.6e9  # whole
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_others_have_changed_works_whole(vae, small):
+    x, net = torch.randn(1, 3, 64, 64), copy.deepcopy(vae)
+    for change in (
+        lambda m: setattr(m.encoder.conv_in, "padding_mode", "circular"),
+        lambda m: m.encoder.mid_block.resnets[0].register_forward_hook(lambda *_: None),
+        lambda m: setattr(m.decoder.up_blocks[0].resnets[0], "forward", m.decoder.up_blocks[0].resnets[0].forward),
+    ):
+        other = copy.deepcopy(net)
+        change(other)
+        before = [module.__dict__.get("forward") for module in other.modules()]
+        wanted = other.encode(x).latent_dist.mean
+        with bands.in_bands(other, 10**6):
+            assert torch.equal(other.encode(x).latent_dist.mean, wanted)
+        assert [module.__dict__.get("forward") for module in other.modules()] == before
+
+
+@torch.no_grad()
+def test_threads_and_contexts_inside_each_other(vae, small):
+    x = torch.randn(1, 3, 64, 64)
+
+    def encoded(_):
+        with torch.no_grad(), bands.in_bands(vae, 10**6), bands.in_bands(vae, 10**6):
+            return vae.encode(x).latent_dist.mean
+
+    wanted = encoded(0)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(found, wanted) for found in pool.map(encoded, range(20)))
+    assert not any("forward" in module.__dict__ for module in vae.modules())

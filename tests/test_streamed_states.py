@@ -165,6 +165,24 @@ def test_a_larger_parameter_that_comes_later_has_a_larger_ring():
         same_again.load_state_dict(opt.state_dict())
 
 
+def test_states_replaced_by_hand_are_used_and_those_that_are_gone_let_go():
+    found = {}
+    for states in ("device", "streamed"):
+        p = nn.Parameter(torch.ones(100, 100))
+        opt = AdamW8bit([p], lr=1e-2, states=states)
+        for step in range(30):
+            p.grad = torch.full_like(p, 1.0 + step % 3)
+            opt.step()
+            if step == 10:
+                opt.state[p]["absmax2"] = opt.state[p]["absmax2"] * 4
+            if step > 15:
+                opt.state.clear()
+        found[states] = p.detach().clone()
+    assert torch.equal(found["device"], found["streamed"])
+    (ring,) = opt._away._rings.values()
+    assert len(opt._away._of) <= 3 and len(ring._next) <= 4
+
+
 def test_what_cannot_be_is_refused_in_one_sentence(capsys):
     with pytest.raises(ValueError, match='states must be "device" or "streamed", not \'disk\''):
         AdamW8bit([nn.Parameter(torch.ones(3))], states="disk")

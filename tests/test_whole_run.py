@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pcs_trainer.cli import entry as cli
+from pcs_trainer.memory import whole_run
 from pcs_trainer.memory.counts import Request, counted_once
 from pcs_trainer.memory.networks import Networks, networks_of
 from pcs_trainer.memory.phases import LIBRARIES, Phases, autoencoder_dtypes
@@ -210,3 +211,24 @@ def test_a_network_without_an_autoencoder_is_planned_with_the_families_own():
     assert networks_of(MODEL).vae == VAE and isinstance(networks_of(MODEL), Networks)
     with pytest.raises(ValueError, match="the RAM limit"):
         plan_run(MODEL, "personalized_residuals", 64, ram="much")
+
+
+def test_what_cannot_be_planned_is_said_before_anything_is_counted():
+    for wrong, sentence in (
+        (dict(resolution="512"), "resolution must be a multiple of"),
+        (dict(resolution=-64), "resolution must be a multiple of"),
+        (dict(batch=2.5), "batch must be an integer of at least 1"),
+        (dict(dtype=torch.int8), "dtype must be torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            plan_run("tiny", "dreambooth", **wrong, budget="8GB")
+
+
+@pytest.mark.slow
+def test_a_limit_of_ram_names_what_takes_it(monkeypatch):
+    asked = dict(model="tiny", method="dreambooth", resolution=32, batch=1, report=False, ram="0.55GB")
+    found = plan_run(**asked, states="streamed", offload=True)
+    assert "--states device or a run without --offload takes less of it" in found.missing
+    monkeypatch.setattr(whole_run, "LARGE", 0)
+    other = plan_run(**asked | dict(ram=None), budget="0.1GB", optimizer="adamw", step_in_backward=False)
+    assert not other.fits and other.states == "device"  # only states in 8 bits are streamed

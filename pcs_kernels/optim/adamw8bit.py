@@ -246,6 +246,9 @@ class AdamW8bit(torch.optim.Optimizer):
             state["state1"] = torch.zeros_like(like, dtype=dtype, memory_format=contiguous)
             state["state2"] = torch.zeros_like(like, dtype=dtype, memory_format=contiguous)
             return
+        if self._away is not None:
+            self._away.make_room({p.device: p.numel()})  # it may have grown
+            self._away.keep_only(self.state.values())
         home, count = self._home(p.device), blocks(p.numel(), self.block_size)
         for number, signed in ((1, True), (2, False)):
             zero = int((code_map(signed) == 0).nonzero()[0])
@@ -307,6 +310,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         steps = state["steps"]
+        state.setdefault("states", "device")  # of a pickle that is older than the choice
         super().__setstate__({name: value for name, value in state.items() if name != "steps"})
         self._begin()
         for p, its in self.state.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,13 +46,22 @@ class StatesAway:
                 self._of = {t: streamed for t, streamed in self._of.items() if streamed.ring is not ring}
             self._rings[device] = WeightRing(device, size)
 
+    def keep_only(self, states: Collection[Mapping[str, Any]]) -> None:
+        """Let go of states that the optimizer has no longer, once they are more than those it has."""
+        if len(self._of) <= 2 * len(states):
+            return
+        alive = {state["state1"] for state in states if "state1" in state}
+        for key in [key for key in self._of if key not in alive]:
+            streamed = self._of.pop(key)
+            streamed.ring.drop(streamed)
+
     @contextmanager
     def lent(self, state: Mapping[str, Any], device: torch.device) -> Iterator[list[Tensor]]:
         """A state's four tensors on the device, to be changed there; they go back at the end."""
-        key = state["state1"]
-        if key not in self._of:
-            self._of[key] = Streamed(self._rings[device], *(state[name] for name in CODED))
-        streamed = self._of[key]
+        tensors = [state[name] for name in CODED]
+        streamed = self._of.get(tensors[0])
+        if streamed is None or any(a is not b for a, b in zip(streamed.sources, tensors, strict=True)):
+            streamed = self._of[tensors[0]] = Streamed(self._rings[device], *tensors)
         yield streamed.ring.take(streamed)
         streamed.ring.write_back(streamed)
 

@@ -105,7 +105,8 @@ class Phases:
         self.offload = turns and not step.rehearsal.uses_text
         # What takes turns keeps its values in RAM while it works; encoders that train do so only once they had to wait.
         self.waiting = (self.unet + self.text + self._vae()) * turns
-        away = sum(pinned(p.numel()) for p in step.rehearsal.trained if p.numel() >= CODED)
+        coded = [p.numel() for p in step.rehearsal.trained if p.numel() >= CODED]
+        away = sum(pinned(n) + pinned(4 * -(-n // 256)) for n in coded)  # codes, and a scale for each block
         self.kept = (self.unet + self.text * step.rehearsal.uses_text) * turns
         self.away = 2 * away * (self.s.states == "streamed")  # in RAM from the first step on
         self.pictures = 3 * size * size * self._images()  # as uint8
@@ -351,7 +352,8 @@ class Autoencoder:
         key = (what, images, shape[1])
         if key not in self._found:
             owned: list[Tensor] = [*self.network.parameters(), *self.network.buffers()]
-            with torch.no_grad(), self.fake, in_bands(self.network), Ledger(owned) as ledger:
+            pixels = (shape[1] * (self.factor if what == "decode" else 1)) ** 2
+            with torch.no_grad(), self.fake, in_bands(self.network, pixels), Ledger(owned) as ledger:
                 x = torch.zeros(images, shape[0], shape[1], shape[1], dtype=self.dtype)
                 made = getattr(self.network, what)(x)
                 made.sample.float() if what == "decode" else made.latent_dist.std

@@ -128,7 +128,7 @@ def plan(
     s, networks = asked_for(model, method, settings)
     allowed = None if budget is None else bytes_of(budget, "budget")
     resolution = resolution or s.resolution or networks.resolution
-    _check(resolution, batch, dtype, device, networks.pixels, measure)
+    check_asked(resolution, batch, dtype, device, networks.pixels, measure)
     context = CUDA_CONTEXT if device == "cuda" else beside
     limit = None if allowed is None else allowed - context
     prior = 1 if s.prior_weight else 0
@@ -217,7 +217,8 @@ def bytes_of(amount: str | float, what: str) -> int:
         raise ValueError(f"the {what} {error}") from None
 
 
-def _check(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int, measure: bool) -> None:
+def check_asked(resolution: Any, batch: Any, dtype: torch.dtype, device: str, pixels: int, measure: bool) -> None:
+    """ValueError with one sentence about what cannot be planned."""
     if not isinstance(resolution, int) or resolution < 1 or resolution % pixels:
         raise ValueError(f"the resolution must be a multiple of {pixels} pixels for this model, not {resolution!r}")
     if batch is not None and (not isinstance(batch, int) or batch < 1):

@@ -14,7 +14,7 @@ from ..unet.streaming import waiting_weights
 from .cards import Card, card_named
 from .counts import Counted, Request, counted_once
 from .phases import LIBRARIES, Phase, Phases, as_read
-from .planner import CUDA_CONTEXT, Plan, asked_for, bytes_of, counted_for, opened, plan
+from .planner import CUDA_CONTEXT, Plan, asked_for, bytes_of, check_asked, counted_for, opened, plan
 
 Packing = Literal["both", "forward", "none"]  # from the fastest to the smallest
 # The settings that say how the networks and the optimizer's states are held.
@@ -128,15 +128,18 @@ def plan_run(
     beside = LIBRARIES if cpu else 0
     frozen = not method_named(method).trains_whole_unet
     held = {"weights": getattr(model, "weights", "full"), "resident": getattr(model, "resident", "device")}
+    coded = settings.get("optimizer", "adamw8bit") in (None, "adamw8bit")
     choices: dict[str, tuple[Any, ...]] = {
         "resident": ("device", "streamed") if frozen and not cpu else ("device",),
         "weights": ("full", "int8") if frozen else ("full",),
-        "states": ("device",) if cpu else ("device", "streamed"),
+        "states": ("device", "streamed") if not cpu and coded else ("device",),
         "packing": get_args(Packing) if cpu else ("both",),
         "offload": (False,) if cpu else (False, True),
     }
     given = {name: value for name, value in held.items() if value != choices[name][0]} | settings
     refuse_on_the_cpu(device, **{name: given[name] for name in ("resident", "states") if given.get(name)})
+    s, networks = asked_for(model, method, given)
+    check_asked(resolution or s.resolution or networks.resolution, batch, dtype, device, networks.pixels, measure)
     what = model, method, resolution, batch
     ways = _ways(given, choices, limit is not None)
     if len({way["states"] for way in ways}) > 1 and _has_small_states(what, dtype, device, ways[0]):
@@ -145,7 +148,7 @@ def plan_run(
         if limit is not None and way is not ways[-1] and _is_hopeless(what, limit, dtype, device, report, way):
             continue
         found = _planned(what, limit, dtype, device, measure, beside, report, way)
-        missing = found.missing or _missing(found.phases, limit, memory)
+        missing = found.missing or _missing(found.phases, limit, memory, way)
         found = replace(found, budget=allowed, ram=memory, card=sheet, missing=missing)
         if found.fits:
             break
@@ -197,7 +200,8 @@ def _is_hopeless(what: What, limit: int, dtype: torch.dtype, device: str, report
         return False
     counted, size = _counted(what, dtype, device, way)
     fixed = Phases(counted, "checkpoint", size, CUDA_CONTEXT, report).without_the_step()
-    return CUDA_CONTEXT + sum(counted.lasting().values()) > limit or max(p.bytes for p in fixed) > limit
+    lasting = sum(size for name, size in counted.lasting().items() if name != "cached text")  # that shrinks with batch
+    return CUDA_CONTEXT + lasting > limit or max(p.bytes for p in fixed) > limit
 
 
 def _planned(
@@ -225,7 +229,7 @@ def _planned(
     return RunPlan(step, phases, **held, budget=None, ram=None, missing=step.missing)
 
 
-def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:
+def _missing(phases: list[Phase], limit: int | None, ram: int | None, way: dict[str, Any]) -> str:
     """One sentence: which phase needs how much of what, and what would help; "" where all fit."""
     figures = [("", limit, [(p.bytes, p) for p in phases]), (" RAM", ram, [(p.ram, p) for p in phases])]
     for what, most, needs in figures:
@@ -233,7 +237,10 @@ def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:
         if most is not None and needed > most:
             largest = max(phase.parts, key=lambda name: phase.parts[name])
             part = "" if what else f", and {phase.parts[largest] / 1e9:.2f} GB of it are {largest}"  # of the device's
-            help = HELPS.get(phase.name, HELPS_RAM if what else "")
+            waits = [f"--{name} device" for name in ("resident", "states") if way[name] == "streamed"]
+            waits += ["a run without --offload"] * bool(way["offload"])
+            less = f"; {' or '.join(waits)} takes less of it" if what and waits else ""
+            help = HELPS.get(phase.name, less)
             return (
                 f"{(needed - most) / 1e9:.2f} GB{what} are missing: the phase '{phase.name}' needs {needed / 1e9:.2f} "
                 f"GB of the {most / 1e9:.2f} GB allowed{part}{help}."
@@ -241,7 +248,6 @@ def _missing(phases: list[Phase], limit: int | None, ram: int | None) -> str:
     return ""
 
 
-HELPS_RAM = "; weights on the GPU (--resident device) or in 8 bits (--weights int8) take less of it"
 HELPS = {  # what leaves a phase out
     "report": "; --no-report leaves it out",
     "preview": "; without --preview it is left out",

@@ -102,10 +102,11 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     """
     shift, scale = _scaling(model.vae)
     means, stds = [], []
-    count = at_once(images[0][..., 0].size, batch) if images else batch
+    pixels = images[0][..., 0].size if images else 0
+    count = at_once(pixels, batch) if images else batch
     halves = (torch.float16, torch.bfloat16)
     # SDXL's photos take 3 GB in float32 beside the UNet's 5. Latents to learn from: rounding would stay in them.
-    with turn(model, "vae", alone=True), _upcast(model, halves) as vae, in_bands(vae):
+    with turn(model, "vae", alone=True), _upcast(model, halves) as vae, in_bands(vae, pixels):
         like = next(vae.parameters())
         for start in range(0, len(images), count):
             x = torch.stack([to_tensor(p) for p in images[start : start + count]]).to(like)  # [P, 3, H, W]
@@ -124,9 +125,10 @@ def decode(model: Model, latents: Tensor) -> list[Image]:
     from PIL import Image
 
     factor, (shift, scale) = latent_factor(model), _scaling(model.vae)
-    count = at_once(latents.shape[2] * latents.shape[3] * factor**2, len(latents) or 1)
+    pixels = latents.shape[2] * latents.shape[3] * factor**2
+    count = at_once(pixels, len(latents) or 1)
     images = []
-    with turn(model, "vae"), _upcast(model, (torch.float16,)) as vae, in_bands(vae):
+    with turn(model, "vae"), _upcast(model, (torch.float16,)) as vae, in_bands(vae, pixels):
         like = next(vae.parameters())
         for part in latents.split(count):
             z = (part.float() / scale + shift).to(like)

@@ -8,6 +8,7 @@ Letters: P images, C channels, G groups of them, H x W positions.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,38 +19,62 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WHOLE = 512 * 512  # positions up to which a picture is worked on whole
+_LOCK = threading.RLock()
 BAND = 1 << 16  # positions of a band: 34 MB of 128 channels in float32
 
 
 @contextmanager
-def in_bands(vae: nn.Module) -> Iterator[None]:
-    """Let an autoencoder of diffusers work on large pictures in bands, without gradients."""
-    changed: list[nn.Module] = []
-    try:
-        for module in vae.modules():
-            work = _work_of(module)
-            if work is not None:
-                module.forward = partial(_where_large, work, module, module.forward)
-                changed.append(module)
+def in_bands(vae: nn.Module, positions: int) -> Iterator[None]:
+    """Let an autoencoder of diffusers work on pictures of more than WHOLE positions in bands, without gradients.
+
+    One that somebody has put hooks or other layers into works whole, as they expect it; one thread at a time.
+    """
+    if positions <= WHOLE:
         yield
-    finally:
-        for module in changed:
-            del module.forward
+        return
+    changed: list[nn.Module] = []
+    with _LOCK:
+        try:
+            for module in vae.modules() if _is_plain(vae) else ():
+                work = _work_of(module)
+                if work is not None:
+                    module.forward = partial(_where_large, work, module, module.forward)
+                    changed.append(module)
+            yield
+        finally:
+            for module in changed:
+                del module.forward
+
+
+def _is_plain(vae: nn.Module) -> bool:
+    """Whether all its modules are as they were made: no hooks, no `forward` of their own, no padding but zeros."""
+    for m in vae.modules():
+        if "forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks:
+            return False
+        if isinstance(m, nn.Conv2d) and (type(m) is not nn.Conv2d or m.padding_mode != "zeros"):
+            return False
+    return all(p.dtype != torch.float64 for p in vae.parameters())
 
 
 def _work_of(module: Any) -> Callable[[Any, Tensor], Tensor] | None:
     """What does a module's work in bands, for those kinds that autoencoders have of each layer."""
-    kind = type(module).__name__
+    kind = type(module).__name__ if type(module).__module__.startswith("diffusers.") else ""
     if kind == "ResnetBlock2D":
         plain = module.upsample is None and module.downsample is None and module.time_emb_proj is None
         plain = plain and module.output_scale_factor == 1 and isinstance(module.nonlinearity, nn.SiLU)
-        return _resnet if plain else None
+        return _resnet if plain and _convolves(module.conv1) and _convolves(module.conv2) else None
     if kind == "Downsample2D":
-        return _downsample if module.norm is None and module.use_conv and module.padding == 0 else None
+        plain = module.norm is None and module.use_conv and module.padding == 0
+        return _downsample if plain and _convolves(module.conv, 2) else None
     if kind == "Upsample2D":
         plain = module.norm is None and module.use_conv and module.interpolate and not module.use_conv_transpose
-        return _upsample if plain else None
+        return _upsample if plain and _convolves(module.conv) else None
     return None
+
+
+def _convolves(conv: Any, stride: int = 1) -> bool:
+    """Whether a layer is torch's 3 x 3 convolution with this stride."""
+    return type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride) == ((3, 3), (stride, stride))
 
 
 def _where_large(

@@ -58,7 +58,9 @@ def stream(unet: UNet, ring: WeightRing) -> None:
     for stack in unet.stacks():  # into the blocks in which they stay, before each has one of its own
         stack.refresh()
     for p in waiting_weights(unet):
-        place(p, on_the_host(p.data, ring.device))
+        value = on_the_host(p.data, ring.device)
+        if value.data_ptr() != p.data_ptr():
+            place(p, value)
 
 
 def settle(layer: Linear | Conv2d) -> Callable[[], None]:

@@ -39,7 +39,10 @@ R = TypeVar("R")
 
 
 def alone(work: Callable[Concatenate[UNet, P], R]) -> Callable[Concatenate[UNet, P], R]:
-    """One thread at a time where weights are streamed: they pass through one ring."""
+    """One thread's prediction at a time where weights are streamed: they pass through one ring.
+
+    A backward is not among what waits: while one thread trains on a streamed UNet no other may use it.
+    """
 
     @functools.wraps(work)
     def run(unet: UNet, *args: P.args, **kwargs: P.kwargs) -> R:
