@@ -183,17 +183,13 @@ def cell(row: Row) -> str:
 
 
 def budget_lines(table: list[Row], model: str) -> list[str]:
-    """A model's table: each method within each budget."""
-    lines = ["| method | " + " | ".join(f"{gb} GB" for gb in BUDGETS) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
-    for method in METHODS:
-        mine = {
-            row["budget_gb"]: row
-            for row in table
-            if (row["what"], row["model"], row["method"]) == ("budget", model, method)
-        }
-        if mine:
-            lines += [f"| {TITLES[method]} | " + " | ".join(cell(mine[str(gb)]) for gb in BUDGETS) + " |"]
-    return lines
+    """A model's table: each method within each budget that all of them were counted for."""
+    mine = [row for row in table if (row["what"], row["model"]) == ("budget", model)]
+    methods = [method for method in METHODS if any(row["method"] == method for row in mine)]
+    cells = {(row["method"], row["budget_gb"]): cell(row) for row in mine}
+    budgets = [str(gb) for gb in BUDGETS if all((method, str(gb)) in cells for method in methods)]
+    lines = ["| method | " + " | ".join(f"{gb} GB" for gb in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
+    return lines + [f"| {TITLES[m]} | " + " | ".join(cells[m, gb] for gb in budgets) + " |" for m in methods]
 
 
 def least_lines(table: list[Row]) -> list[str]:
@@ -290,7 +286,8 @@ has plans to choose from: the other phases take what they take, or are left out 
 
 Where the networks do not fit as they are, they are held otherwise: frozen weights in 8 bits (`--weights int8`), or
 streamed from RAM (`--resident streamed`), the optimizer's states streamed (`--states streamed`), and text encoders,
-UNet and autoencoder on the GPU by turns (`--offload`).
+UNet and autoencoder on the GPU by turns (`--offload`). The tables by budget were counted before that, with all networks
+on the GPU in 16 bits: where a cell says no, `pcs plan` finds a way today for most; the least is counted anew.
 """
 LEAST_PAGE_HEAD = """
 ## The least, at batch 1

@@ -186,6 +186,7 @@ class WeightRing:
     def drop(self, *weights: Streamed) -> None:
         """Expect these no more; where they lie on the device others may be."""
         with self._lock:
+            self._end_use()  # of what was taken last, while it is still known
             for weight in weights:
                 self._next.pop(weight, None)
             gone = set(weights)
