@@ -3,10 +3,8 @@
 import copy
 import itertools
 import pickle
-import random
 import threading
 import time
-from queue import Queue
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from pcs_trainer.memory import whole_run
 from pcs_trainer.memory.whole_run import plan_run
 from pcs_trainer.training.trainer import Trainer
 from second_device import NAME, calls, folder, model, one_thread, twin
+from test_streaming import Delayed
 from torch import nn
 from trainer_cases import cache, pictures, small_for
 
@@ -25,15 +24,8 @@ from pcs_kernels.optim.away import RING, ring_bytes
 __all__ = ["cache", "calls", "folder", "model", "one_thread", "twin"]
 
 
-class Late:
-    """Copies by a thread that waits for what each must come after, and takes its time.
-
-    Until a copy is done, wrong bytes stand where it will be; it reads what it copies when its time has come.
-    """
-
-    def __init__(self, seed):
-        self.random, self.orders = random.Random(seed), Queue()
-        threading.Thread(target=self.work, daemon=True).start()
+class Late(Delayed):
+    """Waits for what each copy must come after; until it is done, wrong bytes stand where it will be."""
 
     def work(self):
         while True:
@@ -51,14 +43,6 @@ class Late:
         done = threading.Event()
         self.orders.put((pairs, after, done))
         return done
-
-    def wait(self, ready):
-        assert ready.wait(10)
-
-    finish = wait
-
-    def uses(self, block):
-        self.block = block
 
     def mark(self):
         now = threading.Event()

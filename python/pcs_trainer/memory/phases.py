@@ -78,9 +78,10 @@ class Phases:
         self.unet = as_read(own, request.dtype)
         self.streamed = 0
         if self.s.resident == "streamed":
-            waiting = [p for block in waiting_blocks(unet) for p in block]
+            blocks = waiting_blocks(unet)
+            waiting = [p for block in blocks for p in block]
             self.unet += ring_bytes(unet) - as_read(waiting, request.dtype) * (not self.cpu)
-            self.streamed = sum(pinned(as_read(block, request.dtype)) for block in waiting_blocks(unet))
+            self.streamed = sum(pinned(as_read(block, request.dtype)) for block in blocks)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)

@@ -137,7 +137,7 @@ def plan_run(
         "offload": (False,) if cpu else (False, True),
     }
     given = {name: value for name, value in held.items() if value != choices[name][0]} | settings
-    refuse_on_the_cpu(device, **{name: given[name] for name in ("resident", "states") if given.get(name)})
+    refuse_on_the_cpu(device, resident=given.get("resident"), states=given.get("states"))
     s, networks = asked_for(model, method, given)
     check_asked(resolution or s.resolution or networks.resolution, batch, dtype, device, networks.pixels, measure)
     what = model, method, resolution, batch

@@ -315,7 +315,7 @@ def _through_peer(folder: Path, kind: Any, options: dict[str, Any]) -> Any:
         raise UnsupportedModel(f"{folder} cannot be read as a {kind.__name__}: {reason}") from error
 
 
-def refuse_on_the_cpu(device: str, **settings: str) -> None:
+def refuse_on_the_cpu(device: str, **settings: str | None) -> None:
     """ValueError where a setting brings something from RAM to a GPU, and there is none."""
     for name in (n for n, value in settings.items() if value == "streamed" and torch.device(device).type == "cpu"):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from ..settings import Settings, with_none_for_unset
 from .checkpoint import FREE
 
-HELD = ("offload", "resident", "states")  # free to change, but a run that needed them needs them again
+NEEDED = ("offload", "resident", "states")  # free to change, but a run that needed them needs them again
 OWN = ("method", "class_word", "token", "seed", "init_word")  # of each subject for itself, or of the call
 
 
@@ -28,7 +28,7 @@ def as_it_began(s: Settings, asked: Collection[str], was: Mapping[str, Any], num
     known = s.asdict()
     values = with_none_for_unset(type(s), {n: v for n, v in before.items() if n in known})
     kept = {
-        n: _as_tuple(v) for n, v in values.items() if n not in asked and (n not in FREE or n in HELD) and n not in OWN
+        n: _as_tuple(v) for n, v in values.items() if n not in asked and (n not in FREE or n in NEEDED) and n not in OWN
     }
     subjects = before.get("subjects") or []
     if "token" not in asked and number < len(subjects):

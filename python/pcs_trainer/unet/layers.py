@@ -247,9 +247,9 @@ class Stack:
 
     def forget(self) -> None:
         """Drop the matrices; layers that still are views of them keep them."""
-        for weight, _ in self._made:
-            if isinstance(weight, StreamedWeight):
-                weight.ring.drop(weight)
+        streamed = [weight for weight, _ in self._made if isinstance(weight, StreamedWeight)]
+        if streamed:
+            streamed[0].ring.drop(*streamed)
         self._seen, self._made = [], []
 
     def __call__(self, x: Tensor) -> list[Tensor]:

@@ -218,9 +218,8 @@ def chosen_plan(
         warn_of_the_reference()
     limits = [f"{what} {bytes_text(size)}" for what, size in (("budget", budget), ("RAM", ram)) if size is not None]
     most = found.largest
-    held = [f"weights {found.weights}"] * (found.weights != "full")
-    held += [f"resident {found.resident}"] * (found.resident != "device")
-    held += [f"states {found.states}"] * (found.states != "device")
+    usual = {"weights": "full", "resident": "device", "states": "device"}
+    held = [f"{name} {value}" for name in usual if (value := getattr(found, name)) != usual[name]]
     held += ["offload"] * (found.offload and device.type != "cpu")
     how = "".join(f", {one}" for one in held)
     say(f"{', '.join(limits)}: {bytes_text(most.bytes)} needed ({most.name}){how}, recomputation {found.step.plans}")
