@@ -10,7 +10,7 @@ from setuptools import find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 OPS = ["self_attention", "cross_attention", "geglu", "group_norm_silu", "adamw8bit", "lowrank_residual"]
-OPS += ["int8_weight", "bindings"]
+OPS += ["int8_weight", "frozen_product", "bindings"]
 HEADERS = [str(header) for header in Path("csrc").glob("*.h")]
 # gcc 12 takes the undefined operands inside its own AVX-512 headers for mistakes of ours.
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -18,7 +18,8 @@ FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SETS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     SETS["avx2"] = "-mavx2 -mfma -mf16c"
-    SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512"
+    SETS["avx512f"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    SETS["avx512"] = SETS["avx512f"] + " -mavx512bf16"
     SETS["amx"] = SETS["avx512"] + " -mamx-tile -mamx-bf16"
 
 

@@ -117,6 +117,17 @@ PYBIND11_MODULE(PCS_MODULE, m) {
           int8_expand(DType(dtype), codes, scales, weight, rows, K, threads);
         });
 
+  m.def("frozen_product",
+        [](int dtype, int kind, py::tuple a, py::tuple shape, bool backward, bool taps_last, int threads) {
+          const FrozenArguments arguments{a[0].cast<intptr_t>(), a[1].cast<intptr_t>(), a[2].cast<intptr_t>(),
+                                          a[3].cast<intptr_t>(), a[4].cast<intptr_t>()};
+          int64_t n[11];
+          for (int i = 0; i < 11; i++) n[i] = shape[i].cast<int64_t>();
+          const FrozenShape s{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
+          py::gil_scoped_release release;
+          frozen_product(DType(dtype), WeightKind(kind), arguments, s, backward, taps_last, threads);
+        });
+
   m.def("packed_bytes",
         [](int dtype, int64_t columns, int64_t depth) { return packed_bytes(DType(dtype), columns, depth); });
   m.def("low_rank_width", [](int dtype, int64_t rank) { return low_rank_width(DType(dtype), rank); });

@@ -28,8 +28,8 @@ PYBIND11_MODULE(_cpuid, m) {
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16"))
-      return has_tiles() ? "amx" : "avx512";
+        __builtin_cpu_supports("avx512dq"))
+      return !__builtin_cpu_supports("avx512bf16") ? "avx512f" : has_tiles() ? "amx" : "avx512";
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
 #endif
     return "baseline";

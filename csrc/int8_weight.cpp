@@ -1,27 +1,15 @@
 // Weights of 8 bits: rows [O, K] of codes with a bfloat16 scale for every 64 of them; one read and one write each way.
+#include "frozen_weight.h"
 #include "ops.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace PCS_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 64;
 constexpr int64_t CHUNK = 1 << 15;  // elements a task
 
 typedef int8_t vb __attribute__((vector_size(W)));
 
-PCS_INLINE vf load_codes(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(__AVX2__)
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  vb b;
-  std::memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, vf);
-#endif
-}
 PCS_INLINE void store_codes(int8_t* p, vi v) {
   const vb b = __builtin_convertvector(v, vb);
   std::memcpy(p, &b, sizeof b);
@@ -33,7 +21,7 @@ void for_blocks(int64_t rows, int64_t K, int threads, const Body& body) {
   const int64_t rows_a_task = std::max<int64_t>(1, CHUNK / K), tasks = (rows + rows_a_task - 1) / rows_a_task;
   parallel_for(tasks, threads, [&](int64_t t) {
     for (int64_t r = t * rows_a_task; r < std::min(rows, (t + 1) * rows_a_task); r++)
-      for (int64_t k = 0; k < K; k += BLOCK) body(r, k, std::min(BLOCK, K - k));
+      for (int64_t k = 0; k < K; k += SCALED) body(r, k, std::min(SCALED, K - k));
   });
 }
 
@@ -51,7 +39,7 @@ PCS_INLINE vi nearest(vf x) {  // to nearest even, for |x| < 2^22
 
 template <class T>
 void quantize(const T* weight, int8_t* codes, uint16_t* scales, int64_t rows, int64_t K, int threads) {
-  const int64_t blocks = (K + BLOCK - 1) / BLOCK;
+  const int64_t blocks = (K + SCALED - 1) / SCALED;
   for_blocks(rows, K, threads, [=](int64_t r, int64_t k, int64_t n) {
     const T* from = weight + r * K + k;
     int8_t* to = codes + r * K + k;
@@ -62,7 +50,7 @@ void quantize(const T* weight, int8_t* codes, uint16_t* scales, int64_t rows, in
       zero += x * 0.0f;  // NaN where a value is NaN or infinite: the scale must say so
     });
     const uint16_t bits = sum(zero) == 0.0f ? rounded_up(reduce_max(most) / 127.0f) : 0x7FC0;
-    scales[r * blocks + k / BLOCK] = bits;
+    scales[r * blocks + k / SCALED] = bits;
     const float scale = to_float(bf16{bits});
     const vf divisor = splat(scale == 0.0f ? 1.0f : scale);
     over(n, [&](int64_t i, auto lanes) {
@@ -75,18 +63,12 @@ void quantize(const T* weight, int8_t* codes, uint16_t* scales, int64_t rows, in
 
 template <class T>
 void expand(const int8_t* codes, const uint16_t* scales, T* weight, int64_t rows, int64_t K, int threads) {
-  const int64_t blocks = (K + BLOCK - 1) / BLOCK;
+  const int64_t blocks = (K + SCALED - 1) / SCALED;
   for_blocks(rows, K, threads, [=](int64_t r, int64_t k, int64_t n) {
     const int8_t* from = codes + r * K + k;
     T* to = weight + r * K + k;
-    const vf scale = splat(to_float(bf16{scales[r * blocks + k / BLOCK]}));
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(to + i, load_codes(from + i) * scale);
-    if (i < n) {
-      int8_t buffer[W] = {};
-      std::memcpy(buffer, from + i, size_t(n - i));
-      store_n(to + i, load_codes(buffer) * scale, int(n - i));
-    }
+    const vf scale = splat(to_float(bf16{scales[r * blocks + k / SCALED]}));
+    over(n, [&](int64_t i, auto lanes) { store_n(to + i, load_codes(from + i, lanes) * scale, lanes); });
   });
 }
 

@@ -81,4 +81,16 @@ void lowrank_residual(DType, const LowrankArguments&, const LowrankShape&, float
 void int8_quantize(DType, intptr_t weight, intptr_t codes, intptr_t scales, int64_t rows, int64_t K, int threads);
 void int8_expand(DType, intptr_t codes, intptr_t scales, intptr_t weight, int64_t rows, int64_t K, int threads);
 
+// y from x, or dx from dy (backward), both channels-last; H, W and C are x's. A linear product has one row of pixels.
+struct FrozenShape {
+  int64_t B, H, W, C, O, out_h, out_w, kernel_h, kernel_w, stride, padding;
+};
+struct FrozenArguments {
+  intptr_t from, weight, scales, bias, to;
+};
+enum WeightKind : int { PLAIN = 0, CODES = 1 };
+// taps_last: the weight lies as [O, C, kh, kw], else as [O, kh, kw, C].
+void frozen_product(DType, WeightKind, const FrozenArguments&, const FrozenShape&, bool backward, bool taps_last,
+                    int threads);
+
 }  // namespace PCS_ISA

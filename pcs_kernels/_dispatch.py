@@ -47,6 +47,7 @@ class Cost(NamedTuple):
 
     flops: Callable[..., int] | None  # of the arguments that it names, and of `result`
     packed: str | None  # the weight that the CPU kernel packs
+    packed_bytes: Callable[[torch.Tensor], int]  # how many the copy takes; 0 where this CPU reads it as it lies
     run: Callable[..., Any]  # the implementation on every device
 
 
@@ -195,6 +196,7 @@ def define(
     fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
     packed: str | None = None,
+    packed_bytes: Callable[[torch.Tensor], int] = lambda weight: weight.nbytes,
     choose: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register a torch.library op: its schema, its implementation on every device, its fake, and its costs.
@@ -205,6 +207,7 @@ def define(
         fake: the op on tensors without values.
         flops: as `Cost` has it.
         packed: as `Cost` has it.
+        packed_bytes: as `Cost` has it.
         choose: checks the arguments and selects an implementation, by shapes, strides, dtypes, devices and numbers
             alone: it is not called for every call (see `_direct.py`). What reads values belongs into `run`.
 
@@ -216,7 +219,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, without_autocast(whole), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcs_kernels::{name}", fake, lib=LIBRARY)
-    COSTS[name] = Cost(flops, packed, whole)
+    COSTS[name] = Cost(flops, packed, packed_bytes, whole)
     packet: Callable[..., Any] = getattr(torch.ops.pcs_kernels, name)
     return packet if choose is None else caller(packet, choose, run)
 

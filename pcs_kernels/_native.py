@@ -1,6 +1,6 @@
 """The C++ build for this CPU, and the only place where tensors become addresses.
 
-Four builds of the same sources ship on x86-64 (baseline, AVX2, AVX-512 with bf16, and that with AMX's matrix tiles); a
+Five builds of the same sources ship on x86-64 (baseline, AVX2, AVX-512, that with bf16, and with AMX's matrix tiles); a
 probe picks one at first use. PCS_NATIVE names another for tests, one that this CPU can run.
 """
 
@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-SETS = ("baseline", "avx2", "avx512", "amx")  # each CPU that runs one runs those before it
+SETS = ("baseline", "avx2", "avx512f", "avx512", "amx")  # each CPU that runs one runs those before it
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/tensor_view.h
 
 

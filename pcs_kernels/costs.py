@@ -58,12 +58,17 @@ def implementation(op: Any) -> Callable[..., Any]:
     return COSTS[op._schema.name.partition("::")[2]].run
 
 
-def packed_weight(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The weight of this call that the op's CPU kernel packs, once for each direction; None where it packs none."""
+def packed_weight(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, int] | None:
+    """The weight of this call that the op's CPU kernel packs, once for each direction, and the bytes of the copy.
+
+    None where it packs none.
+    """
     name = _packed_names().get(packet)
     if name is None or not argument_or(packet, "pack", args, kwargs, may_pack(direction(packet))):
         return None
-    return argument(packet, name, args, kwargs)
+    weight: Tensor = argument(packet, name, args, kwargs)
+    size = COSTS[packet.__name__].packed_bytes(weight)
+    return (weight, size) if size else None
 
 
 def direction(packet: Any) -> Literal["forward", "backward"]:

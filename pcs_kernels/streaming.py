@@ -364,12 +364,16 @@ def kept(ctx: Any) -> Parts:
     return codes, scales, ctx.source
 
 
-def lent(parts: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """A weight for one product, which ends before the next one is asked for; a 1x1 convolution's keeps its shape."""
+def taken(parts: Sequence[Any]) -> Tensor | Int8Weight:
+    """A weight in 8 bits, or a streamed one, where it is used: for one product, before the next one is asked for."""
     codes, scales, source = parts
     if source is not None:
-        taken = source.take()
-        if isinstance(taken, Tensor):
-            return taken
-        codes, scales = taken
-    return lent_weight(Int8Weight(codes, scales), dtype)
+        weight: Tensor | Int8Weight = source.take()
+        return weight
+    return Int8Weight(codes, scales)
+
+
+def lent(parts: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """`taken`, one in 8 bits as a tensor of `dtype`; a 1x1 convolution's keeps its shape."""
+    weight = taken(parts)
+    return lent_weight(weight, dtype) if isinstance(weight, Int8Weight) else weight

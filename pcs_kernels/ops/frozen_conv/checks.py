@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from ... import _check as check
+from ..int8_weight import Int8Weight, check_int8
+
+Weight = Tensor | Int8Weight
+
+
+def _elements(weight: Weight) -> Tensor:
+    """The tensor that has the weight's shape."""
+    return weight.codes if isinstance(weight, Int8Weight) else weight
 
 
 def _agree(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int) -> bool:
@@ -26,23 +34,30 @@ def _agree(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int) -> bool:
     )
 
 
-def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, letters: str) -> None:
-    if _agree(x, weight, bias, dims):
+def _check_weights(x: Tensor, weight: Weight, bias: Tensor | None, dims: int, letters: str) -> None:
+    if not isinstance(weight, Int8Weight) and _agree(x, weight, bias, dims):
         return
     check.floating("x", x)
     check.not_empty("x", x)
-    check.floating("weight", weight)
-    check.rank("weight", weight, dims, letters)
-    check.not_empty("weight", weight)
-    check.same("weight", weight, "x", x)
+    if isinstance(weight, Int8Weight):
+        check_int8(*weight)
+        check.rank("weight", weight.codes, dims, letters)
+        check.same_device("weight", weight.codes, "x", x)
+        weight = weight.codes
+    else:
+        check.floating("weight", weight)
+        check.rank("weight", weight, dims, letters)
+        check.not_empty("weight", weight)
+        check.same("weight", weight, "x", x)
     if bias is not None:
         check.floating("bias", bias)
         check.shape("bias", bias, (weight.shape[0],), "[O]")
         check.same("bias", bias, "x", x)
 
 
-def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
+def check_conv(x: Tensor, weight: Weight, bias: Tensor | None, stride: int, padding: int) -> None:
     _check_weights(x, weight, bias, 4, "[O, C, kh, kw]")
+    weight = _elements(weight)
     check.rank("x", x, 4, "[B, C, H, W]")
     check.require(
         x.shape[1] == weight.shape[1],
@@ -58,8 +73,9 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padd
         )
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
     _check_weights(x, weight, bias, 2, "[O, C]")
+    weight = _elements(weight)
     check.require(x.dim() >= 1, lambda: "x must be [..., C], not a scalar")
     check.require(
         x.shape[-1] == weight.shape[1],

@@ -2,12 +2,14 @@
 
 oneDNN re-orders a plain weight on every call, which costs more than the product where the weight is large. The
 input gradient of a convolution is a convolution too, with the flipped, transposed weight (stride 1) or a transposed
-one (larger strides), so it is packed as well.
+one (larger strides), so it is packed as well. Where oneDNN has no instructions for bfloat16, and for 8-bit weights,
+`native_product` reads the weight as it lies, and packs none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch import Tensor
 from ... import _native
 from ..._layout import image_format
 from ..._packed import packed
-from . import reference
+from ..int8_weight import Int8Weight
+from . import native_product, reference
 
 _mkldnn = torch.ops.mkldnn
 
@@ -24,9 +27,17 @@ def reason(x: Tensor, weight: Tensor) -> str | None:
     sentence = _native.reason(x, weight)
     if sentence is None and not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN"
-    if sentence is None and x.dtype == torch.bfloat16 and not _mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN runs bfloat16 only on CPUs with AVX-512"
     return sentence
+
+
+def product_of_codes(x: Tensor, weight: Int8Weight) -> ModuleType | None:
+    """What multiplies an 8-bit weight without expanding it first, where that is the faster."""
+    return native_product if _native.reason(x) is None and native_product.takes(x, weight) else None
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether a weight would be packed."""
+    return not native_product.takes(weight, weight)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -37,12 +48,16 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def forward_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, pack: bool) -> Tensor:
+    if native_product.takes(x, weight):
+        return native_product.forward_conv(x, weight, bias, stride, padding)
     if not pack:
         return reference.forward_conv(x, weight, bias, stride, padding, pack)
     return _convolve(x, weight, "forward", _as_it_is, bias, stride, padding)
 
 
 def backward_conv(dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, pack: bool) -> Tensor:
+    if native_product.takes(dy, weight):
+        return native_product.backward_conv(dy, weight, height, width, stride, padding)
     dy, kernel = _dense(dy), weight.shape[-1]
     if not pack or weight.shape[-2] != kernel or padding >= kernel:
         return reference.backward_conv(dy, weight, height, width, stride, padding, pack)
@@ -91,12 +106,16 @@ def _convolve(
 
 
 def forward_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:
+    if native_product.takes(x, weight):
+        return native_product.forward_linear(x, weight, bias)
     if not pack:
         return reference.forward_linear(x, weight, bias, pack)
     return _product(x, weight, "forward", _as_it_is, bias)
 
 
 def backward_linear(dy: Tensor, weight: Tensor, pack: bool) -> Tensor:
+    if native_product.takes(dy, weight):
+        return native_product.backward_linear(dy, weight)
     if not pack:
         return reference.backward_linear(dy, weight, pack)
     return _product(dy, weight, "backward", _transposed, None)

@@ -4,12 +4,14 @@ conv: x [B,C,H,W], weight [O,C,kh,kw] -> [B,O,H',W'], channels-last where x is. 
 On the CPU the weight is packed once for each direction and kept beside it; pack=False saves that memory. Elsewhere
 torch's own functions run, without a copy where x and the weight are channels-last, and without the registered ops
 around them unless a backend is forced: a batch of 1 waits for the host there. A weight in 8 bits is expanded for each
-direction, and let go of when its product is made.
+direction, and let go of when its product is made; CPUs that would expand it to float32 multiply its codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _check as check
+from ..._direct import watched
 from ..._dispatch import Op, autocast_is_on, define, forced_backend, without_autocast
 from ..._layout import image_format
 from ..._packed import may_pack
-from ...streaming import FrozenWeight, StreamedWeight, keep, kept, lent, parts_of
-from ..int8_weight import Int8Weight
+from ...streaming import FrozenWeight, StreamedWeight, keep, kept, parts_of, taken
+from ..int8_weight import Int8Weight, lent_weight
 from . import reference
 from .checks import check_conv, check_linear
 
@@ -97,6 +100,11 @@ def _linear_backward_flops(dy: Tensor, result: Tensor) -> int:
     return 2 * result.numel() * dy.shape[-1]
 
 
+def _packed_bytes(weight: Tensor) -> int:
+    native = OP.module("native")
+    return weight.nbytes if isinstance(native, str) or native.packs(weight) else 0
+
+
 define(
     "frozen_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, bool pack, str backend)"
     " -> Tensor",
@@ -104,6 +112,7 @@ define(
     _conv_fake,
     _conv_flops,
     packed="weight",
+    packed_bytes=_packed_bytes,
 )
 define(
     "frozen_conv2d_backward(Tensor dy, Tensor weight, int height, int width, int stride, int padding, bool pack,"
@@ -112,6 +121,7 @@ define(
     _conv_backward_fake,
     _conv_backward_flops,
     packed="weight",
+    packed_bytes=_packed_bytes,
 )
 define(
     "frozen_linear_forward(Tensor x, Tensor weight, Tensor? bias, bool pack, str backend) -> Tensor",
@@ -119,6 +129,7 @@ define(
     _linear_fake,
     _linear_flops,
     packed="weight",
+    packed_bytes=_packed_bytes,
 )
 define(
     "frozen_linear_backward(Tensor dy, Tensor weight, bool pack, str backend) -> Tensor",
@@ -126,6 +137,7 @@ define(
     _linear_backward_fake,
     _linear_backward_flops,
     packed="weight",
+    packed_bytes=_packed_bytes,
 )
 
 
@@ -162,6 +174,48 @@ class _FrozenConv2d(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
+def _product_of_codes(x: Tensor, weight: Tensor | Int8Weight, backend: str) -> ModuleType | None:
+    """What multiplies the codes of a weight without expanding it, where something does."""
+    if not isinstance(weight, Int8Weight) or x.device.type != "cpu" or backend not in ("", "native"):
+        return None
+    if torch.compiler.is_compiling() or watched():  # whoever looks at operations sees the registered ones
+        return None
+    native = OP.module("native")
+    product: ModuleType | None = None if isinstance(native, str) else native.product_of_codes(x, weight)
+    return product
+
+
+def _whole(weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
+    return lent_weight(weight, dtype) if isinstance(weight, Int8Weight) else weight
+
+
+def _as_matrix(weight: Tensor | Int8Weight) -> Tensor | Int8Weight:
+    """[O, C] of a 1x1 convolution's weight."""
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.codes.flatten(1), weight.scales)
+    return weight.flatten(1)
+
+
+def _lent_conv(x: Tensor, parts: Sequence[Any], bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    weight = taken(parts)
+    product = _product_of_codes(x, weight, forced_backend())
+    if product is not None:
+        check_conv(x, weight, bias, stride, padding)
+        made: Tensor = product.forward_conv(x, weight, bias, stride, padding)
+        return made
+    return frozen_conv2d(x, _whole(weight, x.dtype), bias, stride, padding, pack=False)
+
+
+def _lent_linear(x: Tensor, parts: Sequence[Any], bias: Tensor | None) -> Tensor:
+    weight = _as_matrix(taken(parts))
+    product = _product_of_codes(x, weight, forced_backend())
+    if product is not None:
+        check_linear(x, weight, bias)
+        made: Tensor = product.forward_linear(x, weight, bias)
+        return made
+    return frozen_linear(x, _whole(weight, x.dtype), bias, pack=False)
+
+
 class _LentConv2d(torch.autograd.Function):
     """The convolution of a weight that is made for each direction: its codes and scales, or where it lies, are kept."""
 
@@ -170,12 +224,16 @@ class _LentConv2d(torch.autograd.Function):
         keep(ctx, parts)
         ctx.numbers = x.shape[2], x.shape[3], stride, padding
         ctx.order, ctx.backend = image_format(x), forced_backend()
-        return frozen_conv2d(x, lent(parts, x.dtype), bias, stride, padding, pack=False)
+        return _lent_conv(x, parts, bias, stride, padding)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, dy = lent(kept(ctx), dy.dtype), _ordered(dy, ctx.order)
+        held, dy = taken(kept(ctx)), _ordered(dy, ctx.order)
+        product = _product_of_codes(dy, held, ctx.backend)
+        if product is not None:
+            return product.backward_conv(dy, held, *ctx.numbers), None, None, None, None, None, None
+        weight = _whole(held, dy.dtype)
         if _torch_alone(dy) and not ctx.backend:
             dx = _gradient(dy, weight, *ctx.numbers).contiguous(memory_format=ctx.order)
         else:
@@ -190,12 +248,16 @@ class _LentLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
         keep(ctx, parts)
         ctx.backend = forced_backend()
-        return frozen_linear(x, lent(parts, x.dtype).flatten(1), bias, pack=False)
+        return _lent_linear(x, parts, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight = lent(kept(ctx), dy.dtype).flatten(1)
+        held = _as_matrix(taken(kept(ctx)))
+        product = _product_of_codes(dy, held, ctx.backend)
+        if product is not None:
+            return product.backward_linear(dy, held), None, None, None, None
+        weight = _whole(held, dy.dtype)
         if _torch_alone(dy) and not ctx.backend:
             return reference.backward_linear(dy, weight, False), None, None, None, None
         return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, False, ctx.backend), None, None, None, None
@@ -278,7 +340,7 @@ def frozen_conv2d(
         check.floating("x", x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _LentConv2d.apply(x, bias, stride, padding, *parts_of(weight))
-        return frozen_conv2d(x, lent(parts_of(weight), x.dtype), bias, stride, padding, pack=False)
+        return _lent_conv(x, parts_of(weight), bias, stride, padding)
     _must_be_frozen("frozen_conv2d", "torch.nn.functional.conv2d", weight=weight, bias=bias)
     if _torch_alone(x) and type(stride) is type(padding) is int:  # the op's schema refuses other types
         check_conv(x, weight, bias, stride, padding)
@@ -309,7 +371,7 @@ def frozen_linear(
         check.floating("x", x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _LentLinear.apply(x, bias, *parts_of(weight))
-        return frozen_linear(x, lent(parts_of(weight), x.dtype).flatten(1), bias, pack=False)
+        return _lent_linear(x, parts_of(weight), bias)
     _must_be_frozen("frozen_linear", "torch.nn.functional.linear", weight=weight, bias=bias)
     # torch's product keeps the weight alone where that is all its gradient needs, but for Apple's, which has a backward
     # of its own that keeps x too.

@@ -45,7 +45,8 @@ def _check_weight(weight: Tensor) -> None:
     )
 
 
-def _check_int8(codes: Tensor, scales: Tensor) -> None:
+def check_int8(codes: Tensor, scales: Tensor) -> None:
+    """What an 8-bit weight must be, one sentence for each thing that is wrong."""
     check.tensor("codes", codes)
     check.tensor("scales", scales)
     check.dtype_in("codes", codes, (torch.int8,))
@@ -71,7 +72,7 @@ def _quantize_fake(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _choose_expand(codes: Tensor, scales: Tensor, dtype: int, backend: str) -> Any:
-    _check_int8(codes, scales)
+    check_int8(codes, scales)
     return OP.select(backend, codes.device.type, _example(codes, dtype))
 
 
@@ -85,7 +86,7 @@ def _expand(chosen: Any, codes: Tensor, scales: Tensor, dtype: int, backend: str
 
 
 def _expand_fake(codes: Tensor, scales: Tensor, dtype: int, backend: str) -> Tensor:
-    _check_int8(codes, scales)
+    check_int8(codes, scales)
     return torch.empty_like(codes, dtype=DTYPES[dtype], memory_format=weight_format(codes))
 
 
@@ -120,7 +121,7 @@ def lent_weight(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
     seen = torch.compiler.is_compiling() or watched()  # a graph being compiled takes no look at what watches
     if seen or not isinstance(codes, Tensor) or codes.device.type != "cpu" or dtype not in CODES:
         return expand_weight(weight, dtype)
-    _check_int8(codes, scales)
+    check_int8(codes, scales)
     chosen = OP.select(forced_backend(), "cpu", _example(codes, CODES[dtype]))
     lend = getattr(chosen, "lend", chosen.expand)
     lent: Tensor = lend(codes, scales, dtype)

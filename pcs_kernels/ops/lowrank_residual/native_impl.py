@@ -47,6 +47,12 @@ def _pack(matrices: Tensor, rows_are_columns: bool) -> Tensor:
     return out
 
 
+def packed_bytes(weight: Tensor) -> int:
+    """Of a packed copy of a weight [O, C]: CPUs without instructions for bfloat16 multiply it as float32."""
+    known = weight.dtype in _native.DTYPES
+    return LIBRARY.packed_bytes(_native.dtype_code(weight), *weight.shape) if known else weight.nbytes
+
+
 def _weight(weight: Tensor, direction: Literal["forward", "backward"], keep: bool) -> Tensor:
     """The frozen weight packed: the copy that is kept where one may be, else one for this call."""
 

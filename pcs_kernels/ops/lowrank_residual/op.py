@@ -201,6 +201,11 @@ def _backward_flops(dy: Tensor, weight: Tensor) -> int:
     return 2 * dy.numel() * weight.shape[1]
 
 
+def _packed_bytes(weight: Tensor) -> int:
+    native = OP.module("native")
+    return weight.nbytes if isinstance(native, str) else int(native.packed_bytes(weight))
+
+
 _FORWARD = define(
     "lowrank_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? mask,"
     " float scale, Tensor? index, bool pack, str backend) -> Tensor",
@@ -208,6 +213,7 @@ _FORWARD = define(
     _forward_fake,
     _flops,
     packed="weight",
+    packed_bytes=_packed_bytes,
     choose=_choose,
 )
 _BACKWARD = define(
@@ -218,6 +224,7 @@ _BACKWARD = define(
     _backward_fake,
     _backward_flops,
     packed="weight",
+    packed_bytes=_packed_bytes,
     choose=_choose_backward,
 )
 

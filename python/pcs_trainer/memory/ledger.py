@@ -114,9 +114,9 @@ class Ledger(TorchDispatchMode):
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor):
                 made += self._add(t)
-        weight = costs.packed_weight(func.overloadpacket, args, kwargs)
-        if weight is not None:
-            self._packs(func.overloadpacket, weight)
+        packed = costs.packed_weight(func.overloadpacket, args, kwargs)
+        if packed is not None:
+            self._packs(func.overloadpacket, *packed)
         flops = _flops(func.overloadpacket, args, kwargs, out)
         work = flops + FLOPS_A_BYTE * made
         self._work += work
@@ -140,9 +140,9 @@ class Ledger(TorchDispatchMode):
         self.live += size
         return size
 
-    def _packs(self, packet: Any, weight: Tensor) -> None:
+    def _packs(self, packet: Any, weight: Tensor, size: int) -> None:
         key = packet, weight.untyped_storage()._cdata, weight.storage_offset(), weight.shape
-        self._packed[key] = weight.nbytes
+        self._packed[key] = size
 
     def _drop(self, key: int) -> None:
         entry, _ = self._alive.pop(key)

@@ -1,0 +1,111 @@
+"""Convolution and linear product with a weight that the CPU reads as it lies: csrc/frozen_product.cpp.
+
+For bfloat16 on CPUs that do not multiply it, where oneDNN computes at a third of its float32's speed or, without
+AVX-512, not at all; and for 8-bit weights there, and with float32. One form serves both directions, so that no packed
+copy is made. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..._layout import image_format
+from ..int8_weight import Int8Weight
+
+LIBRARY = _native.library()
+Weight = Tensor | Int8Weight
+Image = tuple[int, int, int]  # B, H, W
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has this CPU's own instructions for products of bfloat16."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return _native.instruction_set() in ("avx512", "amx")
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def takes(x: Tensor, weight: Weight) -> bool:
+    """Whether this product is faster here than another with a weight of this kind."""
+    slow = x.dtype == torch.bfloat16 and not multiplies_bfloat16()
+    return slow or (isinstance(weight, Int8Weight) and x.dtype == torch.float32)
+
+
+def _in_order(weight: Tensor) -> tuple[Tensor, bool]:
+    """The weight without gaps, and whether its taps are neighbours in memory: [O, C, kh, kw]."""
+    if weight.dim() == 2 or weight.shape[2:].numel() == 1:
+        return weight.contiguous(), False
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return weight, False
+    return weight.contiguous(), True
+
+
+def _multiply(
+    given: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    image: Image,
+    size: tuple[int, int],
+    stride: int,
+    padding: int,
+    backward: bool,
+) -> Tensor:
+    """out from given, both with channels last; `image` is the forward's input and `size` its output."""
+    coded = isinstance(weight, Int8Weight)
+    whole, taps_last = (weight.codes, False) if isinstance(weight, Int8Weight) else _in_order(weight)
+    scales = weight.scales.contiguous() if isinstance(weight, Int8Weight) else None
+    bias = None if bias is None else bias.contiguous()
+    outs, ins, *kernel = whole.shape if whole.dim() == 4 else (*whole.shape, 1, 1)
+    batch, height, width = image
+    LIBRARY.frozen_product(
+        _native.dtype_code(given),
+        int(coded),
+        tuple(map(_native.address, (given, whole, scales, bias, out))),
+        (batch, height, width, ins, outs, *size, *kernel, stride, padding),
+        backward,
+        taps_last,
+        _native.threads(),
+    )
+    return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def forward_conv(x: Tensor, weight: Weight, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    outs, _, kernel_h, kernel_w = _shape(weight)
+    batch, _, height, width = x.shape
+    size = (height + 2 * padding - kernel_h) // stride + 1, (width + 2 * padding - kernel_w) // stride + 1
+    y = torch.empty((batch, outs, *size), dtype=x.dtype, memory_format=torch.channels_last)
+    _multiply(_channels_last(x), weight, bias, y, (batch, height, width), size, stride, padding, backward=False)
+    return y.contiguous(memory_format=image_format(x))
+
+
+def backward_conv(dy: Tensor, weight: Weight, height: int, width: int, stride: int, padding: int) -> Tensor:
+    batch, size = dy.shape[0], (dy.shape[2], dy.shape[3])
+    shape = batch, _shape(weight)[1], height, width
+    dx = torch.empty(shape, dtype=dy.dtype, memory_format=torch.channels_last)
+    image = batch, height, width
+    _multiply(_channels_last(dy), weight, None, dx, image, size, stride, padding, backward=True)
+    return dx.contiguous(memory_format=image_format(dy))
+
+
+def forward_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    rows, y = x.numel() // x.shape[-1], x.new_empty((*x.shape[:-1], _shape(weight)[0]))
+    return _multiply(x.contiguous(), weight, bias, y, (1, 1, rows), (1, rows), 1, 0, backward=False)
+
+
+def backward_linear(dy: Tensor, weight: Weight) -> Tensor:
+    rows, dx = dy.numel() // dy.shape[-1], dy.new_empty((*dy.shape[:-1], _shape(weight)[1]))
+    return _multiply(dy.contiguous(), weight, None, dx, (1, 1, rows), (1, rows), 1, 0, backward=True)
+
+
+def _shape(weight: Weight) -> torch.Size:
+    return weight.codes.shape if isinstance(weight, Int8Weight) else weight.shape
