@@ -1,8 +1,11 @@
 """Cards by name, and the time of a step at their rates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pcs_trainer.cli.entry import main
+from pcs_trainer.memory.alternatives import alternatives, table
 from pcs_trainer.memory.cards import CARDS, Card, card_named
 from pcs_trainer.memory.ledger import Ledger
 from pcs_trainer.memory.whole_run import plan_run
@@ -46,3 +49,17 @@ def test_a_plan_for_a_card_has_its_memory_and_its_time(capsys):
     assert main(["plan", "--card", "3061"]) == 2 and main(["plan", "--card", "3060", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "--card: there is no data sheet of the card '3061'" in said and "with --device cuda" in said
+
+
+@pytest.mark.slow
+def test_other_budgets_are_answered_in_one_table(capsys):
+    found = alternatives("tiny", "lora_fa", ("100MB", "600MB", "2GB"), resolution=64, report=False, card="3060")
+    assert [budget for budget, _ in found] == ["100MB", "600MB"]  # more would change nothing
+    assert not found[0][1].fits and found[1][1].fits
+    lines = table(found).splitlines()
+    assert "are missing" in lines[1] and "s a step" in lines[2] and "recomputation 24 eager" in lines[2]
+    slow, fast = found[1][1], replace(found[1][1], seconds=found[1][1].seconds / 2, weights="int8", resident="streamed")
+    lines = table([("4GB", slow), ("8GB", fast)]).splitlines()
+    assert "(+100%)" in lines[1] and "weights int8, resident streamed, batch" in lines[2]
+    assert main(["plan", "--method", "lora_fa", "--resolution", "64", "--no-report", "--alternatives"]) == 0
+    assert "within other budgets:\n  4GB" in capsys.readouterr().out

@@ -66,6 +66,7 @@ OPTIONS = grouped(
         metavar="NAME",
         otherwise="none",
     ),
+    Option("--alternatives", "a table of what 4 to 24 GB would give, and what each costs", None, False),
     RAM,
     replace(MODEL_CONFIG, group="what to plan"),
     *HOLDING,
@@ -90,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
     """Plan and print the plan; the exit code."""
     import torch
 
+    from ...memory.alternatives import alternatives, table
+    from ...memory.planner import opened
     from ...memory.whole_run import plan_run
 
     if options.model is None:
@@ -99,31 +102,32 @@ def run(options: argparse.Namespace) -> int:
     dtype, reason = dtype_of(options, options.device)
     if options.card is not None:
         dtype, reason = card_dtype(options, dtype), ""
-    found = plan_run(
-        model_of(options),
-        options.method,
-        options.resolution,
-        options.batch,
-        options.budget,
-        dtype=dtype,
-        device=options.device,
-        accumulate=options.accumulate,
-        measure=options.device == "cuda" and torch.cuda.is_available() and not options.count_only,
-        ram=options.ram,
-        card=options.card,
-        report=not options.no_report,
-        rank=options.rank,
-        prior=options.prior,
-        weights=options.weights,
-        resident=options.resident,
-        states=options.states,
-        offload=options.offload or None,
-    )
+    asked: dict[str, Any] = {
+        "resolution": options.resolution,
+        "batch": options.batch,
+        "dtype": dtype,
+        "device": options.device,
+        "accumulate": options.accumulate,
+        "ram": options.ram,
+        "card": options.card,
+        "report": not options.no_report,
+        "rank": options.rank,
+        "prior": options.prior,
+        "weights": options.weights,
+        "resident": options.resident,
+        "states": options.states,
+        "offload": options.offload or None,
+    }
+    measure = options.device == "cuda" and torch.cuda.is_available() and not options.count_only
+    model = opened(model_of(options))
+    found = plan_run(model, options.method, budget=options.budget, measure=measure, **asked)
     if reason:
         say(f"planned in {str(dtype).removeprefix('torch.')}: {reason}")
     if options.device == "cpu":
         warn_of_the_reference()
     print(found)
+    if options.alternatives:
+        print(f"\n{table(alternatives(model, options.method, **asked))}")
     return DONE if found.fits else DOES_NOT_FIT
 
 
