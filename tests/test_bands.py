@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from pcs_trainer.memory.phases import autoencoder
+from pcs_trainer.memory.autoencoder import autoencoder
 from pcs_trainer.model import bands
 
 SMALL = dict(

@@ -131,12 +131,12 @@ def test_a_cpu_without_products_of_bfloat16_packs_nothing(monkeypatch):
 
 @pytest.mark.parametrize("multiplies", (False, True))
 def test_8_bit_weights_are_expanded_only_where_that_is_faster(multiplies, monkeypatch):
-    from pcs_kernels.ops.frozen_conv import op
+    from pcs_kernels.ops.frozen_conv import codes
 
     monkeypatch.setattr(product(), "multiplies_bfloat16", lambda: multiplies)
     expanded = []
-    lent = op.lent_weight
-    monkeypatch.setattr(op, "lent_weight", lambda weight, dtype: expanded.append(dtype) or lent(weight, dtype))
+    lent = codes.lent_weight
+    monkeypatch.setattr(codes, "lent_weight", lambda weight, dtype: expanded.append(dtype) or lent(weight, dtype))
     q, m = (pcs_kernels.quantize_weight(torch.randn(24, 16, kernel, kernel)) for kernel in (3, 1))
     for dtype in DTYPES:
         x = torch.randn(1, 16, 8, 8, dtype=dtype, requires_grad=True)

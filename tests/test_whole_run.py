@@ -10,9 +10,10 @@ import pytest
 import torch
 from pcs_trainer.cli import entry as cli
 from pcs_trainer.memory import whole_run
+from pcs_trainer.memory.autoencoder import autoencoder_dtypes
 from pcs_trainer.memory.counts import Request, counted_once
 from pcs_trainer.memory.networks import Networks, networks_of
-from pcs_trainer.memory.phases import LIBRARIES, Phases, autoencoder_dtypes
+from pcs_trainer.memory.phases import LIBRARIES, Phases
 from pcs_trainer.memory.whole_run import plan_run
 from pcs_trainer.methods import settings_for
 from pcs_trainer.model.model import Model
@@ -114,7 +115,8 @@ def test_packed_copies_follow_the_budget():
     arguments = dict(
         model=SHALLOW, method="personalized_residuals", resolution=128, batch=1, device="cpu", report=False
     )
-    arguments |= {"report": False, "check_backend": False, "probe_every": 0}  # phases with counts of their own
+    arguments |= {"check_backend": False, "probe_every": 0}  # phases with counts of their own
+    arguments |= {"dtype": torch.float32}  # which every CPU packs
     free = plan_run(**arguments)
     assert free.fits and free.packing == "both" and free.missing == ""
     step = next(phase for phase in free.phases if phase.name == "training step")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _check as check
-from ..._direct import watched
 from ..._dispatch import Op, autocast_is_on, define, forced_backend, without_autocast
 from ..._layout import image_format
 from ..._packed import may_pack
 from ...streaming import FrozenWeight, StreamedWeight, keep, kept, parts_of, taken
-from ..int8_weight import Int8Weight, lent_weight
+from ..int8_weight import Int8Weight
 from . import reference
 from .checks import check_conv, check_linear
+from .codes import as_matrix, product_of_codes, whole
 
 # cuDNN and cuBLAS have the fastest convolutions and products on a GPU: our Triton kernel runs only where it is forced.
 OP = Op("frozen_conv", __package__, order={"cuda": ("reference",), "cpu": ("native", "reference")})
@@ -174,46 +173,24 @@ class _FrozenConv2d(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
-def _product_of_codes(x: Tensor, weight: Tensor | Int8Weight, backend: str) -> ModuleType | None:
-    """What multiplies the codes of a weight without expanding it, where something does."""
-    if not isinstance(weight, Int8Weight) or x.device.type != "cpu" or backend not in ("", "native"):
-        return None
-    if torch.compiler.is_compiling() or watched():  # whoever looks at operations sees the registered ones
-        return None
-    native = OP.module("native")
-    product: ModuleType | None = None if isinstance(native, str) else native.product_of_codes(x, weight)
-    return product
-
-
-def _whole(weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
-    return lent_weight(weight, dtype) if isinstance(weight, Int8Weight) else weight
-
-
-def _as_matrix(weight: Tensor | Int8Weight) -> Tensor | Int8Weight:
-    """[O, C] of a 1x1 convolution's weight."""
-    if isinstance(weight, Int8Weight):
-        return Int8Weight(weight.codes.flatten(1), weight.scales)
-    return weight.flatten(1)
-
-
 def _lent_conv(x: Tensor, parts: Sequence[Any], bias: Tensor | None, stride: int, padding: int) -> Tensor:
     weight = taken(parts)
-    product = _product_of_codes(x, weight, forced_backend())
+    product = product_of_codes(OP, x, weight, forced_backend())
     if product is not None:
         check_conv(x, weight, bias, stride, padding)
         made: Tensor = product.forward_conv(x, weight, bias, stride, padding)
         return made
-    return frozen_conv2d(x, _whole(weight, x.dtype), bias, stride, padding, pack=False)
+    return frozen_conv2d(x, whole(weight, x.dtype), bias, stride, padding, pack=False)
 
 
 def _lent_linear(x: Tensor, parts: Sequence[Any], bias: Tensor | None) -> Tensor:
-    weight = _as_matrix(taken(parts))
-    product = _product_of_codes(x, weight, forced_backend())
+    weight = as_matrix(taken(parts))
+    product = product_of_codes(OP, x, weight, forced_backend())
     if product is not None:
         check_linear(x, weight, bias)
         made: Tensor = product.forward_linear(x, weight, bias)
         return made
-    return frozen_linear(x, _whole(weight, x.dtype), bias, pack=False)
+    return frozen_linear(x, whole(weight, x.dtype), bias, pack=False)
 
 
 class _LentConv2d(torch.autograd.Function):
@@ -230,10 +207,10 @@ class _LentConv2d(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         held, dy = taken(kept(ctx)), _ordered(dy, ctx.order)
-        product = _product_of_codes(dy, held, ctx.backend)
+        product = product_of_codes(OP, dy, held, ctx.backend)
         if product is not None:
             return product.backward_conv(dy, held, *ctx.numbers), None, None, None, None, None, None
-        weight = _whole(held, dy.dtype)
+        weight = whole(held, dy.dtype)
         if _torch_alone(dy) and not ctx.backend:
             dx = _gradient(dy, weight, *ctx.numbers).contiguous(memory_format=ctx.order)
         else:
@@ -253,11 +230,11 @@ class _LentLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        held = _as_matrix(taken(kept(ctx)))
-        product = _product_of_codes(dy, held, ctx.backend)
+        held = as_matrix(taken(kept(ctx)))
+        product = product_of_codes(OP, dy, held, ctx.backend)
         if product is not None:
             return product.backward_linear(dy, held), None, None, None, None
-        weight = _whole(held, dy.dtype)
+        weight = whole(held, dy.dtype)
         if _torch_alone(dy) and not ctx.backend:
             return reference.backward_linear(dy, weight, False), None, None, None, None
         return torch.ops.pcs_kernels.frozen_linear_backward(dy, weight, False, ctx.backend), None, None, None, None

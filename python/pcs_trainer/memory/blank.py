@@ -107,3 +107,8 @@ def text_encoder(config: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         network: nn.Module = kind(CLIPTextConfig(**config))
     return network
+
+
+def weights(network: nn.Module) -> int:
+    """The number of a network's parameters."""
+    return sum(p.numel() for p in network.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,6 +39,7 @@ class Networks:
     text: list[dict[str, Any]]
     pixels: int = 8
     vae: dict[str, Any] = field(default_factory=lambda: dict(KNOWN_VAE))
+    folder: Path | None = None  # of the UNet's files, where it is known
 
     @property
     def resolution(self) -> int:
@@ -69,7 +70,8 @@ def networks_of(model: Any) -> Networks:
     source = model.source
     text = [read_json(source.part(n) / "config.json") for n in TEXT_PARTS if source.has(n)]
     vae = read_json(source.part("vae") / "config.json") if source.has("vae") else None
-    return _with_text(read_json(source.part("unet") / "config.json"), text, vae)
+    folder = source.part("unet")
+    return replace(_with_text(read_json(folder / "config.json"), text, vae), folder=folder)
 
 
 def _of_file(model: Model) -> Networks:

@@ -10,23 +10,19 @@ import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from ..methods import method_named
 from ..model.autoencoder import at_once
-from ..model.bands import in_bands
-from ..model.quiet import quiet
-from ..model.weights import GROUP
+from ..model.weights import GROUP, stored_dtype
 from ..training.proof import PROOF_SIDE
 from ..unet.int8 import own_parameters
 from ..unet.streaming import ring_bytes, waiting_blocks
-from .blank import filled, text_encoder
+from .autoencoder import Autoencoder, autoencoder, autoencoder_dtypes
+from .blank import text_encoder, weights
 from .counts import Counted, counted_once, packed_bytes
-from .ledger import Ledger
 from .rehearsal import CODED
 
 # Resident after importing torch, transformers, diffusers and the trainer (torch 2.13, CPU build): 0.49 GB, and 0.04 GB
@@ -82,6 +78,9 @@ class Phases:
             waiting = [p for block in blocks for p in block]
             self.unet += ring_bytes(unet) - as_read(waiting, request.dtype) * (not self.cpu)
             self.streamed = sum(pinned(as_read(block, request.dtype)) for block in blocks)
+        # Mapped weights are in memory from the first prediction on; those that are made of the file's, from loading on.
+        kept_as_filed = self.s.weights == "full" and stored_dtype(self.networks.folder, request.dtype) == request.dtype
+        self.unread = self.unet * (self.cpu and kept_as_filed)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)
@@ -185,17 +184,24 @@ class Phases:
         opened = 0 if self.cpu else max(groups)
         coded = [p.numel() for p in self.step.rehearsal.unet.parameters() if p.dtype == torch.int8]
         made = 0 if self.cpu else (itemsize + 2) * max(coded, default=0)  # as it is read, and its codes twice
-        return self._phase("loading", {"UNet weights": self.unet, "a weight of the file": made}, opened)
+        parts = {"UNet weights": self.unet - self.unread, "a weight of the file": made}
+        if self.cpu:  # it is loaded at once there
+            parts["autoencoder weights"] = self._vae(self.encoder)
+        return self._phase("loading", parts, opened)
 
     def photos(self) -> Phase:
         """Photos to latents, the UNet loaded; a GPU's waits in RAM."""
         images = at_once(self.size * self.size, DRAWN)
-        parts = {"UNet weights": self.unet * self.cpu, "autoencoder weights": self._vae(self.encoder)}
+        parts = {"UNet weights": self._before_predictions() * self.cpu, "autoencoder weights": self._vae(self.encoder)}
         parts |= {"working memory": self.encoder.encoding(images, self.size)}
         if self._draws_class_images() and not self.offload:  # with encoders that drew them still there
             parts |= {"text encoder weights": self.text}
         ram = self.pictures + max(self.unet, self.waiting)
         return self._phase("photos to latents", parts | self._host(self.pictures), ram)
+
+    def _before_predictions(self) -> int:
+        """Of the UNet's weights in a phase before the training, when nothing but drawing class images has read them."""
+        return self.unet - self.unread * (not self._draws_class_images())
 
     def _vae(self, network: Autoencoder | None = None) -> int:
         """On the CPU its convolutions are copies, channels-last, beside the mapped file."""
@@ -220,6 +226,7 @@ class Phases:
         set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
         if self.cpu and self._draws_class_images():  # made by drawing, and still used in the steps
             set_up = set_up | {"kernels for upsampling": self.kernels}
+        set_up["UNet weights"] -= self.unet - self._before_predictions()
         ram = self.unet * self.offload
         if self.offload:
             set_up.pop("UNet weights")
@@ -312,68 +319,11 @@ def pinned(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def autoencoder_dtypes(config: dict[str, Any], dtype: torch.dtype, sdxl: bool) -> tuple[torch.dtype, torch.dtype]:
-    """(encoding, decoding): one that asks for float32 has it in float16, and SDXL's encodes in it from bfloat16 too."""
-    if not config.get("force_upcast", True) or dtype is torch.float32:
-        return dtype, dtype
-    float16 = dtype is torch.float16
-    return torch.float32 if float16 or sdxl else dtype, torch.float32 if float16 else dtype
-
-
 FREED = ("kept activations", "gradients", "working memory")  # at the end of a step
 LATER = ("optimizer state", "copy of the last good state")  # made by the first steps
-
-
-class Autoencoder:
-    """An autoencoder without contents, and what its work on some images makes."""
-
-    @quiet("diffusers", "transformers")
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
-        from diffusers import AutoencoderKL
-
-        self.fake = FakeTensorMode()
-        with torch.device("meta"):
-            network: Any = AutoencoderKL.from_config({"_class_name": "AutoencoderKL"} | config)
-        with self.fake:
-            self.network: Any = filled(network, dtype, "cpu")
-        self.dtype, self.latent = dtype, self.network.config.latent_channels
-        self.factor = 2 ** (len(self.network.config.block_out_channels) - 1)
-        self.bytes = weights(self.network) * dtype.itemsize
-        self._found: dict[tuple[str, int, int], int] = {}
-
-    def encoding(self, images: int, size: int) -> int:
-        """Bytes that encoding images of size x size makes at most."""
-        return self._count("encode", images, (3, size))
-
-    def decoding(self, images: int, size: int) -> int:
-        """Bytes that decoding images of size x size makes at most."""
-        return self._count("decode", images, (self.latent, size // self.factor))
-
-    def _count(self, what: str, images: int, shape: tuple[int, int]) -> int:
-        key = (what, images, shape[1])
-        if key not in self._found:
-            owned: list[Tensor] = [*self.network.parameters(), *self.network.buffers()]
-            pixels = (shape[1] * (self.factor if what == "decode" else 1)) ** 2
-            with torch.no_grad(), self.fake, in_bands(self.network, pixels), Ledger(owned) as ledger:
-                x = torch.zeros(images, shape[0], shape[1], shape[1], dtype=self.dtype)
-                made = getattr(self.network, what)(x)
-                made.sample.float() if what == "decode" else made.latent_dist.std
-            self._found[key] = ledger.result().peak
-        return self._found[key]
-
-
-@functools.lru_cache(maxsize=4)
-def autoencoder(config: str, dtype: torch.dtype) -> Autoencoder:
-    """The one of a configuration in JSON; asked again, the same, with what it has counted."""
-    return Autoencoder(json.loads(config), dtype)
 
 
 @functools.lru_cache(maxsize=4)
 def text_weights(config: str) -> int:
     """The number of a text encoder's parameters, by its configuration in JSON."""
     return weights(text_encoder(json.loads(config)))
-
-
-def weights(network: nn.Module) -> int:
-    """The number of a network's parameters."""
-    return sum(p.numel() for p in network.parameters())

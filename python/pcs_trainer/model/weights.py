@@ -40,6 +40,18 @@ def weight_files(folder: Path, stem: str, dtype: torch.dtype | None) -> list[Pat
     raise UnsupportedModel(f"{folder} has no {stem}.safetensors (nor its fp16 variant, nor an index of shards)")
 
 
+def stored_dtype(folder: Path | None, dtype: torch.dtype) -> torch.dtype | None:
+    """What the files of a network that a run of `dtype` reads hold: their first tensor; None where there is no file."""
+    if folder is None:
+        return None
+    try:
+        opened = _open(weight_files(folder, "diffusion_pytorch_model", dtype)[0])
+    except UnsupportedModel:  # a plan needs configurations alone
+        return None
+    first = next(iter(opened.keys()), None)
+    return None if first is None else opened.get_tensor(first).dtype
+
+
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

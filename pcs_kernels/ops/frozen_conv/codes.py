@@ -1,0 +1,35 @@
+"""A frozen weight in 8 bits for one product: multiplied as it is where something does so, else expanded for it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..._direct import watched
+from ..._dispatch import Op
+from ..int8_weight import Int8Weight, lent_weight
+
+
+def product_of_codes(op: Op, x: Tensor, weight: Tensor | Int8Weight, backend: str) -> ModuleType | None:
+    """What multiplies the codes of a weight without expanding it, where something does."""
+    if not isinstance(weight, Int8Weight) or x.device.type != "cpu" or backend not in ("", "native"):
+        return None
+    if torch.compiler.is_compiling() or watched():  # whoever looks at operations sees the registered ones
+        return None
+    native = op.module("native")
+    product: ModuleType | None = None if isinstance(native, str) else native.product_of_codes(x, weight)
+    return product
+
+
+def whole(weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a tensor: one in 8 bits until the next is asked for."""
+    return lent_weight(weight, dtype) if isinstance(weight, Int8Weight) else weight
+
+
+def as_matrix(weight: Tensor | Int8Weight) -> Tensor | Int8Weight:
+    """[O, C] of a linear layer's weight or a 1x1 convolution's."""
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.codes.flatten(1), weight.scales)
+    return weight.flatten(1)
