@@ -10,7 +10,7 @@ from setuptools import find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 OPS = ["self_attention", "cross_attention", "geglu", "group_norm_silu", "adamw8bit", "lowrank_residual"]
-OPS += ["int8_weight", "frozen_product", "bindings"]
+OPS += ["int8_weight", "frozen_product", "weight_gradient", "bindings"]
 HEADERS = [str(header) for header in Path("csrc").glob("*.h")]
 # gcc 12 takes the undefined operands inside its own AVX-512 headers for mistakes of ours.
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]

@@ -19,6 +19,11 @@ AttentionShape attention_shape(const py::tuple& t) {
 NormShape norm_shape(const py::tuple& t) {
   return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<bool>()};
 }
+FrozenShape frozen_shape(const py::tuple& t) {
+  int64_t n[11];
+  for (int i = 0; i < 11; i++) n[i] = t[i].cast<int64_t>();
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
+}
 Values values(const py::tuple& t) { return {t[0].cast<intptr_t>(), DType(t[1].cast<int>())}; }
 AdamW adamw(const py::tuple& t) {
   return {t[0].cast<intptr_t>(), t[1].cast<intptr_t>(), t[2].cast<int64_t>(), t[3].cast<bool>()};
@@ -121,11 +126,16 @@ PYBIND11_MODULE(PCS_MODULE, m) {
         [](int dtype, int kind, py::tuple a, py::tuple shape, bool backward, bool taps_last, int threads) {
           const FrozenArguments arguments{a[0].cast<intptr_t>(), a[1].cast<intptr_t>(), a[2].cast<intptr_t>(),
                                           a[3].cast<intptr_t>(), a[4].cast<intptr_t>()};
-          int64_t n[11];
-          for (int i = 0; i < 11; i++) n[i] = shape[i].cast<int64_t>();
-          const FrozenShape s{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
+          const auto s = frozen_shape(shape);
           py::gil_scoped_release release;
           frozen_product(DType(dtype), WeightKind(kind), arguments, s, backward, taps_last, threads);
+        });
+
+  m.def("weight_gradient",
+        [](int dtype, intptr_t x, intptr_t dy, intptr_t dw, py::tuple shape, bool taps_last, int threads) {
+          const auto s = frozen_shape(shape);
+          py::gil_scoped_release release;
+          weight_gradient(DType(dtype), x, dy, dw, s, taps_last, threads);
         });
 
   m.def("packed_bytes",

@@ -7,12 +7,10 @@
 // Both are A B with the weight as A, of which a block at a time becomes floats, and the picture as B, of which a block
 // at a time is laid out with pixels in the lanes. A block of A serves all the pixels of a task, a block of B all its
 // rows, so what converting costs is a few hundredths of the product.
-#include <memory>
-
 #include "frozen_weight.h"
 #include "gemm.h"
-#include "ops.h"
 #include "parallel.h"
+#include "pixels.h"
 
 namespace PCS_ISA {
 namespace {
@@ -22,21 +20,6 @@ constexpr int64_t ROWS = W == 16 ? 48 : 24;  // of A that are converted together
 constexpr int64_t MOST_ROWS = 1280;          // of a task
 constexpr int64_t DEPTH = 256;               // of a block of A and of B, about
 constexpr int64_t LEAST_ROWS = 96;           // of a task that was divided so that every thread has one
-
-// A thread's floats for its tasks, of which it keeps the most it has needed: new pages in each call would cost as much
-// as the smaller products.
-float* scratch(int64_t count) {
-  static thread_local std::unique_ptr<Buffer<float>> kept;
-  static thread_local int64_t size = 0;
-  if (size < count) {
-    size = 0;
-    kept.reset();
-    kept = std::make_unique<Buffer<float>>(count);
-    std::fill_n(kept->get(), count, 0.0f);
-    size = count;
-  }
-  return kept->get();
-}
 
 // T: elements of the pictures. Rows: how the weight is read.
 template <class T, class Rows>
@@ -55,19 +38,6 @@ struct Job {
   int64_t steps = std::max<int64_t>(1, (channels * together + DEPTH - 1) / DEPTH);
   int64_t step = std::min(channels, round_up((channels + steps - 1) / steps, W));
   int64_t lda = round_up(step * together, W);
-
-  // Where a pixel of `to` reads `from` at a tap; -1 in the padding and between the strides of a backward.
-  int64_t source(int64_t pixel, int64_t tap) const {
-    const int64_t b = pixel / (height * width), h = pixel / width % height, w = pixel % width;
-    const int64_t ky = tap / s.kernel_w, kx = tap % s.kernel_w;
-    if (!backward) {
-      const int64_t y = h * s.stride + ky - s.padding, x = w * s.stride + kx - s.padding;
-      return y < 0 || y >= s.H || x < 0 || x >= s.W ? -1 : (b * s.H + y) * s.W + x;
-    }
-    const int64_t y = h + s.padding - ky, x = w + s.padding - kx;
-    if (y < 0 || x < 0 || y % s.stride || x % s.stride || y / s.stride >= s.out_h || x / s.stride >= s.out_w) return -1;
-    return (b * s.out_h + y / s.stride) * s.out_w + x / s.stride;
-  }
 
   // Channels [first, first + n) of `count` pixels as B, the row of channel i at `tap` being i * together + tap.
   void picture(float* b, const int64_t* sources, int64_t count, int64_t first, int64_t n, int64_t tap) const {
@@ -137,7 +107,7 @@ struct Job {
     float *a = lines + longest, *b = a + ROWS * lda, *sums = b + lda * PIXELS;
     auto sources = reinterpret_cast<int64_t*>(sums + n * PIXELS);
     for (int64_t t = 0; t < taps; t++)
-      for (int64_t m = 0; m < count; m++) sources[t * count + m] = source(pixel + m, t);
+      for (int64_t m = 0; m < count; m++) sources[t * count + m] = source(s, backward, pixel + m, t);
     bool add = false;
     for (int64_t apart = 0; apart < taps; apart += together)
       for (int64_t first = 0; first < channels; first += step) {

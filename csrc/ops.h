@@ -92,5 +92,6 @@ enum WeightKind : int { PLAIN = 0, CODES = 1 };
 // taps_last: the weight lies as [O, C, kh, kw], else as [O, kh, kw, C].
 void frozen_product(DType, WeightKind, const FrozenArguments&, const FrozenShape&, bool backward, bool taps_last,
                     int threads);
+void weight_gradient(DType, intptr_t x, intptr_t dy, intptr_t dw, const FrozenShape&, bool taps_last, int threads);
 
 }  // namespace PCS_ISA

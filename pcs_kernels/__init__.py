@@ -22,6 +22,7 @@ from .ops.int8_weight import quantize_weight as quantize_weight
 from .ops.lowrank_residual import lowrank_residual as lowrank_residual
 from .ops.self_attention import self_attention as self_attention
 from .ops.trained_conv import trained_conv2d as trained_conv2d
+from .ops.trained_conv import trained_linear as trained_linear
 from .streaming import StreamedWeight as StreamedWeight
 from .streaming import WeightRing as WeightRing
 

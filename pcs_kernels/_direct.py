@@ -42,9 +42,12 @@ _profiled = torch.autograd._profiler_enabled
 
 def watched() -> bool:
     """Whether somebody sees or changes torch's operations now."""
-    return bool(
-        _dispatch_modes() or _function_modes() or _transformed() or _autocast() or _profiled() or _traced() is not None
-    )
+    return changed() or bool(_profiled())
+
+
+def changed() -> bool:
+    """`watched`, but for the profiler, which changes nothing."""
+    return bool(_dispatch_modes() or _function_modes() or _transformed() or _autocast() or _traced() is not None)
 
 
 def kind_of(args: tuple[Any, ...]) -> Hashable | None:

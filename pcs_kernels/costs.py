@@ -59,10 +59,7 @@ def implementation(op: Any) -> Callable[..., Any]:
 
 
 def packed_weight(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, int] | None:
-    """The weight of this call that the op's CPU kernel packs, once for each direction, and the bytes of the copy.
-
-    None where it packs none.
-    """
+    """The weight of this call that the op's CPU kernel packs, and the copy's bytes; None where it packs none."""
     name = _packed_names().get(packet)
     if name is None or not argument_or(packet, "pack", args, kwargs, may_pack(direction(packet))):
         return None

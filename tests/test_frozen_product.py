@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 import pcs_kernels
 from pcs_kernels import Int8Weight, _native
@@ -89,6 +89,22 @@ def test_linear_products_are_exact_in_both_directions(shape, outs, dtype):
         dy = torch.randn_like(y).to(dtype)
         assert distance(product().forward_linear(x, held, bias), y) < CLOSE[dtype], name
         assert distance(product().backward_linear(dy, held), dy.double() @ exact) < CLOSE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*CONVOLUTIONS, (2, 270, 17, 17, 800, 1, 1, 0)], ids=str)
+def test_gradients_of_weights_are_exact_and_lie_as_the_weights(shape, dtype):
+    batch, ins, height, width, outs, kernel, stride, padding = shape
+    torch.manual_seed(0)
+    x, weight = torch.randn(batch, ins, height, width, dtype=dtype), torch.empty(outs, ins, kernel, kernel, dtype=dtype)
+    dy = torch.randn_like(F.conv2d(x, weight, None, stride, padding))
+    exact = conv2d_weight(x.double(), weight.shape, dy.double(), stride, padding)
+    for order in (torch.contiguous_format, torch.channels_last):
+        found = product().weight_gradient(x, dy, weight.contiguous(memory_format=order), stride, padding)
+        assert distance(found, exact) < CLOSE[dtype]
+        assert found.is_contiguous(memory_format=order) and found.dtype == dtype
+    apart = torch.empty(outs, 2 * ins, kernel, kernel, dtype=dtype)[:, ::2]
+    assert torch.equal(product().weight_gradient(x, dy, apart, stride, padding), found)
 
 
 @pytest.mark.parametrize("threads", (1, 2, 5))

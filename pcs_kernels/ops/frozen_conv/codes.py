@@ -7,16 +7,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..._direct import watched
+from ..._direct import TENSORS, changed
 from ..._dispatch import Op
 from ..int8_weight import Int8Weight, lent_weight
 
 
 def product_of_codes(op: Op, x: Tensor, weight: Tensor | Int8Weight, backend: str) -> ModuleType | None:
     """What multiplies the codes of a weight without expanding it, where something does."""
-    if not isinstance(weight, Int8Weight) or x.device.type != "cpu" or backend not in ("", "native"):
+    if not isinstance(weight, Int8Weight) or type(x) not in TENSORS or backend not in ("", "native"):
         return None
-    if torch.compiler.is_compiling() or watched():  # whoever looks at operations sees the registered ones
+    # Whoever takes torch's operations in hand sees the registered ones.
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or changed():
         return None
     native = op.module("native")
     product: ModuleType | None = None if isinstance(native, str) else native.product_of_codes(x, weight)

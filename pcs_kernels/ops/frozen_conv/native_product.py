@@ -107,5 +107,21 @@ def backward_linear(dy: Tensor, weight: Weight) -> Tensor:
     return _multiply(dy.contiguous(), weight, None, dx, (1, 1, rows), (1, rows), 1, 0, backward=True)
 
 
+def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """Of a convolution's weight [O, C, kh, kw], in the order in which the weight lies."""
+    batch, ins, height, width = x.shape
+    in_order = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    dw = torch.empty_like(weight) if in_order else torch.empty(weight.shape, dtype=weight.dtype)
+    x, dy = _channels_last(x), _channels_last(dy)
+    LIBRARY.weight_gradient(
+        _native.dtype_code(x),
+        *map(_native.address, (x, dy, dw)),
+        (batch, height, width, ins, dy.shape[1], *dy.shape[2:], *weight.shape[2:], stride, padding),
+        dw.is_contiguous(),
+        _native.threads(),
+    )
+    return dw
+
+
 def _shape(weight: Weight) -> torch.Size:
     return weight.codes.shape if isinstance(weight, Int8Weight) else weight.shape

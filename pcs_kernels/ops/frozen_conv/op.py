@@ -1,10 +1,8 @@
 """frozen_conv2d and frozen_linear: products with a frozen weight; nothing is kept for the backward but that weight.
 
 conv: x [B,C,H,W], weight [O,C,kh,kw] -> [B,O,H',W'], channels-last where x is.  linear: x [..., C], weight [O,C].
-On the CPU the weight is packed once for each direction and kept beside it; pack=False saves that memory. Elsewhere
-torch's own functions run, without a copy where x and the weight are channels-last, and without the registered ops
-around them unless a backend is forced: a batch of 1 waits for the host there. A weight in 8 bits is expanded for each
-direction, and let go of when its product is made; CPUs that would expand it to float32 multiply its codes.
+The CPU packs a weight once for each direction (not with pack=False), or reads it as it lies; elsewhere torch's own
+functions run, without a copy where all is channels-last. 8 bits are expanded for a product, or multiplied.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from . import reference
 from .checks import check_conv, check_linear
 from .codes import as_matrix, product_of_codes, whole
 
+# Off the CPU the registered ops are left out unless a backend is forced: a batch of 1 waits for the host there.
 # cuDNN and cuBLAS have the fastest convolutions and products on a GPU: our Triton kernel runs only where it is forced.
 OP = Op("frozen_conv", __package__, order={"cuda": ("reference",), "cpu": ("native", "reference")})
 

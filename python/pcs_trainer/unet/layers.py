@@ -114,7 +114,7 @@ def project(layer: Linear | Conv2d, x: Tensor, masks: Masks = None) -> Tensor:
         return y
     if trained(layer) and layer.streamed is None:
         weight, bias = _cast(layer, x)
-        return F.linear(x, weight.flatten(1), bias)  # [B, N, C_out]
+        return pcs_kernels.trained_linear(x, weight.flatten(1), bias)  # [B, N, C_out]
     return pcs_kernels.frozen_linear(x, layer.matrix(), layer.bias)  # [B, N, C_out]
 
 
