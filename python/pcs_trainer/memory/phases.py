@@ -98,7 +98,9 @@ class Phases:
         # A step's activations are freed into malloc's heap, which keeps their pages for the next step.
         parts = step.count(assignment).parts
         self.gaps = int(GAPS * parts.get("kept activations", 0)) if self.cpu else 0
-        packs = self.cpu and self.s.packing != "none"
+        # By what the frozen network packs: drawing does where a training of the whole network does not.
+        frozen = step.prediction(1, PROOF_LATENTS, self.whole) if self.cpu else None
+        packs = frozen is not None and packed_bytes(frozen, self.s.packing) > self.unet // 2
         self.heap = {"left in malloc's heap": min(HEAP, self.unet // 5)} if packs else {}
         self.freed = self.gaps + sum(parts.get(n, 0) for n in FREED) if self.cpu else 0
         turns = self.s.offload and not self.cpu
