@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .bands import in_bands
+from .products import on_our_products
 from .turns import turn
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def encode_images(model: Model, images: Sequence[np.ndarray], batch: int = 8) ->
     count = at_once(pixels, batch) if images else batch
     halves = (torch.float16, torch.bfloat16)
     # SDXL's photos take 3 GB in float32 beside the UNet's 5. Latents to learn from: rounding would stay in them.
-    with turn(model, "vae", alone=True), _upcast(model, halves) as vae, in_bands(vae, pixels):
+    with turn(model, "vae", alone=True), _upcast(model, halves) as vae, in_bands(vae, pixels), on_our_products(vae):
         like = next(vae.parameters())
         for start in range(0, len(images), count):
             x = torch.stack([to_tensor(p) for p in images[start : start + count]]).to(like)  # [P, 3, H, W]
@@ -128,7 +129,7 @@ def decode(model: Model, latents: Tensor) -> list[Image]:
     pixels = latents.shape[2] * latents.shape[3] * factor**2
     count = at_once(pixels, len(latents) or 1)
     images = []
-    with turn(model, "vae"), _upcast(model, (torch.float16,)) as vae, in_bands(vae, pixels):
+    with turn(model, "vae"), _upcast(model, (torch.float16,)) as vae, in_bands(vae, pixels), on_our_products(vae):
         like = next(vae.parameters())
         for part in latents.split(count):
             z = (part.float() / scale + shift).to(like)
