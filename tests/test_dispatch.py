@@ -168,7 +168,8 @@ def test_every_build_is_no_worse_than_torch(build):
 @needs.compiler
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or sys.platform == "win32", reason="one build here")
 @pytest.mark.parametrize("build, flags", [
-    ("baseline", []), ("avx2", ["-mavx2"]), ("avx512", ["-mavx512bf16"]), ("amx", ["-mamx-tile", "-mamx-bf16"]),
+    ("baseline", []), ("avx2", ["-mavx2"]), ("avx512f", ["-mavx512f"]),
+    ("avx512", ["-mavx512bf16"]), ("amx", ["-mamx-tile", "-mamx-bf16"]),
 ])  # fmt: skip
 def test_every_build_that_the_compiler_can_make_is_there(build, flags, tmp_path):
     """A build is optional at set-up, so that an old compiler does not stop it: a mistake in one would pass unseen."""

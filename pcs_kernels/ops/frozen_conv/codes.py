@@ -31,6 +31,8 @@ def whole(weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
 
 def as_matrix(weight: Tensor | Int8Weight) -> Tensor | Int8Weight:
     """[O, C] of a linear layer's weight or a 1x1 convolution's."""
-    if isinstance(weight, Int8Weight):
-        return Int8Weight(weight.codes.flatten(1), weight.scales)
-    return weight.flatten(1)
+    if not isinstance(weight, Int8Weight):
+        return weight.flatten(1)
+    codes = weight.codes
+    single = isinstance(codes, Tensor) and codes.dim() == 4 and codes.shape[2:].numel() == 1
+    return Int8Weight(codes.flatten(1), weight.scales) if single else weight  # others are refused by their shape

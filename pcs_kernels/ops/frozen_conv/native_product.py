@@ -8,11 +8,14 @@ copy is made. Sums are float32.
 from __future__ import annotations
 
 import functools
+import importlib
 import platform
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ... import _check as check
 from ... import _native
 from ..._layout import image_format
 from ..int8_weight import Int8Weight
@@ -26,7 +29,7 @@ Image = tuple[int, int, int]  # B, H, W
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN has this CPU's own instructions for products of bfloat16."""
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return _native.instruction_set() in ("avx512", "amx")
+        return importlib.import_module("pcs_kernels._cpuid").best() in ("avx512", "amx")
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -38,6 +41,7 @@ def takes(x: Tensor, weight: Weight) -> bool:
 
 def _in_order(weight: Tensor) -> tuple[Tensor, bool]:
     """The weight without gaps, and whether its taps are neighbours in memory: [O, C, kh, kw]."""
+    weight = weight.resolve_neg()
     if weight.dim() == 2 or weight.shape[2:].numel() == 1:
         return weight.contiguous(), False
     if weight.is_contiguous(memory_format=torch.channels_last):
@@ -60,9 +64,10 @@ def _multiply(
     coded = isinstance(weight, Int8Weight)
     whole, taps_last = (weight.codes, False) if isinstance(weight, Int8Weight) else _in_order(weight)
     scales = weight.scales.contiguous() if isinstance(weight, Int8Weight) else None
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.resolve_neg().contiguous()
     outs, ins, *kernel = whole.shape if whole.dim() == 4 else (*whole.shape, 1, 1)
     batch, height, width = image
+    _check(given, whole if not coded else None, outs if backward else ins, image, size, kernel, stride, padding)
     LIBRARY.frozen_product(
         _native.dtype_code(given),
         int(coded),
@@ -75,8 +80,30 @@ def _multiply(
     return out
 
 
+def _check(
+    given: Tensor,
+    weight: Tensor | None,
+    channels: int,
+    image: Image,
+    size: tuple[int, int],
+    kernel: Sequence[int],
+    stride: int,
+    padding: int,
+) -> None:
+    """What memory is read and written by: callers of the registered ops may pass anything."""
+    found = given.shape[1] if len(given.shape) == 4 else given.shape[-1]
+    check.require(found == channels, lambda: f"the tensor has {found} channels where the weight has {channels}")
+    check.require(
+        weight is None or weight.dtype == given.dtype,
+        lambda: f"the tensor is {given.dtype}, the weight is not",
+    )
+    sides = zip(image[1:], kernel, size, strict=True)
+    fits = all((side + 2 * padding - taps) // stride + 1 == out for side, taps, out in sides)
+    check.require(fits and min(size) > 0, lambda: f"an image of {image[1:]} does not give {size} through this kernel")
+
+
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.resolve_neg().contiguous(memory_format=torch.channels_last)
 
 
 def forward_conv(x: Tensor, weight: Weight, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -99,12 +126,12 @@ def backward_conv(dy: Tensor, weight: Weight, height: int, width: int, stride: i
 
 def forward_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     rows, y = x.numel() // x.shape[-1], x.new_empty((*x.shape[:-1], _shape(weight)[0]))
-    return _multiply(x.contiguous(), weight, bias, y, (1, 1, rows), (1, rows), 1, 0, backward=False)
+    return _multiply(x.resolve_neg().contiguous(), weight, bias, y, (1, 1, rows), (1, rows), 1, 0, backward=False)
 
 
 def backward_linear(dy: Tensor, weight: Weight) -> Tensor:
     rows, dx = dy.numel() // dy.shape[-1], dy.new_empty((*dy.shape[:-1], _shape(weight)[1]))
-    return _multiply(dy.contiguous(), weight, None, dx, (1, 1, rows), (1, rows), 1, 0, backward=True)
+    return _multiply(dy.resolve_neg().contiguous(), weight, None, dx, (1, 1, rows), (1, rows), 1, 0, backward=True)
 
 
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:

@@ -30,13 +30,19 @@ def _native() -> ModuleType | None:
         return None
 
 
-def _native_convolution(x: Tensor, weight: Tensor) -> ModuleType | None:
-    """The C++ one where it takes this call, and nobody looks at torch's operations."""
-    if type(x) not in TENSORS or x.device.type != "cpu" or x.dtype != torch.bfloat16 or not x.numel():
+def _native_product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> ModuleType | None:
+    """The C++ one where it takes this call, and nobody looks at torch's operations; torch refuses what is wrong."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if any(type(t) not in TENSORS or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in given):
         return None
     if forced_backend() == "reference" or torch.compiler.is_compiling() or changed():
         return None
-    native = _native()
+    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1] or not x.numel() or not weight.numel():
+        return None
+    whole = type(stride) is type(padding) is int and stride > 0 <= padding
+    if not whole or any(n + 2 * padding < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)):
+        return None
+    native = _native() if bias is None or bias.shape == weight.shape[:1] else None
     return native if native is not None and native.takes(x, weight) else None
 
 
@@ -53,7 +59,7 @@ def trained_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
     Returns:
         [B, C_out, H', W'].
     """
-    native = _native_convolution(x, weight)
+    native = _native_product(x, weight, bias, stride, padding)
     if native is not None:
         y: Tensor = native.Convolution.apply(x, weight, bias, stride, padding)
         return y
@@ -67,9 +73,11 @@ def trained_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int =
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., C_in] weight^T + bias -> [..., C_out], with gradients for all three, of one dtype."""
-    native = _native_convolution(x, weight)
-    if native is None:
-        return F.linear(x, weight, bias)
-    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # a row of pixels, channels last
-    y = native.Convolution.apply(image, weight[..., None, None], bias, 1, 0)  # [1, C_out, 1, rows]
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    if isinstance(x, Tensor) and x.dim() and isinstance(weight, Tensor) and weight.dim() == 2 and x.numel():
+        image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # a row of pixels, channels last
+        kernel = weight[..., None, None]
+        native = _native_product(image, kernel, bias, 1, 0)
+        if native is not None and type(x) in TENSORS and type(weight) in TENSORS:
+            y = native.Convolution.apply(image, kernel, bias, 1, 0)  # [1, C_out, 1, rows]
+            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)

@@ -41,6 +41,7 @@ def table(found: Sequence[tuple[str, RunPlan]]) -> str:
         held = [f"weights {plan.weights}"] * (plan.weights != "full")
         held += [f"{name} streamed" for name in ("resident", "states") if getattr(plan, name) == "streamed"]
         held += ["offload"] * (plan.offload and step.device != "cpu")
+        held += [f"packed copies {plan.packing}"] * (step.device == "cpu" and plan.packing != "both")
         held += [f"batch {step.batch}" + f" x {step.accumulate}" * (step.accumulate > 1), f"recomputation {step.plans}"]
         cost = _cost(plan, fitting[-1])
         lines += [f"  {budget:<6}{bytes_text(plan.largest.bytes):>8} needed, {cost}: {', '.join(held)}"]

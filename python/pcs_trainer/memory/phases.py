@@ -81,6 +81,7 @@ class Phases:
         # Mapped weights are in memory from the first prediction on; those that are made of the file's, from loading on.
         kept_as_filed = self.s.weights == "full" and stored_dtype(self.networks.folder, request.dtype) == request.dtype
         self.unread = self.unet * (self.cpu and kept_as_filed)
+        self.trains_unet = any(p.requires_grad for p in own)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
         encodes, decodes = autoencoder_dtypes(self.networks.vae, request.dtype, unet.add_embedding is not None)
@@ -228,7 +229,8 @@ class Phases:
         set_up = {name: size for name, size in self.lasting.items() if name not in LATER}
         if self.cpu and self._draws_class_images():  # made by drawing, and still used in the steps
             set_up = set_up | {"kernels for upsampling": self.kernels}
-        set_up["UNet weights"] -= self.unet - self._before_predictions()
+        if not self.trains_unet:  # weights that train are copies, made before
+            set_up["UNet weights"] -= self.unet - self._before_predictions()
         ram = self.unet * self.offload
         if self.offload:
             set_up.pop("UNet weights")

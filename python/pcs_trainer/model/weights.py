@@ -41,22 +41,24 @@ def weight_files(folder: Path, stem: str, dtype: torch.dtype | None) -> list[Pat
 
 
 def stored_dtype(folder: Path | None, dtype: torch.dtype) -> torch.dtype | None:
-    """What the files of a network that a run of `dtype` reads hold: their first tensor; None where there is no file."""
+    """The dtype of all tensors of the files that a run of `dtype` reads; None where there are several, or no file."""
     if folder is None:
         return None
     try:
-        opened = _open(weight_files(folder, "diffusion_pytorch_model", dtype)[0])
+        opened = [_open(file) for file in weight_files(folder, "diffusion_pytorch_model", dtype)]
     except UnsupportedModel:  # a plan needs configurations alone
         return None
-    first = next(iter(opened.keys()), None)
-    return None if first is None else opened.get_tensor(first).dtype
+    found = {file.get_tensor(name).dtype for file in opened for name in list(file.keys())}  # views
+    return found.pop() if len(found) == 1 else None
 
 
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UnsupportedModel(f"{index} is not an index of shards: {error}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UnsupportedModel(f"{index} is not an index of shards: it names no files")
     for name in names:
         if not (index.parent / name).is_file():
             raise UnsupportedModel(f"{index.parent / name} is missing, though {index.name} names it")
