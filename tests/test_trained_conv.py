@@ -96,3 +96,26 @@ def test_a_forced_reference_is_torch_s_own():
     x, weight = torch.randn(1, 8, 3, 3).bfloat16(), torch.randn(16, 8, 3, 3).bfloat16()
     with pcs_kernels.backend("reference"):
         assert torch.equal(pcs_kernels.trained_conv2d(x, weight, None, 1, 1), F.conv2d(x, weight, None, 1, 1))
+
+
+def test_what_does_not_fit_is_refused_in_torchs_words(cpu):
+    x, weight = torch.randn(1, 8, 6, 6).bfloat16(), torch.randn(4, 8, 3, 3).bfloat16()
+    for given in ((x[:, :4], weight, None), (x, weight, torch.zeros(3).bfloat16()), (x, weight, torch.zeros(4))):
+        with pytest.raises(RuntimeError):
+            pcs_kernels.trained_conv2d(*given, 1, 1)
+    with pytest.raises(RuntimeError):
+        pcs_kernels.trained_conv2d(x[..., :1, :1], weight, None, 1, 0)
+    with pytest.raises(RuntimeError):
+        pcs_kernels.trained_linear(torch.randn(2, 5).bfloat16(), torch.randn(4, 8).bfloat16(), None)
+
+
+def test_a_negated_view_is_read_with_its_sign(cpu):
+    x = torch.view_as_complex(torch.randn(3, 8, 2)).conj().imag.bfloat16()
+    negated = torch.complex(x.float(), x.float()).conj().imag  # the negative bit set
+    assert negated.is_neg()
+    weight = torch.randn(4, 8)
+    codes = pcs_kernels.quantize_weight(weight)
+    found = pcs_kernels.frozen_linear(negated, codes)
+    torch.testing.assert_close(found, pcs_kernels.frozen_linear(negated.resolve_neg(), codes))
+    y = pcs_kernels.trained_linear(x, weight.bfloat16(), None)
+    assert y.shape == (3, 4)
