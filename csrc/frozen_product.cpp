@@ -33,8 +33,9 @@ struct Job {
   int64_t rows = backward ? s.C : s.O, channels = backward ? s.O : s.C;  // of A; of `from`
   int64_t height = backward ? s.H : s.out_h, width = backward ? s.W : s.out_w,
           pixels = s.B * height * width;  // of `to`
-  // A step of the depth: so many channels, at one tap or, where neighbours in memory are taps, at all of them.
-  int64_t together = taps_last ? taps : 1;
+  // A step of the depth: so many channels at one tap, or at all of them. A plain weight has one order of its sums
+  // whether its taps are neighbours in memory or not: the same network must predict the same bits in both.
+  int64_t together = Rows::PLAIN ? taps : 1;
   int64_t steps = std::max<int64_t>(1, (channels * together + DEPTH - 1) / DEPTH);
   int64_t step = std::min(channels, round_up((channels + steps - 1) / steps, W));
   int64_t lda = round_up(step * together, W);
@@ -62,9 +63,22 @@ struct Job {
   // `count` rows of the weight from `row` on at these channels, as A; `tap` counts where taps lie apart.
   void block(float* a, float* lines, int64_t row, int64_t count, int64_t first, int64_t n, int64_t tap) const {
     const int64_t inner = s.C;
-    if (!backward) {
-      const int64_t at = taps_last ? first * taps : tap * inner + first;
+    const bool spread = together > 1 && !taps_last;  // lines of one tap, whose elements go `taps` apart
+    if (!backward && !spread) {
+      const int64_t at = together > 1 ? first * taps : tap * inner + first;
       for (int64_t r = 0; r < count; r++) weight.line(a + r * lda, row + r, at, n * together);
+    } else if (!backward) {
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t t = 0; t < taps; t++) {
+          weight.line(lines, row + r, t * inner + first, n);
+          for (int64_t c = 0; c < n; c++) a[r * lda + c * taps + t] = lines[c];
+        }
+    } else if (spread) {
+      for (int64_t o = 0; o < n; o++)
+        for (int64_t t = 0; t < taps; t++) {
+          weight.line(lines, first + o, t * inner + row, count);
+          for (int64_t r = 0; r < count; r++) a[r * lda + o * taps + t] = lines[r];
+        }
     } else if (together == 1) {
       for (int64_t o = 0; o < n; o += W) {
         const int64_t left = std::min<int64_t>(W, n - o);
@@ -102,7 +116,7 @@ struct Job {
 
   void run(int64_t pixel, int64_t row, int64_t n) const {
     const int64_t count = std::min(PIXELS, pixels - pixel);
-    const int64_t longest = std::max<int64_t>(W, taps) * ROWS;
+    const int64_t longest = std::max(std::max<int64_t>(W, taps) * ROWS, lda);
     float* lines = scratch(longest + ROWS * lda + lda * PIXELS + n * PIXELS + 2 * taps * PIXELS);
     float *a = lines + longest, *b = a + ROWS * lda, *sums = b + lda * PIXELS;
     auto sources = reinterpret_cast<int64_t*>(sums + n * PIXELS);

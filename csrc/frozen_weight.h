@@ -30,6 +30,7 @@ PCS_INLINE vf load_codes(const int8_t* p, int n) {
 // Rows of float or bfloat16.
 template <class E>
 struct PlainRows {
+  static constexpr bool PLAIN = true;
   const E* weight;
   int64_t width;
 
@@ -42,6 +43,7 @@ struct PlainRows {
 
 // Rows of 8-bit codes with a bfloat16 scale for every 64 of them.
 struct ScaledRows {
+  static constexpr bool PLAIN = false;
   const int8_t* codes;
   const uint16_t* scales;
   int64_t width, blocks = (width + SCALED - 1) / SCALED;

@@ -79,6 +79,16 @@ def test_convolutions_are_exact_in_both_directions(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bits_do_not_depend_on_how_a_plain_weight_lies(dtype):
+    """A network that was trained channels-last and the same one from its file predict the same."""
+    x, weight = torch.randn(2, 70, 9, 9, dtype=dtype), torch.randn(90, 70, 3, 3, dtype=dtype)
+    other, dy = weight.contiguous(memory_format=torch.channels_last), torch.randn(2, 90, 9, 9, dtype=dtype)
+    assert torch.equal(product().forward_conv(x, weight, None, 1, 1), product().forward_conv(x, other, None, 1, 1))
+    back = [product().backward_conv(dy, w, 9, 9, 1, 1) for w in (weight, other)]
+    assert torch.equal(*back)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "outs"), LINEARS, ids=str)
 def test_linear_products_are_exact_in_both_directions(shape, outs, dtype):
     torch.manual_seed(0)

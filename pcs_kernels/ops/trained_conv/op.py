@@ -3,7 +3,7 @@
     y = conv2d(x, weight) + bias    x [B, C_in, H, W]; weight [C_out, C_in, K, K]; bias [C_out] -> y [B, C_out, H', W']
     y = x weight^T + bias           x [..., C_in]; weight [C_out, C_in]; bias [C_out] -> y [..., C_out]
 
-C++ on a CPU that does not multiply bfloat16; on others a product over the unfolded input where a weight
+C++, if it is asked for, on a CPU without bfloat16; on others a product over the unfolded input where a weight
 is larger than that; else torch's own, the reference. Kept for the backward: x.
 """
 

@@ -79,8 +79,9 @@ class Phases:
             self.unet += ring_bytes(unet) - as_read(waiting, request.dtype) * (not self.cpu)
             self.streamed = sum(pinned(as_read(block, request.dtype)) for block in blocks)
         # Mapped weights are in memory from the first prediction on; those that are made of the file's, from loading on.
-        kept_as_filed = self.s.weights == "full" and stored_dtype(self.networks.folder, request.dtype) == request.dtype
-        self.unread = self.unet * (self.cpu and kept_as_filed)
+        mapped = self.cpu and self.s.weights == "full"
+        mapped = mapped and stored_dtype(self.networks.folder, request.dtype) == request.dtype
+        self.unread = self.unet * mapped
         self.trains_unet = any(p.requires_grad for p in own)
         self.floats = sum(p.numel() for p in own if p.is_floating_point()) * request.dtype.itemsize
         self.text = sum(text_weights(json.dumps(config)) for config in self.networks.text) * request.dtype.itemsize
